@@ -1,0 +1,1 @@
+"""From a file's bytes to canonical text, in a guarded subprocess."""

@@ -1,0 +1,1 @@
+"""The language model, its limits and its cache."""

@@ -1,0 +1,87 @@
+"""What answering needs of a language model, whichever process runs it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from threading import Event
+from typing import Protocol
+
+from rag.lm.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message; `role` is system or user."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """`done` of `total` prompt tokens are in the cache."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """The next stretch of generated text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDone:
+    """The last step of a generation: what it took.
+
+    `kv_bytes` sums the tensors that the cache really held at the end. `stopped` says that the
+    caller's stop event ended it, not the model and not the token limit.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    kv_bytes: int
+    prefill_seconds: float
+    decode_seconds: float
+    stopped: bool
+
+
+GenerationStep = PrefillProgress | TextPiece | GenerationDone
+
+
+class Engine(Protocol):
+    """A language model ready to answer one request at a time."""
+
+    @property
+    def name(self) -> str:
+        """The model's catalog name, folder or hub id, as the receipt shows it."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape and limits."""
+
+    @property
+    def tokenizer_id(self) -> str:
+        """A fingerprint of the tokenizer: equal ids give equal token counts."""
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of `text` alone, without any template."""
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Return the token ids of the chat in the model's own template, ready for its reply."""
+
+    def free_bytes(self) -> int:
+        """Return the bytes of device memory that are free now."""
+
+    def predicted_prefill_seconds(self, num_tokens: int) -> float:
+        """Return the seconds that prefilling `num_tokens` takes here, from a measured rate."""
+
+    def generate(
+        self, prompt_ids: list[int], *, max_new_tokens: int, stop: Event
+    ) -> Iterator[GenerationStep]:
+        """Prefill the prompt, then decode greedily, yielding each step; GenerationDone is last.
+
+        `stop` is looked at between prefill chunks and between tokens.
+        """

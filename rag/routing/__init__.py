@@ -1,0 +1,1 @@
+"""Which way a question is answered, and why."""

@@ -1,0 +1,152 @@
+"""Settings: defaults < fathom.toml < FATHOM_* environment < flags. Data only; nothing is built here."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path, user_data_path
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from rag.errors import SettingsError
+
+MIB = 2**20
+
+
+class Settings(BaseSettings):
+    """Everything a person may set. Unknown keys in fathom.toml are errors.
+
+    A flag named `--home` sets `home`, the environment variable is `FATHOM_HOME`, the key in
+    `fathom.toml` (looked for in the current folder) is `home`.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="FATHOM_", toml_file="fathom.toml", frozen=True, extra="forbid"
+    )
+
+    home: Path = Field(
+        default_factory=lambda: user_data_path("fathom", appauthor=False),
+        description="Folder of the library: database, original files, index snapshots.",
+    )
+    models_dir: Path = Field(
+        default_factory=lambda: user_cache_path("fathom", appauthor=False) / "models",
+        description="Folder of fetched models. They can be fetched again, so it is a cache.",
+    )
+    database_url: str | None = Field(
+        default=None, description="SQLAlchemy URL of a SQLite database; by default inside home."
+    )
+    model: str = Field(
+        default="auto", description="Language model: catalog name, folder, hub id, or auto."
+    )
+    embedder: str = Field(
+        default="all-minilm-l6-v2", description="Embedder: catalog name, folder or hub id."
+    )
+    device: str = Field(default="auto", description="cuda, cpu, or auto (cuda where there is one).")
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of torch; by default torch's own choice."
+    )
+
+    retrieval_tokens: int = Field(
+        default=1024,
+        ge=64,
+        description="Budget of retrieved text in the prompt, in the language model's tokens.",
+    )
+    max_new_tokens: int = Field(
+        default=192, ge=1, description="Longest answer, in tokens; reserved in every gate."
+    )
+    num_candidates: int = Field(
+        default=50, ge=1, description="Chunks taken from each of the dense and lexical searches."
+    )
+    max_context_tokens: int | None = Field(
+        default=None, ge=256, description="Cap on the context below what the model declares."
+    )
+    kv_reserve_bytes: int = Field(
+        default=1024 * MIB, ge=0, description="Device memory kept free of any KV cache, in bytes."
+    )
+    prefill_deadline_seconds: float = Field(
+        default=60.0, gt=0, description="Longest acceptable prefill for reading a whole document."
+    )
+
+    reader_memory_bytes: int = Field(
+        default=4096 * MIB, ge=256 * MIB, description="Address space of the process that parses."
+    )
+    reader_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="CPU and wall-clock limit for parsing one file."
+    )
+    max_file_bytes: int = Field(
+        default=512 * MIB, ge=1, description="Largest file that is ingested, in bytes."
+    )
+
+    host: str = Field(default="127.0.0.1", description="Address that the web page binds to.")
+    port: int = Field(default=7860, ge=1, le=65535, description="Port of the web page.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: flags, then environment, then fathom.toml."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @property
+    def resolved_database_url(self) -> str:
+        """The database URL in use: the one given, else SQLite inside `home`."""
+        return self.database_url or f"sqlite:///{self.home / 'fathom.sqlite'}"
+
+    @property
+    def originals_dir(self) -> Path:
+        """Folder of the ingested files' bytes, named by their SHA-256."""
+        return self.home / "originals"
+
+    @property
+    def index_dir(self) -> Path:
+        """Folder of the FAISS snapshots, which can always be rebuilt."""
+        return self.home / "index"
+
+
+def load_settings(**flags: Any) -> Settings:  # noqa: ANN401 - one value per field, checked by pydantic
+    """Return the settings; a flag that is None was not given.
+
+    Raises:
+        SettingsError: if a value has the wrong type or range, or a name is unknown.
+    """
+    unknown = sorted(
+        name
+        for name in os.environ
+        if name.startswith("FATHOM_") and name[7:].lower() not in Settings.model_fields
+    )
+    if unknown:
+        raise SettingsError(
+            f"unknown environment variable {', '.join(unknown)}",
+            hint="known are: " + ", ".join("FATHOM_" + f.upper() for f in Settings.model_fields),
+        )
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+    except (ValidationError, ValueError) as error:
+        raise SettingsError(
+            f"a setting is not usable: {_first_problem(error)}",
+            hint="see the settings table in README.md; check fathom.toml, FATHOM_* and the flags",
+        ) from error
+    if not settings.resolved_database_url.startswith("sqlite:///"):
+        raise SettingsError(
+            f"database_url is {settings.resolved_database_url!r}; expected sqlite:///PATH",
+            hint="unset FATHOM_DATABASE_URL, or give the path of a SQLite file",
+        )
+    return settings
+
+
+def _first_problem(error: Exception) -> str:
+    """Return one line on what pydantic, or the TOML parser, found."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))} = {first['input']!r}: {first['msg']}"
+    return str(error)

@@ -1,0 +1,270 @@
+"""The frozen records that cross a folder border. No torch, no SQL, no Gradio.
+
+Character offsets are half-open ranges of code points in a document's canonical text.
+`to_json` of the outermost records gives exactly the objects that `--json` prints.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+# ---- documents --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page: 1-based number, the label printed on it (None if it has none), its text range."""
+
+    number: int
+    label: str | None
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One heading of the document; its section runs to the next heading of the same level or above.
+
+    `level` is 1 for the outermost; `start` is the offset of the heading itself.
+    """
+
+    level: int
+    title: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalText:
+    """What a reader makes of a file: the one text that every offset in Fathom refers to."""
+
+    text: str
+    media_type: str
+    pages: tuple[Page, ...] = ()
+    sections: tuple[Section, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A stretch `[start, end)` of a document's canonical text that is embedded and searched.
+
+    `num_tokens` counts the embedder's tokens. `page_first` and `page_last` are page numbers, None
+    where the format has no pages. `heading_path` runs from the outermost heading to the innermost.
+    """
+
+    ordinal: int
+    start: int
+    end: int
+    text: str
+    num_tokens: int
+    page_first: int | None = None
+    page_last: int | None = None
+    heading_path: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One version of one source as the store knows it.
+
+    `source` is the identity (a resolved path, or `upload:` and a file name); versions of one source
+    count from 1, and only the latest is searched unless an older one is named.
+    """
+
+    id: int
+    title: str
+    source: str
+    version: int
+    is_latest: bool
+    content_sha256: str
+    media_type: str
+    num_bytes: int
+    num_chars: int
+    num_pages: int
+    num_chunks: int
+    warnings: tuple[str, ...]
+    created_at: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that `fathom list --json` prints on one line."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A stretch of one document handed to one question.
+
+    `score` is the retriever's (higher is nearer), None where the whole document is read.
+    """
+
+    document: Document
+    start: int
+    end: int
+    text: str
+    page: int | None
+    section: str | None
+    score: float | None = None
+    chunk_ordinals: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ContextPassage:
+    """A passage with the number `[marker]` under which the prompt shows it."""
+
+    marker: int
+    passage: Passage
+
+
+# ---- routes -----------------------------------------------------------------------------------
+
+
+class Route(StrEnum):
+    """How the documents are read for one question."""
+
+    FULL = "full"
+    RETRIEVAL = "retrieval"
+
+
+class QuestionClass(StrEnum):
+    """What a question asks of a document."""
+
+    LOOKUP = "lookup"
+    MULTI_HOP = "multi-hop"
+    COMPARISON = "comparison"
+    AGGREGATE = "aggregate"
+    SUMMARY = "summary"
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One limit of this model on this machine, compared with what one route needs.
+
+    `value` and `limit` share `unit`; None means that the number cannot be known here, and such a
+    gate has not passed.
+    """
+
+    gate: str
+    value: float | None
+    limit: float | None
+    unit: str
+    passed: bool
+    route: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the gate as it stands in a receipt."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class RouteDecision:
+    """The route taken, the reason in one sentence, and every number that was compared."""
+
+    route: Route
+    reason: str
+    question_class: QuestionClass
+    gates: tuple[Gate, ...]
+
+
+# ---- answers ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """`quote` is `[start, end)` of the document's canonical text.
+
+    `verified` says that the stored text at that place was read again and equals the quote.
+    """
+
+    marker: int
+    document: int
+    title: str
+    version: int
+    page: int | None
+    section: str | None
+    start: int
+    end: int
+    quote: str
+    verified: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReadExtent:
+    """How much of the documents asked about was in the prompt, in tokens and in chunks."""
+
+    tokens: int
+    of_tokens: int
+    chunks: int
+    of_chunks: int
+    not_read: str
+
+
+@dataclass(frozen=True, slots=True)
+class KVBytes:
+    """KV-cache bytes of the whole exchange: from the formula, and summed over the real tensors."""
+
+    predicted: int
+    actual: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Wall-clock seconds of each step."""
+
+    retrieve: float
+    prefill: float
+    prefill_predicted: float
+    decode: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """How one answer was made: what was read, what was not, which numbers against which limits."""
+
+    id: str
+    route: Route
+    reason: str
+    question_class: QuestionClass
+    gates: tuple[Gate, ...]
+    read: ReadExtent
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    kv_bytes: KVBytes
+    seconds: Seconds
+    escalations: tuple[str, ...]
+    model: str
+    embedder: str
+    prompt_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer's text with its `[n]` markers, the citations they stand for, and the receipt."""
+
+    answer: str
+    abstained: bool
+    citations: tuple[Citation, ...]
+    receipt: Receipt
+
+    def to_json(self) -> dict[str, Any]:
+        """Return exactly the object that `fathom ask --json` prints."""
+        return asdict(self)
+
+
+def answer_from_json(value: Mapping[str, Any]) -> Answer:
+    """Rebuild an Answer from what `Answer.to_json` gave, e.g. from the store."""
+    receipt = dict(value["receipt"])
+    receipt["route"] = Route(receipt["route"])
+    receipt["question_class"] = QuestionClass(receipt["question_class"])
+    receipt["gates"] = tuple(Gate(**gate) for gate in receipt["gates"])
+    receipt["read"] = ReadExtent(**receipt["read"])
+    receipt["kv_bytes"] = KVBytes(**receipt["kv_bytes"])
+    receipt["seconds"] = Seconds(**receipt["seconds"])
+    receipt["escalations"] = tuple(receipt["escalations"])
+    return Answer(
+        answer=value["answer"],
+        abstained=value["abstained"],
+        citations=tuple(Citation(**citation) for citation in value["citations"]),
+        receipt=Receipt(**receipt),
+    )
