@@ -1,4 +1,4 @@
-"""Settings: defaults < fathom.toml < FATHOM_* environment < flags. Data only; nothing is built here."""
+"""Settings: defaults < fathom.toml < FATHOM_* < flags. Data only; nothing is built here."""
 
 import os
 from pathlib import Path

@@ -1,0 +1,17 @@
+"""HTML to canonical text: kreuzberg's Markdown, whose headings become sections."""
+
+from pathlib import Path
+
+from kreuzberg import ExtractionConfig, OutputFormat, extract_file_sync
+
+from ingest.readers.text import decode, markdown_headings
+from rag.types import CanonicalText
+
+
+def read_html(path: Path) -> CanonicalText:
+    """Read an HTML file; hidden elements are dropped, tables become Markdown tables."""
+    result = extract_file_sync(
+        str(path), "text/html", config=ExtractionConfig(output_format=OutputFormat.MARKDOWN)
+    )
+    text, _ = decode(result.content.encode())
+    return CanonicalText(text, "text/html", sections=markdown_headings(text))

@@ -1,0 +1,90 @@
+"""Texts to unit vectors. The only home of sentence-transformers."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+Offsets = list[tuple[int, int]]
+BATCH_TEXTS = 32
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors, and counts tokens the way it will read them."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Name and checksum: vectors of equal fingerprints can be compared."""
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest text it reads, in its own tokens, special tokens not counted."""
+
+    def token_offsets(self, text: str) -> Offsets:
+        """Return the `[start, end)` characters of every token of `text`, in order."""
+
+    def embed(
+        self, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None
+    ) -> FloatArray:
+        """Return float32 [len(texts), dim], unit length; `on_progress` gets the count so far."""
+
+
+class SentenceTransformerEmbedder:
+    """An embedder from a folder that sentence-transformers can load."""
+
+    def __init__(self, folder: Path, *, name: str, device: str = "cpu") -> None:
+        """Load the model.
+
+        Args:
+            folder: with modules.json, config.json, tokenizer.json and model.safetensors.
+            name: the name that receipts show.
+            device: cuda or cpu.
+        """
+        from sentence_transformers import SentenceTransformer
+
+        self._model = SentenceTransformer(str(folder), device=device, local_files_only=True)
+        if device == "cuda":
+            self._model.half()
+        self._tokenizer = self._model.tokenizer.backend_tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        weights = (folder / "model.safetensors").stat().st_size
+        config = (folder / "config.json").read_bytes() + (folder / "tokenizer.json").read_bytes()
+        self.fingerprint = f"{name}@{hashlib.sha256(config).hexdigest()[:12]}-{weights}"
+        self.dim = int(self._model.get_embedding_dimension() or 0)
+        num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        self.max_tokens = int(self._model.max_seq_length or 512) - int(num_special)
+
+    def token_offsets(self, text: str) -> Offsets:
+        """Return the `[start, end)` characters of every token of `text`, in order."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
+
+    def embed(
+        self, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None
+    ) -> FloatArray:
+        """Return float32 [len(texts), dim], unit length.
+
+        Batches hold texts of similar length, so that little padding is computed.
+        """
+        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
+        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for first in range(0, len(texts), BATCH_TEXTS):
+            batch = by_length[first : first + BATCH_TEXTS]
+            vectors[batch] = self._model.encode(
+                [texts[i] for i in batch],
+                batch_size=BATCH_TEXTS,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            )
+            if on_progress:
+                on_progress(first + len(batch))
+        return vectors

@@ -1,0 +1,68 @@
+"""Questions, answers and their receipts."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from sqlalchemy import Connection, insert, select, update
+
+from rag.errors import DocumentNotFoundError
+from rag.store.database import Database, answer, answer_document
+from rag.types import Answer, answer_from_json
+
+REDACTED = "[deleted with its document]"
+
+
+class ReceiptStore:
+    """The answers given so far."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def save(self, question: str, given: Answer, document_ids: Sequence[int]) -> None:
+        """Store one answer with the documents that were asked about."""
+        with self._database.write() as connection:
+            connection.execute(
+                insert(answer).values(
+                    id=given.receipt.id,
+                    created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                    question=question,
+                    body=json.dumps(given.to_json()),
+                )
+            )
+            rows = [{"answer_id": given.receipt.id, "document_id": d} for d in document_ids]
+            connection.execute(insert(answer_document), rows)
+
+    def load(self, receipt_id: str) -> Answer:
+        """Return a past answer.
+
+        Raises:
+            DocumentNotFoundError: if there is no such receipt.
+        """
+        with self._database.read() as connection:
+            body = connection.scalar(select(answer.c.body).where(answer.c.id == receipt_id))
+        if body is None:
+            raise DocumentNotFoundError(
+                f"no receipt {receipt_id!r}", hint="the id stands in every answer's receipt"
+            )
+        return answer_from_json(json.loads(body))
+
+
+def redact(connection: Connection, document_id: int) -> None:
+    """Take a deleted document's words out of every answer that read it; the numbers stay."""
+    query = (
+        select(answer.c.id, answer.c.body)
+        .join(answer_document, answer_document.c.answer_id == answer.c.id)
+        .where(answer_document.c.document_id == document_id)
+    )
+    for row in connection.execute(query).all():
+        body = json.loads(row.body)
+        body["answer"] = REDACTED
+        for citation in body["citations"]:
+            if citation["document"] == document_id:
+                citation.update(quote=REDACTED, title=REDACTED, section=None, verified=False)
+        connection.execute(
+            update(answer)
+            .where(answer.c.id == row.id)
+            .values(body=json.dumps(body), question=REDACTED)
+        )
