@@ -2,7 +2,7 @@
 
     FathomError
     ├── SettingsError               a setting is unknown, malformed or contradicts another
-    ├── InstallError                the installation itself is wrong (two FAISS builds, a foreign `rag`)
+    ├── InstallError                the installation itself is wrong, e.g. two FAISS builds
     ├── ReadError                   a source could not be read
     │   ├── SourceNotFoundError       nothing is there, or it is not a regular file
     │   ├── UnsupportedFormatError    no reader accepts it

@@ -55,9 +55,7 @@ def _page_text(pdf: pypdfium2.PdfDocument, index: int) -> str:
     return re.sub(r"\r\n?", "\n", text).replace("\x02", "").replace("\x00", "�")
 
 
-def _sections(
-    pdf: pypdfium2.PdfDocument, text: str, pages: list[Page]
-) -> tuple[Section, ...]:
+def _sections(pdf: pypdfium2.PdfDocument, text: str, pages: list[Page]) -> tuple[Section, ...]:
     """Place each outline entry where its title stands on its page, else at the page's start."""
     sections: list[Section] = []
     for bookmark in pdf.get_toc():

@@ -22,9 +22,7 @@ def read_text(path: Path) -> CanonicalText:
 def read_markdown(path: Path) -> CanonicalText:
     """Read a Markdown file; its headings become sections, its source is the canonical text."""
     text, warnings = decode(path.read_bytes())
-    return CanonicalText(
-        text, "text/markdown", sections=markdown_headings(text), warnings=warnings
-    )
+    return CanonicalText(text, "text/markdown", sections=markdown_headings(text), warnings=warnings)
 
 
 def decode(data: bytes) -> tuple[str, tuple[str, ...]]:

@@ -49,11 +49,13 @@ class SentenceTransformerEmbedder:
             device: cuda or cpu.
         """
         from sentence_transformers import SentenceTransformer
+        from tokenizers import Tokenizer
 
         self._model = SentenceTransformer(str(folder), device=device, local_files_only=True)
         if device == "cuda":
             self._model.half()
-        self._tokenizer = self._model.tokenizer.backend_tokenizer
+        # a copy of our own: encode() switches truncation on in the model's
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         weights = (folder / "model.safetensors").stat().st_size

@@ -252,9 +252,7 @@ def _insert_parts(
     chunks: Sequence[Chunk],
     vectors: FloatArray,
 ) -> None:
-    connection.execute(
-        insert(document_text).values(document_id=document_id, text=content.text)
-    )
+    connection.execute(insert(document_text).values(document_id=document_id, text=content.text))
     if content.pages:
         connection.execute(
             insert(page),
@@ -314,7 +312,9 @@ def _claim_embedder(connection: Connection, embedder: str) -> None:
             f"the library's vectors come from {stored}; the embedder in use is {embedder}",
             hint="set FATHOM_EMBEDDER back, or ingest into a new --home",
         )
-    connection.execute(insert(meta).prefix_with("OR REPLACE").values(key="embedder", value=embedder))
+    connection.execute(
+        insert(meta).prefix_with("OR REPLACE").values(key="embedder", value=embedder)
+    )
 
 
 def _document(row: Row[Any]) -> Document:

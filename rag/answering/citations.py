@@ -1,0 +1,177 @@
+"""From an answer's sentences to the verbatim sentences of the documents that support them.
+
+A small model's own markers are hints, not proof. Each statement is matched with the sentences it
+was shown; the one that shares most of its weighty words becomes the quotation, cut from the stored
+text by its offsets, so it is verbatim by construction, and it is read again to prove it. A
+statement that no sentence supports is marked.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rag.answering.context import page_at, section_at
+from rag.store.documents import DocumentStore
+from rag.types import Citation, ContextPassage
+
+UNVERIFIED = "[unverified]"
+# Share of a statement's weighty words that its quotation must hold. Chosen on the dev questions of
+# squad2_articles; docs/decisions/0006.
+MIN_SUPPORT = 0.5
+MAX_QUOTE_CHARS = 600
+
+_MARKER = re.compile(r"\s*\[(\d{1,3})\]")
+_SENTENCE = re.compile(
+    r"[^\n.!?。！？]*(?:[.!?](?!\s|$)[^\n.!?。！？]*)*(?:[.!?。！？]+[\"')\]]*|\n|$)"
+)
+_WORD = re.compile(r"\w+")
+_COMMON = frozenset(
+    "a an and are as at be been but by can did do does for from had has have how if in into is it"
+    " its may must not of on or shall should so such than that the their them then there these"
+    " they this to was were what when where which who why will with would you your".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CitedText:
+    """The answer with its markers renumbered from 1, and the citations they stand for."""
+
+    text: str
+    citations: tuple[Citation, ...]
+    num_unverified: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sentence:
+    passage: ContextPassage
+    start: int  # in the document
+    end: int
+    words: frozenset[str]
+
+
+def resolve_citations(
+    answer: str, question: str, passages: Sequence[ContextPassage], store: DocumentStore
+) -> CitedText:
+    """Return the answer with one verified citation after each statement that has support.
+
+    Args:
+        answer: what the model wrote, with or without `[n]` markers.
+        question: its words count too, less than the answer's own, when quotations compete.
+        passages: what the prompt showed.
+        store: where the quotation is read again.
+    """
+    sentences = [s for passage in passages for s in _sentences(passage)]
+    weights = _inverse_frequencies(sentences)
+    question_words = frozenset(_words(question))
+    numbers: dict[tuple[int, int, int], int] = {}
+    citations: list[Citation] = []
+    parts, unverified = [], 0
+    for statement in split_sentences(answer):
+        claimed = {int(n) for n in _MARKER.findall(statement)}
+        bare = _MARKER.sub("", statement).strip()
+        if not _words(bare):
+            continue
+        best = _best_support(bare, question_words, claimed, sentences, weights)
+        if best is None:
+            unverified += 1
+            parts.append(f"{bare} {UNVERIFIED}")
+            continue
+        key = (best.passage.passage.document.id, best.start, best.end)
+        if key not in numbers:
+            numbers[key] = len(citations) + 1
+            citations.append(_citation(numbers[key], best, store))
+        parts.append(f"{bare} [{numbers[key]}]")
+    return CitedText(" ".join(parts), tuple(citations), unverified)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Return the sentences of a text, stripped; a marker after the full stop stays with it."""
+    pieces: list[str] = []
+    for match in _SENTENCE.finditer(text):
+        piece = match.group().strip()
+        while pieces and (found := _MARKER.match(piece)):
+            pieces[-1] += f" {found.group().strip()}"
+            piece = piece[found.end() :].strip()
+        if piece:
+            pieces.append(piece)
+    return pieces
+
+
+def _sentences(numbered: ContextPassage) -> list[_Sentence]:
+    passage = numbered.passage
+    found = []
+    for match in _SENTENCE.finditer(_lines_joined(passage.text)):
+        raw = match.group()
+        start = match.start() + len(raw) - len(raw.lstrip())
+        end = match.start() + len(raw.rstrip())
+        if 0 < end - start <= MAX_QUOTE_CHARS:
+            words = frozenset(_words(passage.text[start:end]))
+            if words:
+                found.append(_Sentence(numbered, passage.start + start, passage.start + end, words))
+    return found
+
+
+def _lines_joined(text: str) -> str:
+    """Return the text, same length, with the line breaks inside paragraphs made spaces."""
+    return re.sub(r"(?<=[^\n.!?:;])\n(?=[a-z0-9(\"'])", " ", text)
+
+
+def _best_support(
+    statement: str,
+    question_words: frozenset[str],
+    claimed: set[int],
+    sentences: Sequence[_Sentence],
+    weights: dict[str, float],
+) -> _Sentence | None:
+    words = frozenset(_words(statement))
+    # what the answer says beyond the question is what must be proved
+    own = words - question_words or words
+    total = _weight(own, weights)
+    best, best_score = None, 0.0
+    for sentence in sentences:
+        support = _weight(own & sentence.words, weights) / total
+        if support < MIN_SUPPORT:
+            continue
+        context = _weight(question_words & sentence.words, weights)
+        context /= _weight(question_words, weights) or 1.0
+        score = support + 0.5 * context + (0.2 if sentence.passage.marker in claimed else 0.0)
+        if score > best_score:
+            best, best_score = sentence, score
+    return best
+
+
+def _citation(marker: int, sentence: _Sentence, store: DocumentStore) -> Citation:
+    document = sentence.passage.passage.document
+    start = sentence.start - sentence.passage.passage.start
+    quote = sentence.passage.passage.text[start : start + sentence.end - sentence.start]
+    citation = Citation(
+        marker=marker,
+        document=document.id,
+        title=document.title,
+        version=document.version,
+        page=page_at(store.pages(document.id), sentence.start),
+        section=section_at(store.sections(document.id), sentence.start),
+        start=sentence.start,
+        end=sentence.end,
+        quote=quote,
+        verified=False,
+    )
+    stored = store.text(document.id, citation.start, citation.end)
+    return replace(citation, verified=stored == quote)
+
+
+def _words(text: str) -> list[str]:
+    return [w for w in (m.lower() for m in _WORD.findall(text)) if w not in _COMMON]
+
+
+def _inverse_frequencies(sentences: Sequence[_Sentence]) -> dict[str, float]:
+    counts = Counter(word for sentence in sentences for word in sentence.words)
+    return {word: math.log(1 + len(sentences) / count) for word, count in counts.items()}
+
+
+def _weight(words: frozenset[str], weights: dict[str, float]) -> float:
+    # a word that stands nowhere in the passages weighs as much as the rarest one that does
+    rarest = max(weights.values(), default=1.0)
+    return sum(weights.get(word, rarest) for word in words)

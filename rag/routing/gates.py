@@ -1,0 +1,93 @@
+"""What one route needs, compared with what this model on this machine can give."""
+
+from dataclasses import dataclass
+
+from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.positions import PositionVerdict, position_limit, position_verdict
+from rag.lm.spec import ModelSpec
+from rag.types import Gate, Route
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a route asks of the model: tokens with the template, and room for the answer."""
+
+    route: Route
+    prompt_tokens: int
+    max_new_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of prompt and longest answer together."""
+        return self.prompt_tokens + self.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What there is: the context in tokens, the bytes free for a cache, the longest prefill.
+
+    `kv_bytes` is free device memory less the reserve; `context_tokens` is None if the model
+    declares no end and no cap is set.
+    """
+
+    context_tokens: int | None
+    kv_bytes: int
+    prefill_seconds: float
+
+
+def check_gates(
+    need: Need, spec: ModelSpec, limits: Limits, *, predicted_prefill_seconds: float | None
+) -> tuple[Gate, ...]:
+    """Return every gate of one route, failed ones included.
+
+    Args:
+        need: exact counts of the templated prompt.
+        spec: the loaded model's shape.
+        limits: what this machine has now.
+        predicted_prefill_seconds: for `need.prompt_tokens`; None where it was not measured, and
+            then that gate is left out.
+    """
+    total = need.total_tokens
+    kv_bytes = kv_cache_bytes(spec, total)
+    verdict = position_verdict(spec, total)
+    in_range = verdict in (PositionVerdict.NATIVE, PositionVerdict.EXTENDED)
+    gates = [
+        Gate(
+            "tokens",
+            total,
+            limits.context_tokens,
+            "tokens",
+            limits.context_tokens is None or total <= limits.context_tokens,
+            need.route,
+        ),
+        Gate("positions", total, position_limit(spec), "positions", in_range, need.route),
+        Gate(
+            "kv_bytes", kv_bytes, limits.kv_bytes, "bytes", kv_bytes <= limits.kv_bytes, need.route
+        ),
+    ]
+    if predicted_prefill_seconds is not None:
+        gates.append(
+            Gate(
+                "prefill_seconds",
+                round(predicted_prefill_seconds, 2),
+                limits.prefill_seconds,
+                "seconds",
+                predicted_prefill_seconds <= limits.prefill_seconds,
+                need.route,
+            )
+        )
+    return tuple(gates)
+
+
+def failed(gates: tuple[Gate, ...], route: Route) -> list[Gate]:
+    """Return the gates that a route fails."""
+    return [gate for gate in gates if gate.route == route and not gate.passed]
+
+
+def describe(gate: Gate) -> str:
+    """Return one gate in words, e.g. `tokens 110,233 of 32,768`."""
+    if gate.unit == "bytes":
+        value, limit = (f"{(v or 0) / 2**20:,.0f} MiB" for v in (gate.value, gate.limit))
+        return f"{gate.gate} {value} of {limit}"
+    limit = "unknown" if gate.limit is None else f"{gate.limit:,.10g}"
+    return f"{gate.gate} {gate.value:,.10g} of {limit}"

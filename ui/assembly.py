@@ -1,0 +1,137 @@
+"""Fathom put together: settings to a library and a service. The only place that builds both."""
+
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from ingest.pipeline import IngestProgress, IngestResult, delete_document, ingest_file
+from rag.answering.service import AnsweringService
+from rag.lm.engine import Engine
+from rag.retrieval.embedding import Embedder
+from rag.retrieval.lexical_index import LexicalIndex
+from rag.retrieval.retriever import Retriever
+from rag.retrieval.vector_index import VectorIndex
+from rag.settings import Settings
+from rag.store.database import Database
+from rag.store.documents import DocumentStore
+from rag.store.oplog import OpLog
+from rag.store.receipts import ReceiptStore
+from rag.types import Document
+
+
+class Fathom:
+    """One library with its models; each part is built when it is first needed.
+
+    Tests hand in a small `embedder` and `engine`; otherwise they come from the settings.
+    """
+
+    def __init__(
+        self, settings: Settings, *, embedder: Embedder | None = None, engine: Engine | None = None
+    ) -> None:
+        self.settings = settings
+        self._given_embedder = embedder
+        self._given_engine = engine
+        self._building = threading.RLock()
+
+    @cached_property
+    def database(self) -> Database:
+        """The library's database, its schema brought up to date."""
+        return Database(self.settings.resolved_database_url)
+
+    @cached_property
+    def store(self) -> DocumentStore:
+        """The library's documents."""
+        return DocumentStore(self.database)
+
+    @cached_property
+    def receipts(self) -> ReceiptStore:
+        """The answers given so far."""
+        return ReceiptStore(self.database)
+
+    @cached_property
+    def lexical(self) -> LexicalIndex:
+        """The full-text index."""
+        return LexicalIndex(self.database)
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder, loaded once."""
+        with self._building:
+            if self._given_embedder is None:
+                from rag.lm.catalog import resolve_model
+                from rag.lm.local_engine import choose_device
+                from rag.retrieval.embedding import SentenceTransformerEmbedder
+
+                name = self.settings.embedder
+                folder = resolve_model(name, self.settings)
+                device = choose_device(self.settings)
+                self._given_embedder = SentenceTransformerEmbedder(
+                    folder, name=name, device=device
+                )
+            return self._given_embedder
+
+    @property
+    def engine(self) -> Engine:
+        """The language model; its weights are loaded when it first reads."""
+        with self._building:
+            if self._given_engine is None:
+                from rag.lm.local_engine import LocalEngine
+
+                self._given_engine = LocalEngine.load(self.settings.model, self.settings)
+            return self._given_engine
+
+    @cached_property
+    def index(self) -> VectorIndex:
+        """The FAISS index over the library."""
+        embedder = self.embedder
+        return VectorIndex(
+            OpLog(self.database),
+            self.settings.index_dir,
+            dim=embedder.dim,
+            embedder=embedder.fingerprint,
+        )
+
+    @cached_property
+    def _service(self) -> AnsweringService:
+        retriever = Retriever(self.store, self.index, self.lexical, self.embedder)
+        return AnsweringService(self.store, self.receipts, retriever, self.engine, self.settings)
+
+    def service(self) -> AnsweringService:
+        """Return the one door to answers."""
+        with self._building:
+            return self._service
+
+    def documents(self) -> list[Document]:
+        """Return the latest version of every document."""
+        return self.store.all()
+
+    def text(self, document_id: int, start: int, end: int) -> str:
+        """Return characters `[start, end)` of a document."""
+        return self.store.text(document_id, start, end)
+
+    def ingest(
+        self,
+        path: Path,
+        *,
+        source: str | None = None,
+        title: str | None = None,
+        on_progress: Callable[[IngestProgress], None] | None = None,
+    ) -> IngestResult:
+        """Take one file into the library; see `ingest.pipeline.ingest_file`."""
+        return ingest_file(
+            path,
+            store=self.store,
+            embedder=self.embedder,
+            settings=self.settings,
+            source=source,
+            title=title,
+            on_progress=on_progress,
+        )
+
+    def delete(self, document_id: int) -> None:
+        """Delete a document from the store, the originals, the index and its snapshots."""
+        document = self.store.find(str(document_id))
+        delete_document(document, store=self.store, settings=self.settings)
+        self.index.catch_up()
+        self.index.snapshot(keep=1)
