@@ -3,6 +3,7 @@
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
+from itertools import pairwise
 
 from rag.types import CanonicalText, Chunk, Section
 
@@ -31,7 +32,7 @@ def chunk_text(
     text, sections = content.text, sorted(content.sections, key=lambda s: s.start)
     starts = sorted({0, *(s.start for s in sections if 0 < s.start < len(text)), len(text)})
     chunks: list[Chunk] = []
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         path = heading_path(sections, start)
         heading_tokens = len(token_offsets(embedded_text(title, path, "")))
         budget = max(max_tokens - heading_tokens, max_tokens // 2)

@@ -59,16 +59,15 @@ class Fathom:
         """The embedder, loaded once."""
         with self._building:
             if self._given_embedder is None:
-                from rag.lm.catalog import resolve_model
                 from rag.lm.local_engine import choose_device
+
+                from rag.lm.catalog import resolve_model
                 from rag.retrieval.embedding import SentenceTransformerEmbedder
 
                 name = self.settings.embedder
                 folder = resolve_model(name, self.settings)
                 device = choose_device(self.settings)
-                self._given_embedder = SentenceTransformerEmbedder(
-                    folder, name=name, device=device
-                )
+                self._given_embedder = SentenceTransformerEmbedder(folder, name=name, device=device)
             return self._given_embedder
 
     @property

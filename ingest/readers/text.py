@@ -1,6 +1,7 @@
 """Plain text and Markdown to canonical text with sections."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from charset_normalizer import from_bytes
@@ -64,7 +65,7 @@ def markdown_headings(text: str) -> tuple[Section, ...]:
         line_starts.append(line_starts[-1] + len(line))
     tokens = MarkdownIt("commonmark").parse(text)
     sections = []
-    for opening, content in zip(tokens, tokens[1:], strict=False):
+    for opening, content in pairwise(tokens):
         if opening.type != "heading_open" or opening.map is None or not content.content.strip():
             continue
         title = "".join(c.content for c in content.children or () if c.content).strip()

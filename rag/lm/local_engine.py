@@ -1,0 +1,410 @@
+"""The engine that runs a transformers model in this process, one request at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from threading import Event, Lock
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from rag.errors import SettingsError
+from rag.lm.catalog import resolve_model, resolve_model_name
+from rag.lm.engine import GenerationDone, GenerationStep, Message, PrefillProgress, TextPiece
+from rag.lm.kv_bytes import measured_kv_bytes
+from rag.lm.prefill_cost import (
+    PREFILL_CHUNK_TOKENS,
+    PrefillRate,
+    prefill_flops,
+    prefill_seconds,
+)
+from rag.lm.spec import ModelSpec
+from rag.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Cache, PreTrainedConfig
+
+_RATE_TOKENS = 256
+_RATE_RUNS = 2
+# The end of a turn in ChatML; converted models may name only <|endoftext|> as their end.
+_TURN_END = "<|im_end|>"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class LocalEngine:
+    """A transformers model on this machine's CPU or GPU; implements `rag.lm.engine.Engine`.
+
+    Tokenizer and spec are there at once; the weights are read when the first request needs them.
+    """
+
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - a causal model of transformers, or what loads it
+        tokenizer: Any,  # noqa: ANN401 - transformers types it as a union of backends
+        *,
+        name: str,
+        config: PreTrainedConfig | None = None,
+        dtype_bytes: int | None = None,
+    ) -> None:
+        """Wrap a model that is loaded, or one that a function will load.
+
+        Args:
+            model: a causal language model; or a function that returns one, given `config`.
+            tokenizer: its tokenizer.
+            name: what receipts call the model.
+            config: the model's config; by default the model's own.
+            dtype_bytes: bytes of one element of the weights; by default those of `config.dtype`.
+
+        Raises:
+            UnsupportedModelError: if its cache cannot be predicted exactly.
+        """
+        self._load_model: Callable[[], Any] | None = None
+        self._model: Any = None
+        if config is None:
+            self._model, config = model, model.config
+            dtype_bytes = model.dtype.itemsize
+        else:
+            self._load_model = model
+        self._name = name
+        self._tokenizer = tokenizer
+        self._spec = ModelSpec.from_config(config, dtype_bytes=dtype_bytes)
+        self._tokenizer_id = _fingerprint(tokenizer)
+        self._device_type = "cpu" if self._model is None else str(self._model.device.type)
+        self._rate: PrefillRate | None = None
+        self._lock = Lock()
+
+    @classmethod
+    def load(cls, name: str, settings: Settings) -> LocalEngine:
+        """Return the engine of a model that has been fetched; its weights are not read yet.
+
+        Args:
+            name: a catalog name, a folder, a hub id in the local cache, or auto.
+            settings: device, threads and the folder of fetched models.
+
+        Raises:
+            UnknownModelError: if nothing is called so.
+            ModelFetchError: if it has not been fetched.
+            UnsupportedModelError: if its cache cannot be predicted exactly.
+            SettingsError: if the device is not there.
+        """
+        folder = resolve_model(name, settings)
+
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        device = _device(settings)
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        stored = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
+        dtype = torch.bfloat16 if device.type == "cuda" else stored
+
+        def load_model() -> Any:  # noqa: ANN401
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+            return model.to(device).eval()
+
+        engine = cls(
+            load_model,
+            tokenizer,
+            name=resolve_model_name(name, settings),
+            config=config,
+            dtype_bytes=dtype.itemsize,
+        )
+        engine._device_type = device.type
+        return engine
+
+    @property
+    def name(self) -> str:
+        """The model's catalog name, folder or hub id, as the receipt shows it."""
+        return self._name
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape and limits."""
+        return self._spec
+
+    @property
+    def tokenizer_id(self) -> str:
+        """A fingerprint of the tokenizer: equal ids give equal token counts."""
+        return self._tokenizer_id
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._model is not None
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of `text` alone, without any template."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Return the token ids of the chat in the model's own template, ready for its reply.
+
+        A model without a template reads the contents as plain text, a blank line after each. A
+        template that knows no system role gets the system's words before the user's first.
+        """
+        from jinja2 import TemplateError
+
+        if not getattr(self._tokenizer, "chat_template", None):
+            text = "".join(f"{message.content}\n\n" for message in messages)
+            return list(self._tokenizer.encode(text, verbose=False))
+        try:
+            return self._apply_template(messages)
+        except TemplateError:
+            if len(messages) < 2 or messages[0].role != "system":
+                raise
+            first = Message(messages[1].role, f"{messages[0].content}\n\n{messages[1].content}")
+            return self._apply_template([first, *messages[2:]])
+
+    def free_bytes(self) -> int:
+        """Return the bytes of device memory that are free now, once the weights are in memory."""
+        pending = 0 if self.is_loaded else self._spec.num_parameters * self._spec.dtype_bytes
+        free = _free_gpu_bytes() if self._device_type == "cuda" else _free_memory_bytes()
+        return max(0, free - pending)
+
+    def predicted_prefill_seconds(self, num_tokens: int) -> float:
+        """Return the seconds that prefilling `num_tokens` takes here, from a measured rate.
+
+        The first call loads the weights and times three short prefills.
+        """
+        if self._rate is None:
+            with self._lock:
+                self._rate = self._rate or self._measure_rate()
+        return prefill_seconds(self._spec, self._rate, num_tokens)
+
+    def generate(
+        self, prompt_ids: list[int], *, max_new_tokens: int, stop: Event
+    ) -> Iterator[GenerationStep]:
+        """Prefill the prompt, then decode greedily, yielding each step; GenerationDone is last.
+
+        `stop` is looked at between prefill chunks and between tokens. Requests wait for each other;
+        closing the iterator ends its request. The token that ends the answer counts as new, but is
+        neither shown nor cached.
+
+        Raises:
+            ValueError: if the prompt is empty or `max_new_tokens` is not positive.
+        """
+        if not prompt_ids or max_new_tokens < 1:
+            raise ValueError("generate needs a prompt and at least one new token")
+        with self._lock:
+            yield from self._generate(prompt_ids, max_new_tokens, stop)
+
+    def _generate(
+        self, prompt_ids: list[int], max_new_tokens: int, stop: Event
+    ) -> Iterator[GenerationStep]:
+        model = self._loaded_model()
+        cache = self._new_cache()
+        end_ids = self._end_ids(model)
+        text = _TextStream(self._tokenizer)
+        prefill = decode = 0.0
+        new_tokens = 0
+        next_id: int | None = None
+
+        for start in range(0, len(prompt_ids), PREFILL_CHUNK_TOKENS):
+            if stop.is_set():
+                break
+            chunk = prompt_ids[start : start + PREFILL_CHUNK_TOKENS]
+            next_id, seconds = self._step(chunk, cache)
+            prefill += seconds
+            yield PrefillProgress(start + len(chunk), len(prompt_ids))
+        else:
+            while next_id is not None:
+                new_tokens += 1
+                if next_id in end_ids:
+                    break
+                if piece := text.push(next_id):
+                    yield TextPiece(piece)
+                if new_tokens == max_new_tokens or stop.is_set():
+                    break
+                next_id, seconds = self._step([next_id], cache)
+                decode += seconds
+            if piece := text.flush():
+                yield TextPiece(piece)
+
+        ended = next_id in end_ids or new_tokens == max_new_tokens
+        yield GenerationDone(
+            prompt_tokens=len(prompt_ids),
+            cached_tokens=cache.get_seq_length(),
+            new_tokens=new_tokens,
+            kv_bytes=measured_kv_bytes(cache),
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+            stopped=stop.is_set() and not ended,
+        )
+
+    def _step(self, ids: list[int], cache: Cache) -> tuple[int, float]:
+        """Put `ids` into the cache; return the likeliest next token and the seconds it took."""
+        import torch
+
+        begun = time.perf_counter()
+        # Entered anew for each step: a generator must not leave it on in its caller's thread.
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=torch.tensor([ids], device=self._model.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            next_id = int(output.logits[0, -1].argmax())  # waits for the GPU
+        return next_id, time.perf_counter() - begun
+
+    def _measure_rate(self) -> PrefillRate:
+        """Time short prefills of an empty cache, the first of them to warm up."""
+        self._loaded_model()
+        num_tokens = min(_RATE_TOKENS, self._spec.max_positions or _RATE_TOKENS)
+        ids = [index % self._spec.vocab_size for index in range(num_tokens)]
+        seconds = [self._step(ids, self._new_cache())[1] for _ in range(1 + _RATE_RUNS)][1:]
+        return PrefillRate(prefill_flops(self._spec, num_tokens) / median(seconds), num_tokens)
+
+    def _loaded_model(self) -> Any:  # noqa: ANN401
+        """Return the model, reading its weights on first use; call it with the lock held."""
+        if self._model is None and self._load_model is not None:
+            self._model = self._load_model()
+        return self._model
+
+    def _new_cache(self) -> Cache:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._model.config)
+
+    def _end_ids(self, model: Any) -> frozenset[int]:  # noqa: ANN401
+        """Return every token id that ends an answer."""
+        ids: set[int] = set()
+        configured = getattr(model.generation_config, "eos_token_id", None)
+        if configured is not None:
+            ids.update([configured] if isinstance(configured, int) else configured)
+        if self._tokenizer.eos_token_id is not None:
+            ids.add(self._tokenizer.eos_token_id)
+        turn_end = self._tokenizer.get_vocab().get(_TURN_END)
+        if turn_end is not None:
+            ids.add(turn_end)
+        return frozenset(ids)
+
+    def _apply_template(self, messages: list[Message]) -> list[int]:
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        return list(
+            self._tokenizer.apply_chat_template(
+                chat, tokenize=True, add_generation_prompt=True, return_dict=False
+            )
+        )
+
+
+class _TextStream:
+    """Turns token ids into text piece by piece, holding back characters that are not whole yet.
+
+    The pieces joined are the text of all ids decoded at once.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # Decoding starts at a token already shown: some decoders drop a leading space.
+        self._from = 0
+        self._shown = 0
+
+    def push(self, token_id: int) -> str:
+        """Return the text that `token_id` completes, often one word, sometimes nothing."""
+        self._ids.append(token_id)
+        return self._new_text(hold_back=True)
+
+    def flush(self) -> str:
+        """Return what was held back."""
+        return self._new_text(hold_back=False)
+
+    def _new_text(self, *, hold_back: bool) -> str:
+        before = self._decode(self._ids[self._from : self._shown])
+        text = self._decode(self._ids[self._from :])
+        if len(text) <= len(before) or (hold_back and text.endswith(_REPLACEMENT)):
+            return ""
+        self._from, self._shown = self._shown, len(self._ids)
+        return text[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def _device(settings: Settings) -> torch.device:
+    """Return the torch device of `settings.device`; the only place that chooses one."""
+    import torch
+
+    wanted = settings.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if not (wanted == "cpu" or wanted.startswith("cuda")):
+        raise SettingsError(
+            f"device is {wanted!r}; expected cuda, cpu or auto", hint="set FATHOM_DEVICE=auto"
+        )
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(
+            f"device is {wanted!r}, but torch finds no CUDA device here",
+            hint="set FATHOM_DEVICE=auto, or check the driver with nvidia-smi",
+        )
+    return torch.device(wanted)
+
+
+def _free_gpu_bytes() -> int:
+    """Return what the driver has free, and what torch holds of it without using it."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
+def _free_memory_bytes() -> int:
+    """Return the available memory of the machine, or of the control group if that is less."""
+    return min([int(psutil.virtual_memory().available), *_cgroup_free_bytes()])
+
+
+def _cgroup_free_bytes(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> list[int]:
+    """Return the free bytes of each limited control group (version 2) that this process is in.
+
+    Page cache that the kernel gives back at once (inactive_file) counts as free.
+    """
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    inside = next((line[3:] for line in lines if line.startswith("0::")), None)
+    if inside is None:
+        return []
+    group = root / inside.strip("/")
+    free = []
+    for folder in [group, *group.parents]:
+        try:
+            limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
+            if limit != "max":
+                used = int((folder / "memory.current").read_text(encoding="utf-8"))
+                stat = (folder / "memory.stat").read_text(encoding="utf-8").split()
+                used -= int(stat[stat.index("inactive_file") + 1])
+                free.append(max(0, int(limit) - used))
+        except (OSError, ValueError):
+            pass
+        if folder == root:
+            break
+    return free
+
+
+def _fingerprint(tokenizer: Any) -> str:  # noqa: ANN401
+    """Return the first 16 hex digits of the SHA-256 of all that the tokenizer does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = (
+        json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    )
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,0 +1,125 @@
+"""Shared fixtures: a hash embedder, a tiny random model, and a library in a temporary folder."""
+
+from rag.runtime import prepare_process
+
+prepare_process()
+
+import hashlib  # noqa: E402 - the process is prepared before anything heavy is imported
+import re  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import numpy.typing as npt  # noqa: E402
+import pytest  # noqa: E402
+
+from rag.lm.local_engine import LocalEngine  # noqa: E402
+from rag.settings import Settings  # noqa: E402
+from ui.assembly import Fathom  # noqa: E402
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+INGEST_DOCS = SHARED_DATA / "ingest_docs"
+
+HANDBOOK = """# Harbour handbook
+
+Ships report to the harbour office on arrival.
+
+## Berths
+
+The quay has twelve berths. Berth seven is kept free for the pilot boat.
+A berth is booked by radio on channel 14.
+
+## Fees
+
+The harbour fee is 35 crowns a night. Children under ten pay nothing.
+
+## Lights
+
+The north beacon flashes green every four seconds. The south beacon is red.
+"""
+
+
+class HashEmbedder:
+    """Words hashed into 64 buckets: texts that share words are near each other."""
+
+    fingerprint = "hash-64"
+    dim = 64
+    max_tokens = 64
+
+    def token_offsets(self, text: str) -> list[tuple[int, int]]:
+        return [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)]
+
+    def embed(
+        self, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None
+    ) -> npt.NDArray[np.float32]:
+        vectors = np.full((len(texts), self.dim), 1e-3, dtype=np.float32)
+        for row, text in enumerate(texts):
+            for word in re.findall(r"\w+", text.lower()):
+                digest = hashlib.sha256(word.encode()).digest()
+                vectors[row, digest[0] % self.dim] += 1.0
+            if on_progress:
+                on_progress(row + 1)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.asarray(vectors / norms, dtype=np.float32)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Return settings whose home is a temporary folder, whatever the user has set."""
+    monkeypatch.setenv("FATHOM_HOME", str(tmp_path / "home"))
+    return Settings(kv_reserve_bytes=0, max_new_tokens=16, prefill_deadline_seconds=1e9)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine() -> LocalEngine:
+    """Return a seeded random Llama of two layers with a byte tokenizer."""
+    return make_tiny_engine()
+
+
+@pytest.fixture
+def library(settings: Settings, tiny_engine: LocalEngine) -> Fathom:
+    """Return an empty library with the hash embedder and the tiny model."""
+    return Fathom(settings, embedder=HashEmbedder(), engine=tiny_engine)
+
+
+@pytest.fixture
+def handbook(tmp_path: Path) -> Path:
+    """Return a short Markdown file with four sections."""
+    path = tmp_path / "handbook.md"
+    path.write_text(HANDBOOK)
+    return path
+
+
+@pytest.fixture
+def small_fathom(library: Fathom, handbook: Path) -> Fathom:
+    """Return a library that holds the handbook."""
+    library.ingest(handbook)
+    return library
+
+
+def make_tiny_engine(max_position_embeddings: int = 4096) -> LocalEngine:
+    """Build the tiny engine from transformers' own config class."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {sign: number for number, sign in enumerate(alphabet)}
+    vocabulary["<eos>"] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_position_embeddings,
+        eos_token_id=vocabulary["<eos>"],
+        bos_token_id=None,
+    )
+    return LocalEngine(LlamaForCausalLM(config).eval(), tokenizer, name="tiny-llama")
