@@ -66,7 +66,7 @@ class Fathom:
 
                 name = self.settings.embedder
                 folder = resolve_model(name, self.settings)
-                device = choose_device(self.settings)
+                device = choose_device(self.settings).type
                 self._given_embedder = SentenceTransformerEmbedder(folder, name=name, device=device)
             return self._given_embedder
 

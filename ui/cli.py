@@ -332,7 +332,7 @@ def models_list(as_json: Json = False) -> None:
     """List the catalog, and which of it is here."""
     from rag.lm.catalog import fetched_models, load_catalog
 
-    here = set(fetched_models(load_settings()))
+    here = {model.name for model in fetched_models(load_settings())}
     for entry in load_catalog().values():
         if as_json:
             _print_json(

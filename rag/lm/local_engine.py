@@ -11,7 +11,7 @@ from statistics import median
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from rag.errors import SettingsError
 from rag.lm.catalog import resolve_model, resolve_model_name
@@ -100,7 +100,7 @@ class LocalEngine:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        device = _device(settings)
+        device = choose_device(settings)
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -109,7 +109,7 @@ class LocalEngine:
         dtype = torch.bfloat16 if device.type == "cuda" else stored
 
         def load_model() -> Any:  # noqa: ANN401
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True
             )
             return model.to(device).eval()
@@ -232,7 +232,7 @@ class LocalEngine:
             if piece := text.flush():
                 yield TextPiece(piece)
 
-        ended = next_id in end_ids or new_tokens == max_new_tokens
+        ended = new_tokens > 0 and (next_id in end_ids or new_tokens == max_new_tokens)
         yield GenerationDone(
             prompt_tokens=len(prompt_ids),
             cached_tokens=cache.get_seq_length(),
@@ -338,7 +338,7 @@ class _TextStream:
         )
 
 
-def _device(settings: Settings) -> torch.device:
+def choose_device(settings: Settings) -> torch.device:
     """Return the torch device of `settings.device`; the only place that chooses one."""
     import torch
 

@@ -36,6 +36,9 @@ VERIFIED_FAMILIES = frozenset(
     }
 )
 
+# Families whose modelling code knows no grouped heads, whatever else their config may hold.
+_UNGROUPED = frozenset({"gpt2", "gpt_neox", "opt"})
+
 # Families with a table of position embeddings: nothing exists beyond its last row.
 _LEARNED_POSITIONS = {"gpt2": "n_positions", "opt": "max_position_embeddings"}
 
@@ -151,8 +154,13 @@ def _layers(text: Any) -> tuple[LayerSpec, ...]:  # noqa: ANN401 - a config of a
             f"found {len(cache_layers)} cache layers, expected {text.num_hidden_layers}"
         )
     head_count = int(text.num_attention_heads)
-    head_width = int(getattr(text, "head_dim", None) or text.hidden_size // head_count)
-    kv_width = int(getattr(text, "num_key_value_heads", None) or head_count) * head_width
+    head_width = int(text.hidden_size) // head_count
+    if text.model_type not in _UNGROUPED:
+        head_width = int(getattr(text, "head_dim", None) or head_width)
+    kv_heads = head_count
+    if text.model_type not in _UNGROUPED:
+        kv_heads = int(getattr(text, "num_key_value_heads", None) or head_count)
+    kv_width = kv_heads * head_width
     layers: list[LayerSpec] = []
     for layer in cache_layers:
         kind: Literal["full", "sliding"]

@@ -1,0 +1,175 @@
+"""From a question to a cited answer with its receipt, with a tiny random model."""
+
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from conftest import HANDBOOK, HashEmbedder, make_tiny_engine
+from rag.answering.citations import UNVERIFIED, resolve_citations, split_sentences
+from rag.answering.context import full_context, retrieved_context
+from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
+from rag.answering.service import AnswerReady, RouteChosen
+from rag.errors import DocumentNotFoundError, EmptyLibraryError
+from rag.lm.engine import GenerationDone, PrefillProgress
+from rag.store.receipts import REDACTED
+from rag.types import Route, answer_from_json
+from ui.assembly import Fathom
+
+QUESTION = "What is the harbour fee?"
+
+
+def test_a_receipt_tells_what_was_done(small_fathom: Fathom) -> None:
+    answer = small_fathom.service().answer(QUESTION)
+    receipt = answer.receipt
+    assert receipt.route is Route.FULL
+    assert receipt.kv_bytes.predicted == receipt.kv_bytes.actual > 0
+    assert receipt.read.tokens == receipt.read.of_tokens == len(HANDBOOK.encode())
+    assert receipt.read.not_read == ""
+    assert receipt.new_tokens <= 16
+    assert {gate.gate for gate in receipt.gates} >= {"tokens", "positions", "kv_bytes"}
+    assert receipt.seconds.total >= receipt.seconds.prefill + receipt.seconds.decode > 0
+    assert small_fathom.receipts.load(receipt.id) == answer
+    assert answer_from_json(answer.to_json()) == answer
+
+
+def test_json_has_exactly_the_keys_of_the_contract(small_fathom: Fathom) -> None:
+    value = small_fathom.service().answer(QUESTION).to_json()
+    assert list(value) == ["answer", "abstained", "citations", "receipt"]
+    assert list(value["receipt"]) == (
+        "id route reason question_class gates read prompt_tokens cached_tokens new_tokens kv_bytes"
+        " seconds escalations model embedder prompt_sha256".split()
+    )
+    assert list(value["receipt"]["read"]) == "tokens of_tokens chunks of_chunks not_read".split()
+    gate_keys = {tuple(gate) for gate in value["receipt"]["gates"]}
+    assert gate_keys == {("gate", "value", "limit", "unit", "passed", "route")}
+    timed = "retrieve prefill prefill_predicted decode total".split()
+    assert list(value["receipt"]["seconds"]) == timed
+
+
+def test_a_document_beyond_the_model_is_retrieved_and_the_gate_named(
+    small_fathom: Fathom, tmp_path: Path
+) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("\n\n".join(f"Paragraph {n} is about ship {n * 7}." for n in range(600)))
+    document = small_fathom.ingest(long).document
+    tight = small_fathom.settings.model_copy(update={"retrieval_tokens": 400})
+    service = Fathom(tight, embedder=HashEmbedder(), engine=make_tiny_engine()).service()
+    answer = service.answer("ship 77", document_ids=[document.id], route=Route.FULL)
+    receipt = answer.receipt
+    assert receipt.route is Route.RETRIEVAL
+    assert "reading everything was asked for but fails a gate: tokens" in receipt.reason
+    assert [g.gate for g in receipt.gates if not g.passed] == ["tokens", "positions"]
+    assert 0 < receipt.read.chunks < receipt.read.of_chunks
+    assert receipt.read.tokens <= 400
+    assert "were not shown to the model" in receipt.read.not_read
+
+
+def test_stream_tells_route_first_and_answer_last(small_fathom: Fathom) -> None:
+    events = list(small_fathom.service().stream(QUESTION))
+    assert isinstance(events[0], RouteChosen)
+    assert isinstance(events[1], PrefillProgress)
+    assert isinstance(events[-1], AnswerReady)
+    assert not any(isinstance(event, GenerationDone) for event in events)
+
+
+def test_stop_ends_at_once_and_still_gives_a_receipt(small_fathom: Fathom) -> None:
+    stop = Event()
+    stop.set()
+    *_, last = small_fathom.service().stream(QUESTION, stop=stop)
+    assert isinstance(last, AnswerReady)
+    assert last.answer.receipt.new_tokens == 0
+
+
+def test_the_same_question_gives_the_same_answer(small_fathom: Fathom) -> None:
+    first, second = (small_fathom.service().answer(QUESTION) for _ in range(2))
+    assert first.answer == second.answer
+    assert first.receipt.prompt_sha256 == second.receipt.prompt_sha256
+
+
+def test_an_empty_library_and_an_unknown_document_are_told(library: Fathom) -> None:
+    with pytest.raises(EmptyLibraryError) as caught:
+        library.service().answer(QUESTION)
+    assert "fathom ingest" in caught.value.hint
+    with pytest.raises(DocumentNotFoundError):
+        library.service().answer(QUESTION, document_ids=[99])
+
+
+def test_deleting_a_document_takes_its_words_out_of_past_answers(small_fathom: Fathom) -> None:
+    document = small_fathom.documents()[0]
+    answer = small_fathom.service().answer(QUESTION)
+    small_fathom.delete(document.id)
+    kept = small_fathom.receipts.load(answer.receipt.id)
+    assert kept.answer == REDACTED
+    assert kept.receipt == answer.receipt
+    with small_fathom.database.read() as connection:
+        stored = connection.exec_driver_sql("SELECT question FROM answer").scalar_one()
+    assert stored == REDACTED
+
+
+def test_prompt_has_documents_first_and_question_last(small_fathom: Fathom) -> None:
+    context = full_context(small_fathom.documents(), store=small_fathom.store, count_tokens=len)
+    messages = build_messages(QUESTION, context.passages)
+    assert messages[-1].content.endswith(f"Question: {QUESTION}")
+    assert HANDBOOK in messages[-1].content
+    assert CANNOT_ANSWER in messages[0].content
+
+
+def test_refusal_is_recognised_with_words_around_it() -> None:
+    assert is_refusal(f"Sorry. {CANNOT_ANSWER.upper()}")
+    assert is_refusal("I cannot find this\nin the documents")
+    assert not is_refusal("The fee is 35 crowns.")
+
+
+def test_context_keeps_the_budget_and_the_order_of_the_text(small_fathom: Fathom) -> None:
+    documents = small_fathom.documents()
+    service = small_fathom.service()
+    hits = service._retriever.retrieve("beacon fee berth", documents, num_candidates=10)
+    context = retrieved_context(
+        hits, documents, store=small_fathom.store, count_tokens=len, token_budget=200
+    )
+    starts = [p.passage.start for p in context.passages]
+    assert starts == sorted(starts)
+    assert context.num_tokens <= 200 + 2 * len(context.passages)
+    assert [p.marker for p in context.passages] == list(range(1, len(starts) + 1))
+    for numbered in context.passages:
+        p = numbered.passage
+        assert HANDBOOK[p.start : p.end] == p.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "quote"),
+    [
+        ("The fee is 35 crowns.", "The harbour fee is 35 crowns a night."),
+        ("35 crowns a night [1]", "The harbour fee is 35 crowns a night."),
+        ("It flashes green. [1]", "The north beacon flashes green every four seconds."),
+        ("channel 14", "A berth is booked by radio on channel 14."),
+    ],
+)
+def test_statements_are_cited_by_the_sentence_that_supports_them(
+    small_fathom: Fathom, answer: str, quote: str
+) -> None:
+    context = full_context(small_fathom.documents(), store=small_fathom.store, count_tokens=len)
+    cited = resolve_citations(answer, QUESTION, context.passages, small_fathom.store)
+    (citation,) = cited.citations
+    assert citation.quote == quote == HANDBOOK[citation.start : citation.end]
+    assert citation.verified
+    assert cited.text.endswith("[1]")
+    assert cited.num_unverified == 0
+
+
+def test_statements_without_support_are_marked(small_fathom: Fathom) -> None:
+    context = full_context(small_fathom.documents(), store=small_fathom.store, count_tokens=len)
+    text = "The fee is 35 crowns. Whales sing in the mountains [1]."
+    cited = resolve_citations(text, QUESTION, context.passages, small_fathom.store)
+    assert cited.text == f"The fee is 35 crowns. [1] Whales sing in the mountains. {UNVERIFIED}"
+    assert len(cited.citations) == cited.num_unverified == 1
+
+
+def test_sentences_keep_their_markers_numbers_and_names() -> None:
+    text = "It costs 3.50 today. [2] See python.org for more! Done"
+    assert split_sentences(text) == [
+        "It costs 3.50 today. [2]",
+        "See python.org for more!",
+        "Done",
+    ]

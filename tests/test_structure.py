@@ -1,0 +1,94 @@
+"""The house keeps its own rules."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import typer.main
+
+from ui.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [p for folder in ("rag", "ingest", "eval", "ui") for p in (ROOT / folder).rglob("*.py")]
+
+
+def test_packages_are_imported_by_name_only() -> None:
+    """`import eval` would hide the builtin; the four names are always used as `from x.y import Z`."""
+    for path in [*SOURCES, *(ROOT / "tests").glob("*.py")]:
+        assert not re.search(r"^\s*import (rag|ingest|eval|ui)\b", path.read_text(), re.M), path
+
+
+def test_heavy_libraries_have_one_home() -> None:
+    homes = {
+        "faiss": {"rag/retrieval/vector_index.py"},
+        "sentence_transformers": {"rag/retrieval/embedding.py"},
+        "gradio": {"ui/app.py", "ui/tabs/chat.py", "ui/tabs/library.py"},
+        "pypdfium2": {"ingest/readers/pdf.py"},
+        "kreuzberg": {"ingest/readers/web.py"},
+    }
+    for library, allowed in homes.items():
+        users = {
+            str(path.relative_to(ROOT))
+            for path in SOURCES
+            if re.search(rf"^\s*(import|from) {library}\b", path.read_text(), re.M)
+        }
+        assert users <= allowed, (library, users - allowed)
+
+
+def test_every_command_has_help_examples_and_stands_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__
+        assert command.callback.__doc__, name
+        assert "Examples:" in (command.epilog or ""), name
+        assert f"fathom {name}" in readme, name
+
+
+def test_every_command_takes_json() -> None:
+    group = typer.main.get_command(app)
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
+    for name in names:
+        options = {o for p in group.commands[name].params for o in p.opts}  # type: ignore[attr-defined]
+        assert "--json" in options, name
+
+
+def test_help_is_instant_because_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys; from ui.cli import app;"
+        "print([m for m in ('torch', 'faiss', 'gradio', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_entry_point_lets_threads_sleep_before_torch_is_imported() -> None:
+    code = (
+        "import os; os.environ.pop('OMP_WAIT_POLICY', None);"
+        "from rag.runtime import prepare_process; prepare_process(); import torch;"
+        "print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "PASSIVE"
+    assert "prepare_process()" in (ROOT / "ui" / "cli.py").read_text()
+
+
+def test_documents_name_only_make_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for name in re.findall(r"`make ([a-z-]+)`", (ROOT / "README.md").read_text()):
+        assert name in targets, name
+
+
+def test_constraints_pin_every_dependency_without_addresses() -> None:
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert "://" not in constraints
+    pinned = {line.split("==")[0].lower() for line in constraints.splitlines() if "==" in line}
+    wanted = re.findall(r'^  "([A-Za-z0-9-]+)', (ROOT / "pyproject.toml").read_text(), re.M)
+    asked = {name for name in wanted if name.islower() and name not in ("tests", "pytest")}
+    missing = {n for n in asked if n.replace("_", "-") not in pinned} - {"ui", "models"}
+    assert not {name for name in missing if "-" in name or name in ("torch", "rich", "gradio")}
