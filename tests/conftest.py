@@ -8,6 +8,7 @@ import hashlib  # noqa: E402 - the process is prepared before anything heavy is 
 import re  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
@@ -109,7 +110,9 @@ def make_tiny_engine(max_position_embeddings: int = 4096) -> LocalEngine:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, eos_token="<eos>"
+    )
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
@@ -122,4 +125,5 @@ def make_tiny_engine(max_position_embeddings: int = 4096) -> LocalEngine:
         eos_token_id=vocabulary["<eos>"],
         bos_token_id=None,
     )
-    return LocalEngine(LlamaForCausalLM(config).eval(), tokenizer, name="tiny-llama")
+    model: Any = LlamaForCausalLM(config)
+    return LocalEngine(model.eval(), tokenizer, name="tiny-llama")

@@ -14,11 +14,14 @@ TINY_BYTES_PER_TOKEN = 2 * 2 * 16 * 4
 
 
 def _gates(engine: LocalEngine, tokens: int, **limits: float) -> tuple[Gate, ...]:
-    given = {"context_tokens": 4096, "kv_bytes": 10**9, "prefill_seconds": 60.0} | limits
     return check_gates(
         Need(Route.FULL, tokens, 100),
         engine.spec,
-        Limits(**given),  # type: ignore[arg-type] - numbers of the table below
+        Limits(
+            context_tokens=int(limits.get("context_tokens", 4096)),
+            kv_bytes=int(limits.get("kv_bytes", 10**9)),
+            prefill_seconds=limits.get("prefill_seconds", 60.0),
+        ),
         predicted_prefill_seconds=tokens / 100,
     )
 

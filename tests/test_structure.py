@@ -14,7 +14,7 @@ SOURCES = [p for folder in ("rag", "ingest", "eval", "ui") for p in (ROOT / fold
 
 
 def test_packages_are_imported_by_name_only() -> None:
-    """`import eval` would hide the builtin; the four names are always used as `from x.y import Z`."""
+    """`import eval` would hide the builtin: only `from x.y import Z` is used."""
     for path in [*SOURCES, *(ROOT / "tests").glob("*.py")]:
         assert not re.search(r"^\s*import (rag|ingest|eval|ui)\b", path.read_text(), re.M), path
 

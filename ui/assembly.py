@@ -59,9 +59,8 @@ class Fathom:
         """The embedder, loaded once."""
         with self._building:
             if self._given_embedder is None:
-                from rag.lm.local_engine import choose_device
-
                 from rag.lm.catalog import resolve_model
+                from rag.lm.local_engine import choose_device
                 from rag.retrieval.embedding import SentenceTransformerEmbedder
 
                 name = self.settings.embedder

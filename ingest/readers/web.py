@@ -3,7 +3,11 @@
 import re
 from pathlib import Path
 
-from kreuzberg import ExtractionConfig, OutputFormat, extract_file_sync
+from kreuzberg import (  # type: ignore[attr-defined]  # its stubs lack OutputFormat
+    ExtractionConfig,
+    OutputFormat,
+    extract_file_sync,
+)
 
 from ingest.readers.text import decode, markdown_headings
 from rag.types import CanonicalText

@@ -68,7 +68,12 @@ def resolve_citations(
     numbers: dict[tuple[int, int, int], int] = {}
     citations: list[Citation] = []
     parts, unverified = [], 0
-    for statement in split_sentences(answer):
+    statements = split_sentences(answer)
+    if not _words(_MARKER.sub("", answer)):
+        # a bare number, or nothing: the passage it points at speaks for itself
+        pointed_at = {int(n) for n in _MARKER.findall(answer)}
+        statements = _quotation(question_words, pointed_at, sentences, weights)
+    for statement in statements:
         claimed = {int(n) for n in _MARKER.findall(statement)}
         bare = _MARKER.sub("", statement).strip()
         if not _words(bare):
@@ -140,6 +145,21 @@ def _best_support(
         if score > best_score:
             best, best_score = sentence, score
     return best
+
+
+def _quotation(
+    question_words: frozenset[str],
+    pointed_at: set[int],
+    sentences: Sequence[_Sentence],
+    weights: dict[str, float],
+) -> list[str]:
+    """Return the sentence nearest to the question, of the passages pointed at if there are any."""
+    eligible = [s for s in sentences if s.passage.marker in pointed_at] or list(sentences)
+    best = max(eligible, key=lambda s: _weight(question_words & s.words, weights), default=None)
+    if best is None or not question_words & best.words:
+        return []
+    passage = best.passage.passage
+    return [" ".join(passage.text[best.start - passage.start : best.end - passage.start].split())]
 
 
 def _citation(marker: int, sentence: _Sentence, store: DocumentStore) -> Citation:

@@ -149,7 +149,7 @@ class AnsweringService:
         # 7. resolve citations to verbatim spans
         text = "".join(written).strip()
         cited = resolve_citations(text, question, plan.context.passages, self._store)
-        abstained = not text or is_refusal(text)
+        abstained = not cited.text or is_refusal(text)
 
         # 8. store the receipt
         answer = Answer(

@@ -98,7 +98,7 @@ class VectorIndex:
                 scores, ids = self._index.search(
                     matrix,
                     min(top_k, self.num_vectors),
-                    params=faiss.SearchParameters(sel=selector),
+                    params=faiss.SearchParameters(sel=selector),  # type: ignore[call-arg]
                 )
         found = zip(ids[0].tolist(), scores[0].tolist(), strict=True)
         return [(int(i), float(score)) for i, score in found if i >= 0]

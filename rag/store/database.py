@@ -34,10 +34,8 @@ BUSY_TIMEOUT_MILLISECONDS = 30_000
 
 metadata = MetaData()
 
-# AUTOINCREMENT everywhere an id leaves the database: SQLite re-uses plain rowids, and a re-used
-# chunk id would let a stale index point at another document's text.
-_AUTOINCREMENT = {"sqlite_autoincrement": True}
-
+# sqlite_autoincrement wherever an id leaves the database: SQLite re-uses plain rowids, and a
+# re-used chunk id would let a stale index point at another document's text.
 document = Table(
     "document",
     metadata,
@@ -55,7 +53,7 @@ document = Table(
     Column("warnings", Text, nullable=False),  # JSON list
     Column("created_at", String, nullable=False),  # ISO 8601, UTC
     UniqueConstraint("source", "version"),
-    **_AUTOINCREMENT,
+    sqlite_autoincrement=True,
 )
 
 document_text = Table(
@@ -101,7 +99,7 @@ chunk = Table(
     Column("scope", String, nullable=False),  # "d" and the document's id, searched by FTS5
     Column("vector", LargeBinary, nullable=False),  # float32, unit length
     UniqueConstraint("document_id", "ordinal"),
-    **_AUTOINCREMENT,
+    sqlite_autoincrement=True,
 )
 
 oplog = Table(
@@ -110,7 +108,7 @@ oplog = Table(
     Column("seq", Integer, primary_key=True),
     Column("op", String(3), nullable=False),  # add | del
     Column("chunk_id", Integer, nullable=False),
-    **_AUTOINCREMENT,
+    sqlite_autoincrement=True,
 )
 
 meta = Table(
