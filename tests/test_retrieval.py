@@ -185,6 +185,6 @@ def test_doctor_finds_and_mends(small_fathom: Fathom) -> None:
 def test_doctor_names_what_it_cannot_mend(small_fathom: Fathom) -> None:
     with small_fathom.database.write() as connection:
         connection.exec_driver_sql("UPDATE document_text SET text = 'x' || text")
-    (original,) = [p for p in small_fathom.settings.originals_dir.glob("*/*")]
+    (original,) = small_fathom.settings.originals_dir.glob("*/*")
     original.write_text("changed")
     assert _failures(small_fathom) == {"texts", "original files"}

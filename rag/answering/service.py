@@ -164,12 +164,10 @@ class AnsweringService:
                 gates=plan.decision.gates,
                 read=read,
                 prompt_tokens=done.prompt_tokens,
-                cached_tokens=done.cached_tokens,
+                cached_tokens=done.reused_tokens,
                 new_tokens=done.new_tokens,
                 kv_bytes=KVBytes(
-                    predicted=kv_cache_bytes(
-                        self._engine.spec, done.prompt_tokens + max(done.new_tokens - 1, 0)
-                    ),
+                    predicted=kv_cache_bytes(self._engine.spec, done.kv_tokens),
                     actual=done.kv_bytes,
                 ),
                 seconds=Seconds(

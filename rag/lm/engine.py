@@ -35,13 +35,15 @@ class TextPiece:
 class GenerationDone:
     """The last step of a generation: what it took.
 
-    `kv_bytes` sums the tensors that the cache really held at the end. `stopped` says that the
-    caller's stop event ended it, not the model and not the token limit.
+    `reused_tokens` of the prompt were in a cache already and were not computed again. `kv_tokens`
+    and `kv_bytes` are what the cache really held at the end, the bytes summed over its tensors.
+    `stopped` says that the caller's stop event ended it, not the model and not the token limit.
     """
 
     prompt_tokens: int
-    cached_tokens: int
+    reused_tokens: int
     new_tokens: int
+    kv_tokens: int
     kv_bytes: int
     prefill_seconds: float
     decode_seconds: float
@@ -70,7 +72,10 @@ class Engine(Protocol):
         """Return the number of tokens of `text` alone, without any template."""
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Return the token ids of the chat in the model's own template, ready for its reply."""
+        """Return the token ids of the chat in the model's own template, ready for its reply.
+
+        A message that spells out one of the model's special tokens cannot end its own turn.
+        """
 
     def free_bytes(self) -> int:
         """Return the bytes of device memory that are free now."""

@@ -156,6 +156,7 @@ class LocalEngine:
         """
         from jinja2 import TemplateError
 
+        messages = [Message(m.role, self._without_special_tokens(m.content)) for m in messages]
         if not getattr(self._tokenizer, "chat_template", None):
             text = "".join(f"{message.content}\n\n" for message in messages)
             return list(self._tokenizer.encode(text, verbose=False))
@@ -235,7 +236,8 @@ class LocalEngine:
         ended = new_tokens > 0 and (next_id in end_ids or new_tokens == max_new_tokens)
         yield GenerationDone(
             prompt_tokens=len(prompt_ids),
-            cached_tokens=cache.get_seq_length(),
+            reused_tokens=0,
+            kv_tokens=cache.get_seq_length(),
             new_tokens=new_tokens,
             kv_bytes=measured_kv_bytes(cache),
             prefill_seconds=prefill,
@@ -290,6 +292,13 @@ class LocalEngine:
         if turn_end is not None:
             ids.add(turn_end)
         return frozenset(ids)
+
+    def _without_special_tokens(self, text: str) -> str:
+        """Break up special tokens that a document spells out: a document is data, never a turn."""
+        special = {t for t in self._tokenizer.get_added_vocab() if len(t) > 1}
+        for token in special | set(self._tokenizer.all_special_tokens):
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
 
     def _apply_template(self, messages: list[Message]) -> list[int]:
         chat = [{"role": message.role, "content": message.content} for message in messages]
