@@ -1,0 +1,158 @@
+"""The web page: one Gradio app behind a strict content policy, on this machine only."""
+
+import ipaddress
+import logging
+import os
+import socket
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rag.errors import ServeError
+from ui.assembly import Fathom
+from ui.tabs.chat import build_chat
+from ui.tabs.library import build_library
+
+logger = logging.getLogger(__name__)
+
+# No document and no model output can make the browser fetch anything from elsewhere.
+_POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "img-src 'self' data: blob:",
+        "media-src 'self' blob:",
+        "font-src 'self' data:",
+        "style-src 'self' 'unsafe-inline'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
+        "connect-src 'self'",
+        "frame-src 'none'",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'none'",
+    )
+)
+_HEADERS = [
+    (b"content-security-policy", _POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+MAX_WAITING = 32
+
+_CSS = """
+.gradio-container { max-width: 1200px !important; margin: 0 auto; }
+footer { display: none !important; }
+#brand h1 { font-size: 1.4rem; margin: 0; letter-spacing: -0.01em; }
+#brand p { opacity: .75; margin: .1rem 0 0; }
+.marker { font-weight: 600; padding: 0 .15em; color: var(--primary-600); }
+.dark .marker { color: var(--primary-300); }
+.unverified { font-size: .8em; border: 1px solid currentColor; border-radius: 4px;
+  padding: 0 .35em; margin-left: .3em; color: #b45309; }
+.dark .unverified { color: #fbbf24; }
+ol.citations { margin: .8rem 0 .4rem 1.2rem; padding: 0; font-size: .92em; }
+ol.citations blockquote { margin: .2rem 0; padding: .1rem .8rem;
+  border-left: 3px solid var(--primary-400); opacity: .95; }
+ol.citations cite { font-style: normal; opacity: .75; }
+details.receipt { margin-top: .6rem; font-size: .88em; border-top: 1px solid
+  var(--border-color-primary); padding-top: .4rem; overflow-x: auto; }
+details.receipt summary { cursor: pointer; }
+details.receipt table { border-collapse: collapse; margin: .4rem 0; }
+details.receipt th, details.receipt td { text-align: left; padding: .15rem .7rem .15rem 0;
+  border: 0; font-variant-numeric: tabular-nums; }
+details.receipt tr.failed td { color: #b91c1c; font-weight: 600; }
+.dark details.receipt tr.failed td { color: #fca5a5; }
+details.receipt dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
+details.receipt dt { opacity: .7; } details.receipt dd { margin: 0; }
+.problem { border-left: 3px solid #b91c1c; padding-left: .8rem; }
+.evidence { line-height: 1.6; } .evidence mark { background: #fde68a; color: #1c1917; }
+"""
+
+
+def build_app(fathom: Fathom) -> FastAPI:
+    """Return the whole web application; nothing is served yet."""
+    uploads = fathom.settings.home / "tmp"
+    uploads.mkdir(parents=True, exist_ok=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    blocks = gr.Blocks(title="Fathom", analytics_enabled=False, delete_cache=(3600, 3600))
+    with blocks:
+        gr.Markdown(
+            "# Fathom\nAsk long documents. Every answer shows its quotations and how it was read.",
+            elem_id="brand",
+        )
+        with gr.Tab("Chat"):
+            build_chat(fathom, blocks)
+        with gr.Tab("Library"):
+            build_library(fathom, blocks)
+    blocks.queue(default_concurrency_limit=4, max_size=MAX_WAITING, api_open=False)
+    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @api.get("/healthz")
+    def health() -> dict[str, bool]:
+        return {"ok": True}
+
+    api.add_middleware(_ContentPolicy)
+    theme = gr.themes.Soft(
+        primary_hue="teal",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    options: dict[str, Any] = {
+        "theme": theme,
+        "css": _CSS,
+        "max_file_size": fathom.settings.max_file_bytes,
+        "allowed_paths": [],
+        "blocked_paths": [str(fathom.settings.originals_dir), str(fathom.settings.index_dir)],
+        "show_error": False,
+        "ssr_mode": False,
+        "run_history": False,
+        "footer_links": [],
+    }
+    app: FastAPI = gr.mount_gradio_app(api, blocks, path="/", **options)
+    return app
+
+
+def serve(fathom: Fathom, host: str, port: int) -> None:
+    """Serve the page until the process is stopped.
+
+    Raises:
+        ServeError: if the address is not this machine's own, or the port is in use.
+    """
+    try:
+        is_own = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
+    except ValueError:
+        is_own = False
+    if not is_own:
+        raise ServeError(
+            f"binding to {host} would show the documents to others, and there is no login yet",
+            hint="serve on 127.0.0.1 and reach it through an SSH tunnel",
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise ServeError(
+                f"port {port} of {host} cannot be used: {error.strerror}",
+                hint=f"stop the other program, or choose another: fathom serve --port {port + 1}",
+            ) from error
+        config = uvicorn.Config(build_app(fathom), log_level="warning", lifespan="on")
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+class _ContentPolicy:
+    """Put the policy's headers on every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *_HEADERS]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)

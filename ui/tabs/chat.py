@@ -1,0 +1,213 @@
+"""The chat: a question, the answer as it is written, its quotations and its receipt."""
+
+import logging
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ingest.pipeline import IngestProgress
+from rag.answering.service import AnswerReady, RouteChosen
+from rag.errors import FathomError
+from rag.lm.engine import PrefillProgress, TextPiece
+from rag.types import Answer, Route
+from ui.assembly import Fathom
+from ui.formatting import (
+    answer_html,
+    citations_html,
+    error_html,
+    evidence_html,
+    place,
+    plain_html,
+    receipt_html,
+)
+
+logger = logging.getLogger(__name__)
+
+_ROUTES = {"Auto": None, "Full": Route.FULL, "Retrieval": Route.RETRIEVAL}
+_EVIDENCE_CHARS = 500
+_EMPTY = (
+    "### Ask your documents\nEvery answer shows the sentences it stands on, and a receipt of how"
+    " the documents were read."
+)
+_NO_DOCUMENT = "### No document yet\nAdd one on the left, or with `fathom ingest PATH`."
+
+Turn = dict[str, str]
+
+
+def build_chat(fathom: Fathom, blocks: gr.Blocks) -> None:
+    """Lay out the tab inside the running Blocks and wire it."""
+    stops: dict[str, threading.Event] = {}
+    last_answer = gr.State(None)
+    request_id = gr.State("")
+    with gr.Row():
+        with gr.Column(scale=1, min_width=240):
+            picker = gr.CheckboxGroup(
+                [], label="Documents", info="None checked: all of them", elem_id="documents"
+            )
+            route = gr.Radio(
+                list(_ROUTES), value="Auto", label="Route", info="The gates hold for every choice"
+            )
+            upload = gr.File(label="Add documents", file_count="multiple", height=120)
+            upload_note = gr.HTML()
+        with gr.Column(scale=3, min_width=320):
+            chat = gr.Chatbot(
+                height="56vh",
+                placeholder=_EMPTY,
+                label="Conversation",
+                buttons=["copy"],
+                sanitize_html=True,
+                elem_id="conversation",
+            )
+            with gr.Row():
+                box = gr.Textbox(
+                    placeholder="Ask a question about the documents",
+                    label="Question",
+                    show_label=False,
+                    scale=5,
+                    autofocus=True,
+                    elem_id="question",
+                )
+                ask = gr.Button("Ask", variant="primary", scale=1, min_width=80)
+                stop = gr.Button("Stop", scale=1, min_width=80, interactive=False)
+            chosen = gr.Radio([], label="Show the place of", visible=False, elem_id="places")
+            evidence = gr.HTML(label="Place", elem_id="evidence")
+
+    def documents() -> tuple[Any, Any]:
+        known = fathom.documents()
+        choices = [(_document_label(d.title, d.num_pages), d.id) for d in known]
+        return gr.update(choices=choices), gr.update(placeholder=_EMPTY if known else _NO_DOCUMENT)
+
+    def add(files: list[str] | None, progress: gr.Progress = gr.Progress()) -> tuple[str, None]:  # noqa: B008 - Gradio finds it by this default
+        notes = []
+        for file in files or []:
+            path = Path(file)
+
+            def on_progress(event: IngestProgress, name: str = path.name) -> None:
+                share = event.done / event.total if event.total else 0.0
+                progress(share, desc=f"{event.stage} {name}")
+
+            try:
+                result = fathom.ingest(path, source=f"upload:{path.name}", on_progress=on_progress)
+                notes.append(plain_html("; ".join((result.message, *result.document.warnings))))
+            except FathomError as error:
+                notes.append(error_html(error.message, error.hint))
+            except Exception:
+                notes.append(_unexpected())
+            finally:
+                path.unlink(missing_ok=True)  # the upload lives in our store only
+        return "<br>".join(notes), None
+
+    def begin(question: str, turns: list[Turn]) -> tuple[Any, ...]:
+        if not question.strip():
+            raise gr.Error("The question is empty; type one first.", print_exception=False)
+        number = uuid.uuid4().hex
+        stops[number] = threading.Event()
+        turns = [*turns, {"role": "user", "content": plain_html(question.strip())}]
+        return "", turns, number, question.strip(), gr.update(interactive=True)
+
+    def answer(
+        question: str, turns: list[Turn], ids: list[int], route_name: str, number: str
+    ) -> Iterator[tuple[list[Turn], Answer | None]]:
+        if not number:
+            return
+        written: list[str] = []
+        reply: Turn = {"role": "assistant", "content": "<i>Loading the model …</i>"}
+        yield [*turns, reply], None
+        try:
+            events = fathom.service().stream(
+                question,
+                document_ids=ids or None,
+                route=_ROUTES[route_name],
+                stop=stops[number],
+            )
+            for event in events:
+                if isinstance(event, AnswerReady):
+                    yield [*turns, {**reply, "content": _reply(event.answer)}], event.answer
+                    return
+                if isinstance(event, RouteChosen):
+                    status = f"{event.decision.route}: reading {event.read}"
+                    reply = {**reply, "content": f"<i>{status} …</i>"}
+                elif isinstance(event, PrefillProgress):
+                    status = f"Reading: {event.done:,} of {event.total:,} tokens"
+                    reply = {**reply, "content": f"<i>{status}</i>"}
+                elif isinstance(event, TextPiece):
+                    written.append(event.text)
+                    reply = {**reply, "content": plain_html("".join(written))}
+                yield [*turns, reply], None
+        except FathomError as error:
+            yield [*turns, {**reply, "content": error_html(error.message, error.hint)}], None
+        except Exception:
+            yield [*turns, {**reply, "content": _unexpected()}], None
+        finally:
+            stops.pop(number, None)
+
+    def finish(given: Answer | None) -> tuple[Any, str, Any]:
+        citations = given.citations if given else ()
+        choices = [(f"[{c.marker}] {place(c)}", c.marker) for c in citations]
+        shown = gr.update(choices=choices, value=None, visible=bool(choices))
+        return shown, "", gr.update(interactive=False)
+
+    def show(marker: int | None, given: Answer | None) -> str:
+        for c in given.citations if given else ():
+            if c.marker == marker:
+                before = fathom.text(c.document, max(0, c.start - _EVIDENCE_CHARS), c.start)
+                after = fathom.text(c.document, c.end, c.end + _EVIDENCE_CHARS)
+                return evidence_html(before, c.quote, after)
+        return ""
+
+    def halt(number: str) -> None:
+        if number in stops:
+            stops[number].set()
+
+    pending = gr.State("")
+    for trigger in (box.submit, ask.click):
+        trigger(
+            begin,
+            [box, chat],
+            [box, chat, request_id, pending, stop],
+            show_progress="hidden",
+            api_visibility="private",
+        ).success(
+            answer,
+            [pending, chat, picker, route, request_id],
+            [chat, last_answer],
+            concurrency_id="model",
+            concurrency_limit=1,
+            show_progress="hidden",
+            api_visibility="private",
+        ).then(
+            finish,
+            [last_answer],
+            [chosen, evidence, stop],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+    chosen.change(show, [chosen, last_answer], [evidence], api_visibility="private")
+    stop.click(halt, [request_id], None, queue=False, api_visibility="private")
+    upload.upload(
+        add, [upload], [upload_note, upload], concurrency_id="ingest", api_visibility="private"
+    ).then(documents, None, [picker, chat], api_visibility="private")
+    blocks.load(documents, None, [picker, chat], show_progress="hidden", api_visibility="private")
+
+
+def _reply(answer: Answer) -> str:
+    return answer_html(answer) + citations_html(answer) + receipt_html(answer.receipt)
+
+
+def _document_label(title: str, num_pages: int) -> str:
+    return f"{title} ({num_pages} pages)" if num_pages else title
+
+
+def _unexpected() -> str:
+    """Log the traceback under an id, and return what a person is told."""
+    number = uuid.uuid4().hex[:8]
+    logger.exception("unexpected error %s", number)
+    return error_html(
+        f"something unexpected went wrong (error {number})",
+        "the log of `fathom serve` has the details under this number; fathom doctor checks the"
+        " library",
+    )
