@@ -17,8 +17,7 @@ from rag.store.documents import DocumentStore
 from rag.types import Citation, ContextPassage
 
 UNVERIFIED = "[unverified]"
-# Share of a statement's weighty words that its quotation must hold:
-# docs/decisions/0006.
+# Share of a statement's weighty words that its quotation must hold: docs/decisions/0006.
 MIN_SUPPORT = 0.5
 MAX_QUOTE_CHARS = 600
 
