@@ -91,7 +91,9 @@ def test_constraints_pin_every_dependency_without_addresses() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {canonicalize_name(line.split("==")[0]) for line in lines if "==" in line}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    asked = list(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        asked += extra
     missing = {canonicalize_name(Requirement(line).name) for line in asked} - pinned
     assert missing == set()
     assert not [line for line in lines if "://" in line or " @ " in line]

@@ -43,7 +43,7 @@ _HEADERS = [
 MAX_WAITING = 32
 
 _CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto; }
+.gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto; }
 footer { display: none !important; }
 #brand h1 { font-size: 1.4rem; margin: 0; letter-spacing: -0.01em; }
 #brand p { opacity: .75; margin: .1rem 0 0; }
