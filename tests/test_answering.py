@@ -4,8 +4,8 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from conftest import HANDBOOK, HashEmbedder, make_tiny_engine
 
+from conftest import HANDBOOK, HashEmbedder, make_tiny_engine
 from rag.answering.citations import UNVERIFIED, resolve_citations, split_sentences
 from rag.answering.context import full_context, retrieved_context
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal

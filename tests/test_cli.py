@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HANDBOOK, INGEST_DOCS
 
+from conftest import HANDBOOK, INGEST_DOCS
 from rag.errors import FathomError
 from rag.lm.catalog import resolve_model
 from rag.settings import load_settings

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import INGEST_DOCS, HashEmbedder
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from conftest import INGEST_DOCS, HashEmbedder
 from ingest.chunking import chunk_text, heading_path
 from ingest.pipeline import find_files, original_path
 from ingest.readers.text import decode, markdown_headings, underlined_titles

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_engine
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
+from conftest import make_tiny_engine
 from rag.errors import UnsupportedModelError
 from rag.lm.engine import GenerationDone, GenerationStep, Message, PrefillProgress, TextPiece
 from rag.lm.kv_bytes import (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HashEmbedder
 
+from conftest import HashEmbedder
 from rag.retrieval.retriever import reciprocal_rank_fusion
 from rag.retrieval.vector_index import VectorIndex
 from rag.store.oplog import OpLog
