@@ -1,13 +1,16 @@
 """Questions with known answers, one a line."""
 
+import codecs
 import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rag.errors import ReadError
 
+_GZIP_MAGIC = b"\x1f\x8b"
 _KEYS = {"id": str, "question": str, "document": str, "answers": list, "answerable": bool}
 
 
@@ -28,40 +31,57 @@ class EvalExample:
 def load_examples(path: Path) -> list[EvalExample]:
     """Return the examples of a JSON Lines file, gzipped or not.
 
-    Each line has `id`, `question`, `document`, `answers` (list) and `answerable` (true or false).
+    Each line has `id`, `question`, `document` (title, path or number), `answers` (list) and
+    `answerable` (true or false); other keys and empty lines are skipped. No two ids are equal,
+    since the routes are paired by id.
 
     Raises:
         ReadError: naming the line and the fault, at the first one.
     """
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, ValueError) as error:
+        if data.startswith(_GZIP_MAGIC):
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
         raise ReadError(
             f"{path} cannot be read: {error}", hint="expected JSON Lines in UTF-8, or gzipped"
         ) from error
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
+    examples: list[EvalExample] = []
+    line_of: dict[str, int] = {}
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        example = _example(path, number, line)
+        if example.id in line_of:
+            raise _bad_line(path, number, f"id {example.id!r} is on line {line_of[example.id]} too")
+        line_of[example.id] = number
+        examples.append(example)
+    if not examples:
         raise ReadError(f"{path} holds no example", hint="give one JSON object a line")
-    return [_example(path, number, line) for number, line in lines]
+    return examples
 
 
-def _example(path: Path, number: int, line: str) -> EvalExample:
-    fault = "is not a JSON object"
+def _example(path: Path, number: int, line: bytes) -> EvalExample:
     try:
-        row: Any = json.loads(line)
-    except ValueError:
+        row: Any = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _bad_line(path, number, f"byte {error.start + 1} is not UTF-8") from error
+    except (ValueError, RecursionError):
         row = None
-    if isinstance(row, dict):
-        fault = _fault(row)
-        if not fault:
-            answers = tuple(row["answers"])
-            return EvalExample(
-                row["id"], row["question"], row["document"], answers, row["answerable"]
-            )
-    raise ReadError(
-        f"{path.name}, line {number}: {fault}",
-        hint="each line needs id, question, document, answers (list), answerable (true or false)",
+    if not isinstance(row, dict):
+        raise _bad_line(path, number, "is not a JSON object")
+    if type(row.get("document")) is int:  # not true or false, which are ints too
+        row["document"] = str(row["document"])
+    fault = _fault(row)
+    if fault:
+        raise _bad_line(path, number, fault)
+    return EvalExample(
+        id=row["id"],
+        question=row["question"],
+        document=row["document"],
+        answers=tuple(row["answers"]),
+        answerable=row["answerable"],
     )
 
 
@@ -71,8 +91,17 @@ def _fault(row: dict[str, Any]) -> str:
             return f"{key} is missing"
         if not isinstance(row[key], kind):
             return f"{key} is {row[key]!r}; expected {kind.__name__}"
+        if kind is str and not row[key].strip():
+            return f"{key} is empty"
     if not all(isinstance(answer, str) and answer.strip() for answer in row["answers"]):
         return "answers holds something that is not a word"
     if row["answerable"] != bool(row["answers"]):
         return f"answerable is {row['answerable']} with {len(row['answers'])} answers"
     return ""
+
+
+def _bad_line(path: Path, number: int, fault: str) -> ReadError:
+    return ReadError(
+        f"{path.name}, line {number}: {fault}",
+        hint="each line needs id, question, document, answers (list), answerable (true or false)",
+    )

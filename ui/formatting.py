@@ -3,7 +3,7 @@
 import html
 import re
 
-from rag.types import Answer, Citation, Gate, Receipt
+from rag.types import Answer, Citation, Gate, Receipt, Seconds
 
 _MARKER = re.compile(r"\[(\d{1,3})\]")
 
@@ -112,6 +112,11 @@ def _gate_row(gate: Gate) -> str:
     )
 
 
+def _rest(seconds: Seconds) -> float:
+    """Return what no step of the receipt names: loading the model and timing it, once."""
+    return max(0.0, seconds.total - seconds.retrieve - seconds.prefill - seconds.decode)
+
+
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
@@ -140,7 +145,8 @@ def receipt_text(answer: Answer) -> str:
         + (f"; {read.not_read}" if read.not_read else ""),
         f"KV cache {amount(kv.predicted, 'bytes')} predicted, {amount(kv.actual, 'bytes')} actual",
         f"{seconds.total:.1f} s: {seconds.retrieve:.2f} retrieving, {seconds.prefill:.1f} reading"
-        f" ({seconds.prefill_predicted:.1f} predicted), {seconds.decode:.1f} writing",
+        f" ({seconds.prefill_predicted:.1f} predicted), {seconds.decode:.1f} writing,"
+        f" {_rest(seconds):.1f} loading and measuring",
         f"{receipt.model}, receipt {receipt.id}",
     ]
     return "\n".join(lines)
