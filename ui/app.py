@@ -45,29 +45,45 @@ MAX_WAITING = 32
 _CSS = """
 .gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto; }
 footer { display: none !important; }
+#brand { margin-bottom: .6rem; }
 #brand h1 { font-size: 1.4rem; margin: 0; letter-spacing: -0.01em; }
 #brand p { opacity: .75; margin: .1rem 0 0; }
-.marker { font-weight: 600; padding: 0 .15em; color: var(--primary-600); }
+#chat { gap: 1.6rem; }
+#upload-note { font-size: .85em; opacity: .8; }
+#question textarea { padding: .6rem .8rem; }
+.answer { line-height: 1.65; }
+.marker { font-weight: 600; padding: 0 .15em; color: var(--primary-700); }
 .dark .marker { color: var(--primary-300); }
 .unverified { font-size: .8em; border: 1px solid currentColor; border-radius: 4px;
   padding: 0 .35em; margin-left: .3em; color: #b45309; }
 .dark .unverified { color: #fbbf24; }
-ol.citations { margin: .8rem 0 .4rem 1.2rem; padding: 0; font-size: .92em; }
-ol.citations blockquote { margin: .2rem 0; padding: .1rem .8rem;
-  border-left: 3px solid var(--primary-400); opacity: .95; }
-ol.citations cite { font-style: normal; opacity: .75; }
+ol.citations { margin: .8rem 0 .6rem 1.2rem !important; padding: 0; font-size: .92em; }
+ol.citations li { margin: 0 0 .6rem !important; }
+ol.citations blockquote { margin: 0 !important; padding: .05rem .8rem;
+  border-left: 3px solid var(--primary-400); }
+ol.citations cite { display: block; padding-left: calc(.8rem + 3px); font-style: normal;
+  font-size: .92em; opacity: .75; }
 details.receipt { margin-top: .6rem; font-size: .88em; border-top: 1px solid
-  var(--border-color-primary); padding-top: .4rem; overflow-x: auto; }
+  var(--border-color-primary); padding-top: .5rem; overflow-x: auto; }
 details.receipt summary { cursor: pointer; }
-details.receipt table { border-collapse: collapse; margin: .4rem 0; }
-details.receipt th, details.receipt td { text-align: left; padding: .15rem .7rem .15rem 0;
-  border: 0; font-variant-numeric: tabular-nums; }
+details.receipt table { border-collapse: collapse; margin: .6rem 0; border: 0; }
+details.receipt th, details.receipt td { text-align: left; padding: .15rem 1rem .15rem 0;
+  border: 0 !important; font-variant-numeric: tabular-nums; white-space: nowrap; }
 details.receipt tr.failed td { color: #b91c1c; font-weight: 600; }
 .dark details.receipt tr.failed td { color: #fca5a5; }
-details.receipt dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
+details.receipt dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem;
+  margin: 0; }
 details.receipt dt { opacity: .7; } details.receipt dd { margin: 0; }
 .problem { border-left: 3px solid #b91c1c; padding-left: .8rem; }
-.evidence { line-height: 1.6; } .evidence mark { background: #fde68a; color: #1c1917; }
+figure.evidence { line-height: 1.6; margin: 0; padding: .4rem .2rem; overflow-wrap: anywhere; }
+figure.evidence figcaption { font-size: .88em; opacity: .75; margin-bottom: .4rem; }
+figure.evidence mark { background: #fde68a; color: #1c1917; padding: .05em .1em; }
+#deleting { margin-top: 1rem; align-items: center; }
+#conversation .placeholder-content { padding: 0 1.2rem; }
+@media (max-width: 680px) {
+  #chat > #side { order: 2; }
+  details.receipt dl { grid-template-columns: 1fr; } details.receipt dd { margin-bottom: .3rem; }
+}
 """
 
 
@@ -82,10 +98,10 @@ def build_app(fathom: Fathom) -> FastAPI:
             "# Fathom\nAsk long documents. Every answer shows its quotations and how it was read.",
             elem_id="brand",
         )
-        with gr.Tab("Chat"):
-            build_chat(fathom, blocks)
-        with gr.Tab("Library"):
-            build_library(fathom, blocks)
+        with gr.Tab("Chat") as chat_tab:
+            build_chat(fathom, blocks, chat_tab)
+        with gr.Tab("Library") as library_tab:
+            build_library(fathom, library_tab)
     blocks.queue(default_concurrency_limit=4, max_size=MAX_WAITING, api_open=False)
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -98,6 +114,19 @@ def build_app(fathom: Fathom) -> FastAPI:
         primary_hue="teal",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
+    ).set(
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_text_color="*body_text_color",
+        block_title_text_color_dark="*body_text_color",
+        block_title_padding="0",
+        body_background_fill="*neutral_50",
+        input_border_width="1px",
+        input_border_color="*neutral_300",
+        input_border_color_dark="*neutral_600",
+        checkbox_border_width="1px",
+        checkbox_border_color="*neutral_400",
+        checkbox_border_color_dark="*neutral_500",
     )
     options: dict[str, Any] = {
         "theme": theme,

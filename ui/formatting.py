@@ -1,11 +1,14 @@
 """Answers and receipts in words, for the page (HTML) and for the terminal (plain text). Pure."""
 
-import html
 import re
 
-from rag.types import Answer, Citation, Gate, Receipt, Seconds
+from rag.types import Answer, Citation, Gate, KVBytes, Receipt, Seconds
 
-_MARKER = re.compile(r"\[(\d{1,3})\]")
+_MARKER = re.compile(r"\[(\d{1,3}|unverified)\]")
+# Everything that Markdown, HTML or a bare address could be made of.
+_PUNCTUATION = re.compile(r"[^\w\s]|_")
+# What moves a terminal's cursor or colours; tab and line feed stay.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def amount(value: float | None, unit: str) -> str:
@@ -35,15 +38,22 @@ def place(citation: Citation) -> str:
 
 
 def plain_html(text: str) -> str:
-    """Return untrusted text as HTML that shows it and does nothing else."""
-    return html.escape(text).replace("\n", "<br>")
+    """Return untrusted text as HTML that shows it and does nothing else.
+
+    The chat renders Markdown, so every ASCII punctuation sign becomes a character reference: no
+    image, link, bare address, heading, table or formula can arise from it.
+    """
+    lines = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _unix_lines(text)).split("\n")
+    return "<br>".join(_inert(line) for line in lines)
 
 
 def answer_html(answer: Answer) -> str:
     """Return the answer with its markers as small superscripts; all text is escaped."""
-    shown = plain_html(answer.answer)
-    shown = _MARKER.sub(r'<sup class="marker">\1</sup>', shown)
-    return shown.replace("[unverified]", '<span class="unverified">unverified</span>')
+    parts = _MARKER.split(answer.answer)  # text, marker, text, marker, ..., text
+    shown = "".join(
+        _marker_html(part) if index % 2 else plain_html(part) for index, part in enumerate(parts)
+    )
+    return f'<div class="answer">{shown}</div>'
 
 
 def citations_html(answer: Answer) -> str:
@@ -52,18 +62,18 @@ def citations_html(answer: Answer) -> str:
         return ""
     items = "".join(
         f"<li value={c.marker}><blockquote>{plain_html(c.quote)}</blockquote>"
-        f"<cite>{html.escape(place(c))}"
+        f"<cite>{plain_html(place(c))}"
         f"{'' if c.verified else ' (not verified)'}</cite></li>"
         for c in answer.citations
     )
     return f'<ol class="citations" aria-label="Quotations">{items}</ol>'
 
 
-def evidence_html(before: str, quote: str, after: str) -> str:
-    """Return a quotation marked in the text around it."""
+def evidence_html(where: str, before: str, quote: str, after: str) -> str:
+    """Return a quotation marked in the text around it, under the name of its place."""
     return (
-        f'<div class="evidence">… {plain_html(before)}<mark>{plain_html(quote)}</mark>'
-        f"{plain_html(after)} …</div>"
+        f'<figure class="evidence"><figcaption>{plain_html(where)}</figcaption>'
+        f"<p>{plain_html(before)}<mark>{plain_html(quote)}</mark>{plain_html(after)}</p></figure>"
     )
 
 
@@ -78,18 +88,17 @@ def receipt_html(receipt: Receipt) -> str:
         ("Question", receipt.question_class.value),
         ("Prompt", f"{receipt.prompt_tokens:,} tokens, {receipt.cached_tokens:,} of them reused;"
          f" {receipt.new_tokens:,} written"),
-        ("KV cache", f"{amount(receipt.kv_bytes.predicted, 'bytes')} predicted,"
-         f" {amount(receipt.kv_bytes.actual, 'bytes')} actual"),
+        ("KV cache", _kv_words(receipt.kv_bytes)),
         ("Time", f"{seconds.retrieve:.2f} s retrieving, {seconds.prefill:.1f} s reading"
          f" ({seconds.prefill_predicted:.1f} s predicted), {seconds.decode:.1f} s writing,"
          f" {seconds.total:.1f} s in all"),
         ("Model", f"{receipt.model}; {receipt.embedder}"),
         ("Receipt", receipt.id),
     ]  # fmt: skip
-    lines = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in facts)
+    lines = "".join(f"<dt>{name}</dt><dd>{plain_html(value)}</dd>" for name, value in facts)
     return (
         f'<details class="receipt"><summary>How this was read: <b>{receipt.route}</b></summary>'
-        f"<p>{html.escape(_sentence(receipt.reason))}</p>"
+        f"<p>{plain_html(_sentence(receipt.reason))}</p>"
         "<table><thead><tr><th>Route</th><th>Gate</th><th>Needs</th><th>Limit</th>"
         f"<th>Verdict</th></tr></thead><tbody>{rows}</tbody></table><dl>{lines}</dl></details>"
     )
@@ -105,11 +114,47 @@ def error_html(message: str, hint: str) -> str:
 
 def _gate_row(gate: Gate) -> str:
     verdict = "passed" if gate.passed else "failed"
-    needs, limit = amount(gate.value, gate.unit), amount(gate.limit, gate.unit)
-    cells = (gate.route, gate.gate.replace("_", " "), needs, limit, verdict)
-    return (
-        f'<tr class="{verdict}">' + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>"
-    )
+    cells = (gate.route, _gate_name(gate), amount(gate.value, gate.unit), _limit(gate), verdict)
+    return f'<tr class="{verdict}">' + "".join(f"<td>{plain_html(c)}</td>" for c in cells) + "</tr>"
+
+
+def _gate_name(gate: Gate) -> str:
+    """Return the gate's name without the unit, which its numbers carry."""
+    return gate.gate.removesuffix("_bytes").removesuffix("_seconds").replace("kv", "KV cache")
+
+
+def _limit(gate: Gate) -> str:
+    return "no limit" if gate.limit is None and gate.passed else amount(gate.limit, gate.unit)
+
+
+def _kv_words(kv: KVBytes) -> str:
+    """Return both numbers; a difference too small for MiB is still said."""
+    words = f"{amount(kv.predicted, 'bytes')} predicted, {amount(kv.actual, 'bytes')} actual"
+    if kv.predicted == kv.actual:
+        return f"{words}, equal to the byte"
+    return f"{words}, {abs(kv.actual - kv.predicted):,} bytes apart"
+
+
+def _marker_html(name: str) -> str:
+    if name == "unverified":
+        return '<span class="unverified">unverified</span>'
+    return f'<sup class="marker">{name}</sup>'
+
+
+def _inert(line: str) -> str:
+    """Return one line with its punctuation and its indentation as character references."""
+    bare = line.lstrip()
+    indent = "&nbsp;" * (len(line.expandtabs(4)) - len(bare.expandtabs(4)))
+    shown = _PUNCTUATION.sub(_reference, bare)
+    return indent + re.sub(r"^\d", _reference, shown)  # `1.` and `1)` open a list
+
+
+def _reference(match: re.Match[str]) -> str:
+    return f"&#{ord(match.group())};" if match.group().isascii() else match.group()
+
+
+def _unix_lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _rest(seconds: Seconds) -> float:
@@ -125,7 +170,7 @@ def _sentence(text: str) -> str:
 
 
 def receipt_text(answer: Answer) -> str:
-    """Return answer, quotations and receipt as plain lines."""
+    """Return answer, quotations and receipt as plain lines, safe to print on a terminal."""
     receipt, read, seconds = answer.receipt, answer.receipt.read, answer.receipt.seconds
     lines = [answer.answer, ""]
     for c in answer.citations:
@@ -135,11 +180,11 @@ def receipt_text(answer: Answer) -> str:
     if answer.citations:
         lines.append("")
     lines.append(f"{receipt.route}: {receipt.reason}")
+    kv = receipt.kv_bytes
     for gate in receipt.gates:
         verdict = "passed" if gate.passed else "FAILED"
-        needs, limit = amount(gate.value, gate.unit), amount(gate.limit, gate.unit)
+        needs, limit = amount(gate.value, gate.unit), _limit(gate)
         lines.append(f"  {gate.route:<9}  {gate.gate:<15}  {verdict}  {needs} of {limit}")
-    kv = receipt.kv_bytes
     lines += [
         f"read {read.tokens:,} of {read.of_tokens:,} tokens"
         + (f"; {read.not_read}" if read.not_read else ""),
@@ -149,4 +194,4 @@ def receipt_text(answer: Answer) -> str:
         f" {_rest(seconds):.1f} loading and measuring",
         f"{receipt.model}, receipt {receipt.id}",
     ]
-    return "\n".join(lines)
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _unix_lines("\n".join(lines)))

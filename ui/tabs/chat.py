@@ -13,7 +13,7 @@ from ingest.pipeline import IngestProgress
 from rag.answering.service import AnswerReady, RouteChosen
 from rag.errors import FathomError
 from rag.lm.engine import PrefillProgress, TextPiece
-from rag.types import Answer, Route
+from rag.types import Answer, Citation, Route
 from ui.assembly import Fathom
 from ui.formatting import (
     answer_html,
@@ -33,53 +33,66 @@ _EMPTY = (
     "### Ask your documents\nEvery answer shows the sentences it stands on, and a receipt of how"
     " the documents were read."
 )
-_NO_DOCUMENT = "### No document yet\nAdd one on the left, or with `fathom ingest PATH`."
+_NO_DOCUMENT = "### No document yet\nAdd one under Documents, or with `fathom ingest PATH`."
+_NO_NOTE = "PDF, HTML, Markdown or plain text"
 
 Turn = dict[str, str]
 
 
-def build_chat(fathom: Fathom, blocks: gr.Blocks) -> None:
+def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
     """Lay out the tab inside the running Blocks and wire it."""
     stops: dict[str, threading.Event] = {}
     last_answer = gr.State(None)
     request_id = gr.State("")
-    with gr.Row():
-        with gr.Column(scale=1, min_width=240):
+    with gr.Row(elem_id="chat"):
+        with gr.Column(scale=1, min_width=240, elem_id="side"):
             picker = gr.CheckboxGroup(
                 [], label="Documents", info="None checked: all of them", elem_id="documents"
             )
             route = gr.Radio(
-                list(_ROUTES), value="Auto", label="Route", info="The gates hold for every choice"
+                list(_ROUTES),
+                value="Auto",
+                label="Route",
+                info="Auto reads everything where that fits",
             )
-            upload = gr.File(label="Add documents", file_count="multiple", height=120)
-            upload_note = gr.HTML()
+            upload = gr.File(
+                label="Add documents", show_label=False, file_count="multiple", height=120
+            )
+            upload_note = gr.HTML(_NO_NOTE, elem_id="upload-note")
         with gr.Column(scale=3, min_width=320):
             chat = gr.Chatbot(
                 height="56vh",
                 placeholder=_EMPTY,
                 label="Conversation",
-                buttons=["copy"],
+                show_label=False,
+                buttons=[],  # copying would give the HTML
+                latex_delimiters=[],
                 sanitize_html=True,
                 elem_id="conversation",
             )
             with gr.Row():
                 box = gr.Textbox(
-                    placeholder="Ask a question about the documents",
+                    placeholder="Ask a question",
                     label="Question",
                     show_label=False,
                     scale=5,
+                    container=False,
                     autofocus=True,
                     elem_id="question",
                 )
                 ask = gr.Button("Ask", variant="primary", scale=1, min_width=80)
-                stop = gr.Button("Stop", scale=1, min_width=80, interactive=False)
+                stop = gr.Button("Stop", scale=1, min_width=80, visible=False)
             chosen = gr.Radio([], label="Show the place of", visible=False, elem_id="places")
             evidence = gr.HTML(label="Place", elem_id="evidence")
 
-    def documents() -> tuple[Any, Any]:
+    def documents(checked: list[int]) -> tuple[Any, Any]:
         known = fathom.documents()
         choices = [(_document_label(d.title, d.num_pages), d.id) for d in known]
-        return gr.update(choices=choices), gr.update(placeholder=_EMPTY if known else _NO_DOCUMENT)
+        still_there = [d.id for d in known if d.id in checked]
+        return (
+            gr.update(choices=choices, value=still_there),
+            gr.update(placeholder=_EMPTY if known else _NO_DOCUMENT),
+        )
 
     def add(files: list[str] | None, progress: gr.Progress = gr.Progress()) -> tuple[str, None]:  # noqa: B008 - Gradio finds it by this default
         notes = []
@@ -99,23 +112,29 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks) -> None:
                 notes.append(_unexpected())
             finally:
                 path.unlink(missing_ok=True)  # the upload lives in our store only
-        return "<br>".join(notes), None
+        return "<br>".join(notes) or _NO_NOTE, None
 
-    def begin(question: str, turns: list[Turn]) -> tuple[Any, ...]:
+    def begin(question: str, turns: list[Turn], running: str) -> tuple[Any, ...]:
         if not question.strip():
             raise gr.Error("The question is empty; type one first.", print_exception=False)
+        if running in stops:
+            raise gr.Error("An answer is being written; stop it first.", print_exception=False)
         number = uuid.uuid4().hex
         stops[number] = threading.Event()
-        turns = [*turns, {"role": "user", "content": plain_html(question.strip())}]
-        return "", turns, number, question.strip(), gr.update(interactive=True)
+        asked = {"role": "user", "content": plain_html(question.strip())}
+        waiting = {"role": "assistant", "content": "<i>Waiting for the model …</i>"}
+        return (
+            *("", [*turns, asked, waiting], number, question.strip(), None),
+            *(gr.update(choices=[], visible=False), ""),
+            *(gr.update(visible=False), gr.update(visible=True)),
+        )
 
     def answer(
         question: str, turns: list[Turn], ids: list[int], route_name: str, number: str
     ) -> Iterator[tuple[list[Turn], Answer | None]]:
-        if not number:
-            return
+        turns = turns[:-1]  # the one that waits
         written: list[str] = []
-        reply: Turn = {"role": "assistant", "content": "<i>Loading the model …</i>"}
+        reply: Turn = {"role": "assistant", "content": "<i>Preparing the model …</i>"}
         yield [*turns, reply], None
         try:
             events = fathom.service().stream(
@@ -143,32 +162,34 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks) -> None:
         except Exception:
             yield [*turns, {**reply, "content": _unexpected()}], None
         finally:
-            stops.pop(number, None)
+            halt(number)  # a page that was closed stops the model too
 
-    def finish(given: Answer | None) -> tuple[Any, str, Any]:
+    def finish(given: Answer | None, number: str) -> tuple[Any, Any, Any]:
+        stops.pop(number, None)
         citations = given.citations if given else ()
         choices = [(f"[{c.marker}] {place(c)}", c.marker) for c in citations]
         shown = gr.update(choices=choices, value=None, visible=bool(choices))
-        return shown, "", gr.update(interactive=False)
+        return shown, gr.update(visible=True), gr.update(visible=False)
 
     def show(marker: int | None, given: Answer | None) -> str:
         for c in given.citations if given else ():
             if c.marker == marker:
-                before = fathom.text(c.document, max(0, c.start - _EVIDENCE_CHARS), c.start)
-                after = fathom.text(c.document, c.end, c.end + _EVIDENCE_CHARS)
-                return evidence_html(before, c.quote, after)
+                return _evidence(fathom, c)
         return ""
 
+    def clear() -> tuple[None, Any, str]:
+        return None, gr.update(choices=[], visible=False), ""
+
     def halt(number: str) -> None:
-        if number in stops:
-            stops[number].set()
+        if stop_event := stops.get(number):
+            stop_event.set()
 
     pending = gr.State("")
     for trigger in (box.submit, ask.click):
         trigger(
             begin,
-            [box, chat],
-            [box, chat, request_id, pending, stop],
+            [box, chat, request_id],
+            [box, chat, request_id, pending, last_answer, chosen, evidence, ask, stop],
             show_progress="hidden",
             api_visibility="private",
         ).success(
@@ -181,21 +202,52 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks) -> None:
             api_visibility="private",
         ).then(
             finish,
-            [last_answer],
-            [chosen, evidence, stop],
+            [last_answer, request_id],
+            [chosen, ask, stop],
             show_progress="hidden",
             api_visibility="private",
         )
-    chosen.change(show, [chosen, last_answer], [evidence], api_visibility="private")
+    chosen.input(show, [chosen, last_answer], [evidence], api_visibility="private")
+    chat.clear(clear, None, [last_answer, chosen, evidence], api_visibility="private")
     stop.click(halt, [request_id], None, queue=False, api_visibility="private")
     upload.upload(
-        add, [upload], [upload_note, upload], concurrency_id="ingest", api_visibility="private"
-    ).then(documents, None, [picker, chat], api_visibility="private")
-    blocks.load(documents, None, [picker, chat], show_progress="hidden", api_visibility="private")
+        add,
+        [upload],
+        [upload_note, upload],
+        concurrency_id="ingest",
+        concurrency_limit=1,
+        api_visibility="private",
+    ).then(documents, [picker], [picker, chat], show_progress="hidden", api_visibility="private")
+    gr.on(
+        [blocks.load, tab.select],  # documents also come and go on the other tab
+        documents,
+        [picker],
+        [picker, chat],
+        show_progress="hidden",
+        api_visibility="private",
+    )
 
 
 def _reply(answer: Answer) -> str:
     return answer_html(answer) + citations_html(answer) + receipt_html(answer.receipt)
+
+
+def _evidence(fathom: Fathom, citation: Citation) -> str:
+    """Return a quotation in the text around it, with an ellipsis where that text goes on."""
+    if fathom.text(citation.document, citation.start, citation.end) != citation.quote:
+        return error_html(
+            f"document {citation.document} is no longer in the library",
+            "add it again and repeat the question",
+        )
+    first = max(0, citation.start - _EVIDENCE_CHARS)
+    before = fathom.text(citation.document, first, citation.start)
+    after = fathom.text(citation.document, citation.end, citation.end + _EVIDENCE_CHARS)
+    return evidence_html(
+        place(citation),
+        f"… {before}" if first else before,
+        citation.quote,
+        f"{after} …" if len(after) == _EVIDENCE_CHARS else after,
+    )
 
 
 def _document_label(title: str, num_pages: int) -> str:

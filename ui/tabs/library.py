@@ -11,29 +11,29 @@ from ui.formatting import error_html, plain_html
 _COLUMNS = ["no.", "title", "version", "pages", "chunks", "characters", "added", "warnings"]
 
 
-def build_library(fathom: Fathom, blocks: gr.Blocks) -> None:
+def build_library(fathom: Fathom, tab: gr.Tab) -> None:
     """Lay out the tab inside the running Blocks and wire it."""
     table = gr.Dataframe(headers=_COLUMNS, interactive=False, wrap=True, label="Documents")
-    with gr.Row():
-        refresh = gr.Button("Refresh", scale=0, min_width=120)
-        doomed = gr.Dropdown([], label="Document to delete", value=None)
+    with gr.Row(elem_id="deleting"):
+        doomed = gr.Dropdown([], label="Document to delete", value=None, scale=2)
         sure = gr.Checkbox(
-            label="Delete it for good: text, vectors, file, and its words in past answers"
+            label="Delete it for good: text, vectors, file, and its words in past answers", scale=2
         )
         remove = gr.Button("Delete", variant="stop", scale=0, min_width=120)
     note = gr.HTML()
 
-    def listing() -> tuple[list[list[Any]], Any]:
+    def listing(chosen: int | None) -> tuple[list[list[Any]], Any]:
         documents = fathom.documents()
         rows = [
             [
-                *(d.id, d.title, d.version, d.num_pages or "", d.num_chunks, d.num_chars),
-                *(d.created_at[:10], "; ".join(d.warnings)),
+                *(d.id, d.title, d.version, d.num_pages or "", f"{d.num_chunks:,}"),
+                *(f"{d.num_chars:,}", d.created_at[:10], "; ".join(d.warnings)),
             ]
             for d in documents
         ]
         choices = [(f"{d.id} {d.title}", d.id) for d in documents]
-        return rows, gr.update(choices=choices, value=None)
+        still_there = next((d.id for d in documents if d.id == chosen), None)
+        return rows, gr.update(choices=choices, value=still_there)
 
     def delete(document_id: int | None, confirmed: bool) -> tuple[str, Any]:
         if document_id is None:
@@ -48,8 +48,7 @@ def build_library(fathom: Fathom, blocks: gr.Blocks) -> None:
             return error_html(error.message, error.hint), False
         return plain_html(f"Document {document_id} is deleted."), False
 
-    refresh.click(listing, None, [table, doomed], api_visibility="private")
     remove.click(delete, [doomed, sure], [note, sure], api_visibility="private").then(
-        listing, None, [table, doomed], api_visibility="private"
+        listing, [doomed], [table, doomed], api_visibility="private"
     )
-    blocks.load(listing, None, [table, doomed], api_visibility="private", show_progress="hidden")
+    tab.select(listing, [doomed], [table, doomed], api_visibility="private", show_progress="hidden")
