@@ -100,6 +100,11 @@ class Fathom:
         with self._building:
             return self._service
 
+    def warm_up(self) -> None:
+        """Load both models and measure the prefill rate, which the first question needs."""
+        self.service()
+        self.engine.predicted_prefill_seconds(1)
+
     def documents(self) -> list[Document]:
         """Return the latest version of every document."""
         return self.store.all()

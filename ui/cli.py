@@ -320,11 +320,15 @@ def serve(
     from ui.app import serve as serve_page
 
     settings = load_settings(home=home, model=model, host=host, port=port)
-    url = f"http://{settings.host}:{settings.port}"
-    if as_json:
-        _print_json({"url": url})
-    err.print(f"Fathom is at {url} (stop it with Ctrl-C)")
-    serve_page(_fathom(settings), settings.host, settings.port)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{settings.port}"
+
+    def on_ready() -> None:
+        if as_json:
+            _print_json({"url": url})
+        err.print(f"Fathom is at {url} (stop it with Ctrl-C)")
+
+    serve_page(_fathom(settings), settings.host, settings.port, on_ready=on_ready)
 
 
 @models_app.command("list", epilog="Examples: fathom models list  |  fathom models list --json")
