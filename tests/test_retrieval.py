@@ -19,7 +19,7 @@ EMBEDDER = HashEmbedder()
 
 def _index(fathom: Fathom) -> VectorIndex:
     return VectorIndex(
-        OpLog(fathom.database),
+        OpLog(fathom.database, EMBEDDER.fingerprint),
         fathom.settings.index_dir,
         dim=EMBEDDER.dim,
         embedder=EMBEDDER.fingerprint,
@@ -81,7 +81,7 @@ def test_an_index_behind_the_cut_log_starts_anew(small_fathom: Fathom, tmp_path:
     late.catch_up()
     number = _add(small_fathom, tmp_path, "a.txt", "alpha")
     small_fathom.delete(number)  # snapshots and cuts the log
-    assert OpLog(small_fathom.database).changes_since(0) is None
+    assert OpLog(small_fathom.database, EMBEDDER.fingerprint).changes_since(0) is None
     late.catch_up()
     assert _agrees(late, small_fathom)
 

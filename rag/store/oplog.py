@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, select, true
 
-from rag.store.database import Database, chunk, meta, oplog
+from rag.store.database import ROWS_PER_FETCH, Database, upsert
+from rag.store.schema import chunk_vector, meta, oplog
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -25,10 +26,15 @@ class Changes:
 
 
 class OpLog:
-    """The log of added and deleted chunks of one library."""
+    """The log of added and deleted chunks of one library, with the vectors of one embedder.
 
-    def __init__(self, database: Database) -> None:
+    A chunk that has no vector of this embedder yet is absent from `added`; when all have one,
+    `DocumentStore.activate_embedder` makes the embedder the library's own.
+    """
+
+    def __init__(self, database: Database, embedder: str) -> None:
         self._database = database
+        self._embedder = embedder
 
     def last_seq(self) -> int:
         """Return the position of the newest entry."""
@@ -37,40 +43,52 @@ class OpLog:
 
     def changes_since(self, seq: int) -> Changes | None:
         """Return what happened after `seq`, or None if the log no longer reaches back that far."""
-        joined = oplog.outerjoin(chunk, chunk.c.id == oplog.c.chunk_id)
-        query = (
-            select(oplog.c.seq, oplog.c.op, oplog.c.chunk_id, chunk.c.vector)
-            .select_from(joined)
-            .where(oplog.c.seq > seq)
-            .order_by(oplog.c.seq)
-        )
+        later = select(oplog.c.seq, oplog.c.chunk_id).where(oplog.c.seq > seq)
+        added_later = select(oplog.c.chunk_id).where(oplog.c.seq > seq, oplog.c.op == "add")
         with self._database.read() as connection:
             if seq < _floor(connection):
                 return None
-            rows = connection.execute(query).all()
-        live = {r.chunk_id: r.vector for r in rows if r.op == "add" and r.vector is not None}
-        return Changes(
-            seq=rows[-1].seq if rows else seq,
-            removed=sorted({row.chunk_id for row in rows}),
-            added=list(live),
-            vectors=_stack(list(live.values())),
-        )
+            entries = connection.execute(later.order_by(oplog.c.seq)).all()
+            # a number is never given twice: a chunk that was added and is there was not deleted
+            added, vectors = self._vectors(connection, chunk_vector.c.chunk_id.in_(added_later))
+        removed = sorted({entry.chunk_id for entry in entries})
+        return Changes(entries[-1].seq if entries else seq, removed, added, vectors)
 
     def everything(self) -> Changes:
         """Return all chunks as one change, from one consistent snapshot."""
         with self._database.read() as connection:
             seq = _last_seq(connection)
-            rows = connection.execute(select(chunk.c.id, chunk.c.vector).order_by(chunk.c.id)).all()
-        return Changes(seq, [], [row.id for row in rows], _stack([row.vector for row in rows]))
+            added, vectors = self._vectors(connection, true())
+        return Changes(seq, [], added, vectors)
+
+    def _vectors(
+        self, connection: Connection, which: ColumnElement[bool]
+    ) -> tuple[list[int], FloatArray]:
+        """Return chunk ids and float32 [len(ids), dim]; rows are streamed into the one matrix."""
+        wanted = (chunk_vector.c.embedder == self._embedder, which)
+        count = select(func.count()).select_from(chunk_vector).where(*wanted)
+        query = select(chunk_vector.c.chunk_id, chunk_vector.c.vector).where(*wanted)
+        num_vectors = connection.scalar(count) or 0
+        ids: list[int] = []
+        vectors = np.empty((num_vectors, 0), dtype=np.float32)
+        rows = connection.execute(
+            query.order_by(chunk_vector.c.chunk_id),
+            execution_options={"yield_per": ROWS_PER_FETCH},
+        )
+        for row in rows:
+            vector = np.frombuffer(row.vector, dtype=np.float32)
+            if not ids:
+                vectors = np.empty((num_vectors, len(vector)), dtype=np.float32)
+            vectors[len(ids)] = vector
+            ids.append(row.chunk_id)
+        return ids, vectors
 
     def truncate(self, seq: int) -> None:
         """Drop entries up to `seq`; an index that is older must start anew from everything()."""
         with self._database.write() as connection:
             floor = max(seq, _floor(connection))
             connection.execute(delete(oplog).where(oplog.c.seq <= seq))
-            connection.execute(
-                update(meta).where(meta.c.key == "oplog_floor").values(value=str(floor))
-            )
+            upsert(connection, meta, [{"key": "oplog_floor", "value": str(floor)}])
 
 
 def _floor(connection: Connection) -> int:
@@ -80,9 +98,3 @@ def _floor(connection: Connection) -> int:
 def _last_seq(connection: Connection) -> int:
     newest = connection.scalar(select(func.max(oplog.c.seq)))
     return max(newest or 0, _floor(connection))
-
-
-def _stack(blobs: list[bytes]) -> FloatArray:
-    if not blobs:
-        return np.empty((0, 0), dtype=np.float32)
-    return np.stack([np.frombuffer(blob, dtype=np.float32) for blob in blobs])
