@@ -13,6 +13,7 @@ from rag.retrieval.lexical_index import LexicalIndex
 from rag.retrieval.retriever import Retriever
 from rag.retrieval.vector_index import VectorIndex
 from rag.settings import Settings
+from rag.store.calibrations import CalibrationStore
 from rag.store.database import Database
 from rag.store.documents import DocumentStore
 from rag.store.oplog import OpLog
@@ -76,7 +77,11 @@ class Fathom:
             if self._given_engine is None:
                 from rag.lm.local_engine import LocalEngine
 
-                self._given_engine = LocalEngine.load(self.settings.model, self.settings)
+                self._given_engine = LocalEngine.load(
+                    self.settings.model,
+                    self.settings,
+                    calibrations=CalibrationStore(self.database),
+                )
             return self._given_engine
 
     @cached_property
@@ -103,6 +108,7 @@ class Fathom:
     def warm_up(self) -> None:
         """Load both models and measure the prefill rate, which the first question needs."""
         self.service()
+        self.engine.warm_up()
         self.engine.predicted_prefill_seconds(1)
 
     def documents(self) -> list[Document]:
