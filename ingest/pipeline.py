@@ -3,18 +3,16 @@
 import errno
 import hashlib
 import os
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from ingest.chunking import chunk_text, embedded_text
-from ingest.readers.guard import READERS, can_read, read_guarded
+from ingest.readers.guard import read_guarded
+from ingest.sources import open_regular
 from rag.errors import (
     EmptyDocumentError,
     ReadError,
-    SourceNotFoundError,
     StorageFullError,
 )
 from rag.retrieval.embedding import Embedder
@@ -125,38 +123,6 @@ def original_path(settings: Settings, content_sha256: str) -> Path:
     return settings.originals_dir / content_sha256[:2] / content_sha256
 
 
-def find_files(paths: list[Path]) -> Iterator[Path | ReadError]:
-    """Yield each file to ingest; folders are walked in order, symbolic links are not followed.
-
-    A path that is missing or holds nothing readable gives its error in its place, so that the
-    other paths are still taken.
-    """
-    for path in paths:
-        if path.is_dir():
-            files = sorted(p for p in _walk(path) if can_read(p))
-            if not files:
-                yield EmptyDocumentError(
-                    f"the folder {path} holds no file that can be read",
-                    hint=f"expected files that end in {' '.join(READERS)}",
-                )
-            yield from files
-        elif not path.exists():
-            yield SourceNotFoundError(
-                f"there is no file {path}", hint="check the spelling; expected a file or a folder"
-            )
-        else:
-            yield path
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = Path(root, name)
-            if not name.startswith(".") and not path.is_symlink():
-                yield path
-
-
 def _known(known: Document, file: SourceFile) -> IngestResult:
     where = "" if known.source == file.source else f", ingested from {known.source}"
     message = f"{file.title}: same content as document {known.id} {known.title!r}{where}"
@@ -171,7 +137,7 @@ def _copy_original(
     temporary = settings.originals_dir / f"incoming-{os.getpid()}-{os.urandom(4).hex()}"
     digest, size = hashlib.sha256(), 0
     try:
-        with _open_regular(path) as reader, temporary.open("wb") as writer:
+        with open_regular(path) as reader, temporary.open("wb") as writer:
             if os.fstat(reader.fileno()).st_size > settings.max_file_bytes:
                 raise ReadError(
                     f"{title} is larger than {settings.max_file_bytes // 2**20} MiB",
@@ -203,14 +169,3 @@ def _copy_original(
     finally:
         temporary.unlink(missing_ok=True)
     return original, file
-
-
-def _open_regular(path: Path) -> BinaryIO:
-    """Open a regular file; a pipe, a device or a folder is refused."""
-    if not path.exists():
-        raise SourceNotFoundError(f"there is no file {path}", hint="check the spelling")
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise SourceNotFoundError(
-            f"{path} is not a regular file", hint="give a file, or a folder of files"
-        )
-    return path.open("rb")

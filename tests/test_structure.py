@@ -27,8 +27,10 @@ def test_heavy_libraries_have_one_home() -> None:
         "faiss": {"rag/retrieval/vector_index.py"},
         "sentence_transformers": {"rag/retrieval/embedding.py"},
         "gradio": {"ui/app.py", "ui/tabs/chat.py", "ui/tabs/library.py"},
-        "pypdfium2": {"ingest/readers/pdf.py"},
-        "kreuzberg": {"ingest/readers/web.py"},
+        "pypdfium2": {"ingest/readers/pdf.py", "ingest/readers/hidden_text.py"},
+        "pikepdf": {"ingest/readers/pdf.py"},
+        "kreuzberg": {"ingest/readers/office.py"},
+        "httpx": {"ingest/sources.py"},
     }
     for library, allowed in homes.items():
         users = {

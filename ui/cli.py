@@ -86,8 +86,8 @@ def ingest(
     as_json: Json = False,
 ) -> None:
     """Read files into the library. The same file may be given again: it is known."""
-    from ingest.pipeline import find_files
     from ingest.sample import write_sample
+    from ingest.sources import find_sources
 
     fathom = _fathom(load_settings(home=home))
     wanted = list(paths or [])
@@ -96,12 +96,14 @@ def ingest(
     if not wanted:
         raise typer.BadParameter("give a file or a folder, or --sample")
     failures = 0
-    for file in find_files(wanted):
+    for found in find_sources(wanted, settings=fathom.settings):
         try:
-            if isinstance(file, FathomError):
-                raise file
-            with _ingest_progress(file.name) as on_progress:
-                result = fathom.ingest(file, on_progress=on_progress)
+            if isinstance(found, FathomError):
+                raise found
+            with _ingest_progress(found.title) as on_progress:
+                result = fathom.ingest(
+                    found.path, source=found.source, title=found.title, on_progress=on_progress
+                )
         except StorageFullError:
             raise
         except FathomError as error:
