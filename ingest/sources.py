@@ -34,8 +34,7 @@ class SourceToRead:
     """One file to ingest.
 
     `source` is its identity, whose versions are counted; `title` the name shown, inside a folder
-    the path from there; `collection` the folder's name, None for a file named by itself. The file
-    at `path` may be a download that exists only until the next source is taken.
+    the path from there; `collection` the folder's name, None for a file named by itself.
     """
 
     path: Path
@@ -48,6 +47,7 @@ def find_sources(
     names: Sequence[str | Path],
     *,
     settings: Settings,
+    downloads: Path,
     stdin_name: str = "stdin.txt",
     allow_network: bool = False,
     allow_private_addresses: bool = False,
@@ -58,16 +58,18 @@ def find_sources(
         names: files, folders, quoted globs such as `docs/**/*.md`, `-` for standard input, and
             http or https addresses.
         settings: the limit on a file's size.
+        downloads: a folder for what comes from standard input and the network; the caller removes
+            it when the sources are read.
         stdin_name: the title of standard input; its suffix chooses the reader.
         allow_network: whether addresses are fetched; otherwise each is refused.
         allow_private_addresses: whether an address may lead to this machine or a private network.
     """
     for name in map(str, names):
         if name == STDIN:
-            yield from _from_stdin(stdin_name, settings)
+            yield _from_stdin(stdin_name, settings, downloads)
         elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", name):
             if allow_network:
-                yield from _from_web(name, settings, allow_private_addresses)
+                yield _from_web(name, settings, downloads, allow_private_addresses)
             else:
                 yield ReadError(
                     f"{name} is a web address, and the network is not allowed",
@@ -215,18 +217,22 @@ def _not_regular(path: Path) -> SourceNotFoundError:
 # ---- standard input ---------------------------------------------------------------------------
 
 
-def _from_stdin(name: str, settings: Settings) -> Iterator[SourceToRead | ReadError]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "stdin")
-        size = 0
-        with path.open("wb") as file:
-            while block := sys.stdin.buffer.read(COPY_BYTES):
-                size += len(block)
-                if size > settings.max_file_bytes:
-                    yield _too_large("standard input", settings)
-                    return
-                file.write(block)
-        yield SourceToRead(path, f"stdin:{name}", name)
+def _from_stdin(name: str, settings: Settings, downloads: Path) -> SourceToRead | ReadError:
+    path = _new_file(downloads)
+    size = 0
+    with path.open("wb") as file:
+        while block := sys.stdin.buffer.read(COPY_BYTES):
+            size += len(block)
+            if size > settings.max_file_bytes:
+                return _too_large("standard input", settings)
+            file.write(block)
+    return SourceToRead(path, f"stdin:{name}", name)
+
+
+def _new_file(downloads: Path) -> Path:
+    handle, name = tempfile.mkstemp(dir=downloads)
+    os.close(handle)
+    return Path(name)
 
 
 def _too_large(what: str, settings: Settings) -> ReadError:
@@ -240,24 +246,21 @@ def _too_large(what: str, settings: Settings) -> ReadError:
 
 
 def _from_web(
-    address: str, settings: Settings, allow_private: bool
-) -> Iterator[SourceToRead | ReadError]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "download")
-        try:
-            # no proxy of the environment: it would resolve names itself, past our check
-            with httpx.Client(timeout=CONNECT_SECONDS, trust_env=False) as client:
-                name = _download(client, address, path, settings, allow_private)
-        except ReadError as error:
-            yield error
-            return
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            yield ReadError(
-                f"{address} could not be fetched: {error or type(error).__name__}",
-                hint="check the address and the network, or download it and give the file",
-            )
-            return
-        yield SourceToRead(path, address.partition("#")[0], name)
+    address: str, settings: Settings, downloads: Path, allow_private: bool
+) -> SourceToRead | ReadError:
+    path = _new_file(downloads)
+    try:
+        # no proxy of the environment: it would resolve names itself, past our check
+        with httpx.Client(timeout=CONNECT_SECONDS, trust_env=False) as client:
+            name = _download(client, address, path, settings, allow_private)
+    except ReadError as error:
+        return error
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        return ReadError(
+            f"{address} could not be fetched: {error or type(error).__name__}",
+            hint="check the address and the network, or download it and give the file",
+        )
+    return SourceToRead(path, address.partition("#")[0], name)
 
 
 def _download(

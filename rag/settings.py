@@ -72,6 +72,11 @@ class Settings(BaseSettings):
         default=60.0, gt=0, description="Longest acceptable prefill for reading a whole document."
     )
 
+    num_readers: int = Field(
+        default_factory=lambda: max(1, min(4, (os.cpu_count() or 1) // 2)),
+        ge=1,
+        description="Files parsed at once while others are embedded, each in its own process.",
+    )
     reader_memory_bytes: int = Field(
         default=2048 * MIB, ge=256 * MIB, description="Address space of the process that parses."
     )

@@ -1,12 +1,19 @@
 """Fathom put together: settings to a library and a service. The only place that builds both."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from ingest.pipeline import IngestProgress, IngestResult, delete_document, ingest_file
+from ingest.pipeline import (
+    IngestFailure,
+    IngestResult,
+    delete_document,
+    ingest_files,
+)
+from ingest.sources import SourceToRead
 from rag.answering.service import AnsweringService
+from rag.errors import ReadError
 from rag.lm.engine import Engine
 from rag.retrieval.embedding import Embedder
 from rag.retrieval.lexical_index import LexicalIndex
@@ -18,7 +25,7 @@ from rag.store.database import Database
 from rag.store.documents import DocumentStore
 from rag.store.oplog import OpLog
 from rag.store.receipts import ReceiptStore
-from rag.types import Document
+from rag.types import Document, IngestProgress
 
 
 class Fathom:
@@ -119,24 +126,34 @@ class Fathom:
         """Return characters `[start, end)` of a document."""
         return self.store.text(document_id, start, end)
 
-    def ingest(
+    def ingest_files(
         self,
-        path: Path,
+        sources: Sequence[SourceToRead | ReadError],
         *,
-        source: str | None = None,
-        title: str | None = None,
-        on_progress: Callable[[IngestProgress], None] | None = None,
-    ) -> IngestResult:
-        """Take one file into the library; see `ingest.pipeline.ingest_file`."""
-        return ingest_file(
-            path,
-            store=self.store,
-            embedder=self.embedder,
-            settings=self.settings,
-            source=source,
-            title=title,
-            on_progress=on_progress,
-        )
+        on_progress: Callable[[IngestProgress], None] = lambda _: None,
+    ) -> Iterator[IngestResult | IngestFailure]:
+        """Take files into the library and the index; see `ingest.pipeline.ingest_files`."""
+        try:
+            yield from ingest_files(
+                sources,
+                store=self.store,
+                embedder=self.embedder,
+                settings=self.settings,
+                on_progress=on_progress,
+            )
+        finally:
+            self.index.catch_up()
+
+    def ingest(self, path: Path) -> IngestResult:
+        """Take one file into the library.
+
+        Raises:
+            ReadError: if it cannot be read; nothing of it was kept.
+        """
+        (outcome,) = self.ingest_files([SourceToRead(path, str(path.resolve()), path.name)])
+        if isinstance(outcome, IngestFailure):
+            raise outcome.error
+        return outcome
 
     def delete(self, document_id: int) -> None:
         """Delete a document from the store, the originals, the index and its snapshots."""

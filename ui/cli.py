@@ -5,7 +5,9 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Never
 
 import typer
@@ -20,10 +22,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from rag.errors import FathomError, StorageFullError
+from rag.errors import FathomError
 from rag.runtime import prepare_process
 from rag.settings import Settings, load_settings
 from rag.types import Route
+from ui.formatting import progress_words
 
 app = typer.Typer(
     name="fathom",
@@ -33,7 +36,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 models_app = typer.Typer(help="List and fetch models.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed and quality on this machine.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
@@ -75,53 +80,70 @@ def main() -> None:
 
 
 @app.command(
-    epilog="Examples: fathom ingest report.pdf notes/  |  fathom ingest --sample",
+    epilog="Examples: fathom ingest report.pdf notes/  |  fathom ingest 'contracts/*.docx' -c deals"
+    "  |  curl -s URL | fathom ingest - --name page.html  |  fathom ingest --sample",
 )
 def ingest(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Files and folders.")] = None,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(help="Files, folders, quoted globs, - for stdin; with --fetch also URLs."),
+    ] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Ingest the language reference in this Python.")
+    ] = False,
+    collection: Annotated[
+        str | None,
+        typer.Option("--collection", "-c", help="Group of documents that they join."),
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--name", help="File name of what comes from stdin.")
+    ] = "stdin.txt",
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Allow the network, for the http(s) URLs given.")
     ] = False,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Read files into the library. The same file may be given again: it is known."""
+    from ingest.pipeline import IngestFailure
     from ingest.sample import write_sample
     from ingest.sources import find_sources
 
-    fathom = _fathom(load_settings(home=home))
+    settings = load_settings(home=home)
     wanted = list(paths or [])
     if sample:
-        wanted.append(write_sample(fathom.settings.home / "samples"))
+        wanted.append(str(write_sample(settings.home / "samples")))
     if not wanted:
         raise typer.BadParameter("give a file or a folder, or --sample")
+    fathom = _fathom(settings)
     failures = 0
-    for found in find_sources(wanted, settings=fathom.settings):
-        try:
-            if isinstance(found, FathomError):
-                raise found
-            with _ingest_progress(found.title) as on_progress:
-                result = fathom.ingest(
-                    found.path, source=found.source, title=found.title, on_progress=on_progress
-                )
-        except StorageFullError:
-            raise
-        except FathomError as error:
-            failures += 1
-            _show_error(error)
-            continue
-        if as_json:
-            _print_json(
-                {"outcome": result.outcome, "message": result.message}
-                | {"document": result.document.to_json()}
+    with TemporaryDirectory() as downloads, _ingest_progress() as on_progress:
+        sources = list(
+            find_sources(
+                wanted,
+                settings=settings,
+                downloads=Path(downloads),
+                stdin_name=name,
+                allow_network=fetch,
             )
-            continue
-        out.print(result.message, markup=False)
-        for warning in result.document.warnings:
-            err.print(f"  warning: {warning}", markup=False)
-    fathom.index.catch_up()
-    fathom.index.snapshot()
+        )
+        if collection:
+            sources = [_joining(source, collection) for source in sources]
+        for outcome in fathom.ingest_files(sources, on_progress=on_progress):
+            if isinstance(outcome, IngestFailure):
+                failures += 1
+                _show_error(outcome.error)
+            elif as_json:
+                _print_json(
+                    {"outcome": outcome.outcome, "message": outcome.message}
+                    | {"document": outcome.document.to_json()}
+                )
+            else:
+                out.print(outcome.message, markup=False)
+                for warning in outcome.document.warnings:
+                    err.print(f"  warning: {warning}", markup=False)
     if failures:
+        err.print(f"{failures} of {len(sources)} could not be read; the others are in the library")
         raise typer.Exit(1)
 
 
@@ -361,8 +383,14 @@ def models_fetch(
     from rag.lm.catalog import fetch_model
 
     settings = load_settings()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     for name in names:
-        with _progress() as progress:
+        with Progress(*columns, console=err, transient=True) as progress:
             task = progress.add_task(name, total=None)
 
             def on_progress(
@@ -377,10 +405,55 @@ def models_fetch(
             out.print(f"{name} is here", markup=False)
 
 
+@bench_app.command(
+    "ingest", epilog="Examples: fathom bench ingest  |  fathom bench ingest report.pdf --json"
+)
+def bench_ingest_verb(
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Files and folders; by default the sample.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Runs of ours and the peer, in turn.", min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Ingest into a temporary library, beside plain sentence-transformers on the same chunks."""
+    from eval.bench.ingest import bench_ingest, card, plain_sentence_transformers
+    from ingest.sample import write_sample
+    from ingest.sources import find_sources
+    from rag.lm.catalog import resolve_model
+    from rag.lm.local_engine import choose_device
+
+    settings = load_settings()
+    with TemporaryDirectory() as folder:
+        wanted = paths or [str(write_sample(Path(folder)))]
+        found = list(find_sources(wanted, settings=settings, downloads=Path(folder)))
+        for source in found:
+            if isinstance(source, FathomError):
+                _show_error(source)
+        embedder = _fathom(settings).embedder
+        embedder.embed(["warm up"])
+        model = resolve_model(settings.embedder, settings)
+        device = choose_device(settings).type
+        with err.status("ingesting, then the peer"):
+            bench = bench_ingest(
+                [source for source in found if not isinstance(source, FathomError)],
+                embedder,
+                plain_sentence_transformers(model, device=device),
+                settings,
+                rounds=rounds,
+            )
+    if not as_json:
+        out.print(card(bench), markup=False)
+    _print_json(bench.to_json() | {"embedder": embedder.fingerprint, "device": device})
+
+
 def _fathom(settings: Settings) -> Any:  # noqa: ANN401 - imported late: --help must be instant
     from ui.assembly import Fathom
 
     return Fathom(settings)
+
+
+def _joining(source: Any, collection: str) -> Any:  # noqa: ANN401 - a SourceToRead or its error
+    return source if isinstance(source, FathomError) else replace(source, collection=collection)
 
 
 def _document_ids(fathom: Any, references: list[str] | None) -> list[int] | None:  # noqa: ANN401
@@ -388,30 +461,20 @@ def _document_ids(fathom: Any, references: list[str] | None) -> list[int] | None
 
 
 @contextmanager
-def _ingest_progress(name: str) -> Iterator[Any]:
-    with _progress() as progress:
-        task = progress.add_task(name, total=None)
+def _ingest_progress() -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("", total=1.0, figures="")
 
         def on_progress(event: Any) -> None:  # noqa: ANN401 - an IngestProgress
             progress.update(
                 task,
-                description=f"{event.stage} {name}",
-                completed=event.done,
-                total=event.total or None,
+                description=f"{event.stage} {event.title}",
+                completed=event.fraction,
+                figures=progress_words(event),
             )
 
         yield on_progress
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-    )
 
 
 def _print_json(value: dict[str, Any]) -> None:
