@@ -12,6 +12,7 @@ from typing import Annotated, Any, Never
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -51,6 +52,9 @@ Model = Annotated[
 Documents = Annotated[
     list[str] | None,
     typer.Option("--document", "-d", help="Number or title; may be repeated. Default: all."),
+]
+CollectionOption = Annotated[
+    str | None, typer.Option("--collection", "-c", help="Only the documents of this collection.")
 ]
 RouteOption = Annotated[
     Route | None, typer.Option("--route", help="Ask for a route; the gates still hold.")
@@ -129,6 +133,11 @@ def ingest(
         )
         if collection:
             sources = [_joining(source, collection) for source in sources]
+        errors = [source for source in sources if isinstance(source, FathomError)]
+        if len(errors) == len(sources):  # said at once: no model is loaded for them
+            for error in errors:
+                _show_error(error)
+            raise typer.Exit(1)
         for outcome in fathom.ingest_files(sources, on_progress=on_progress):
             if isinstance(outcome, IngestFailure):
                 failures += 1
@@ -150,11 +159,13 @@ def ingest(
 @app.command("list", epilog="Examples: fathom list  |  fathom list --all --json")
 def list_documents(
     every: Annotated[bool, typer.Option("--all", help="Superseded versions too.")] = False,
+    collection: CollectionOption = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """List the documents."""
-    documents = _fathom(load_settings(home=home)).store.all(include_superseded=every)
+    store = _fathom(load_settings(home=home)).store
+    documents = store.all(include_superseded=every, collection=collection)
     if as_json:
         for document in documents:
             _print_json(document.to_json())
@@ -162,11 +173,54 @@ def list_documents(
     if not documents:
         err.print("the library is empty; add a document with: fathom ingest PATH")
         return
-    table = Table("no.", "title", "version", "pages", "chunks", "characters", "added", box=None)
+    columns = ("no.", "title", "version", "pages", "chunks", "characters", "added", "collections")
+    table = Table(*columns, box=None)
     for d in documents:
         numbers = (str(d.version), str(d.num_pages or "-"), f"{d.num_chunks:,}", f"{d.num_chars:,}")
-        table.add_row(str(d.id), d.title, *numbers, d.created_at[:10])
+        table.add_row(
+            str(d.id),
+            escape(d.title),
+            *numbers,
+            d.created_at[:10],
+            escape(", ".join(d.collections)),
+        )
     out.print(table)
+
+
+@app.command(
+    epilog="Examples: fathom collections  |  fathom collections --add deals -d 3 -d 4"
+    "  |  fathom collections --dissolve deals"
+)
+def collections(
+    add: Annotated[
+        str | None, typer.Option("--add", help="Put the documents given into this collection.")
+    ] = None,
+    remove: Annotated[
+        str | None, typer.Option("--remove", help="Take the documents given out of it.")
+    ] = None,
+    dissolve: Annotated[
+        str | None, typer.Option("--dissolve", help="Delete a collection, not its documents.")
+    ] = None,
+    documents: Documents = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """List the collections, and change what is in them."""
+    fathom = _fathom(load_settings(home=home))
+    ids = _document_ids(fathom, documents)
+    if (add or remove) and not ids:
+        raise typer.BadParameter("name the documents with --document")
+    if add:
+        fathom.store.add_to_collection(add, ids)
+    if remove:
+        fathom.store.remove_from_collection(remove, ids)
+    if dissolve:
+        fathom.store.dissolve_collection(dissolve)
+    for found in fathom.store.collections():
+        if as_json:
+            _print_json(found.to_json())
+        else:
+            out.print(f"{found.num_documents:>6}  {found.name}", markup=False)
 
 
 @app.command(epilog="Examples: fathom text 1  |  fathom text report.pdf --start 0 --end 500")
@@ -189,20 +243,31 @@ def text(
         sys.stdout.write(content + "\n")
 
 
-@app.command(epilog="Examples: fathom delete 3  |  fathom delete report.pdf --json")
+@app.command(epilog="Examples: fathom delete 3  |  fathom delete -c deals --json")
 def delete(
-    document: Annotated[str, typer.Argument(help="Number or title.")],
+    documents: Annotated[list[str] | None, typer.Argument(help="Numbers or titles.")] = None,
+    collection: CollectionOption = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Delete a document: its text, vectors, original file, and its words in past answers."""
+    """Delete documents: text, vectors, original file, and their words in past answers.
+
+    With --collection, the collection and every version of its documents.
+    """
     fathom = _fathom(load_settings(home=home))
-    found = fathom.store.find(document)
-    fathom.delete(found.id)
-    if as_json:
-        _print_json({"deleted": found.id, "title": found.title, "version": found.version})
-    else:
-        out.print(f"deleted document {found.id} {found.title!r}", markup=False)
+    doomed = [fathom.store.find(reference) for reference in documents or []]
+    if collection:
+        doomed += fathom.store.all(include_superseded=True, collection=collection)
+    if not doomed:
+        raise typer.BadParameter("name a document, or a --collection")
+    for found in doomed:
+        fathom.delete(found.id)
+        if as_json:
+            _print_json({"deleted": found.id, "title": found.title, "version": found.version})
+        else:
+            out.print(f"deleted document {found.id} {found.title!r}", markup=False)
+    if collection:
+        fathom.store.dissolve_collection(collection)
 
 
 @app.command(
@@ -211,6 +276,7 @@ def delete(
 def ask(
     question: Annotated[str, typer.Argument(help="In words.")],
     documents: Documents = None,
+    collection: CollectionOption = None,
     route: RouteOption = None,
     model: Model = None,
     home: Home = None,
@@ -224,7 +290,7 @@ def ask(
     if not question.strip():
         raise typer.BadParameter("the question is empty")
     fathom = _fathom(load_settings(home=home, model=model))
-    ids = _document_ids(fathom, documents)
+    ids = _document_ids(fathom, documents, collection)
     answer = None
     with err.status("loading the model") as status:
         for event in fathom.service().stream(question, document_ids=ids, route=route):
@@ -247,6 +313,7 @@ def ask(
 def plan(
     question: Annotated[str, typer.Argument(help="A question, if there is one.")] = "",
     documents: Documents = None,
+    collection: CollectionOption = None,
     route: RouteOption = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Load the weights and time a prefill, too.")
@@ -259,7 +326,7 @@ def plan(
     from rag.routing.gates import describe
 
     fathom = _fathom(load_settings(home=home, model=model))
-    ids = _document_ids(fathom, documents)
+    ids = _document_ids(fathom, documents, collection)
     service = fathom.service()
     planned = service.plan(question, service.documents(ids), route=route, calibrate=measure)
     decision = planned.decision
@@ -456,8 +523,15 @@ def _joining(source: Any, collection: str) -> Any:  # noqa: ANN401 - a SourceToR
     return source if isinstance(source, FathomError) else replace(source, collection=collection)
 
 
-def _document_ids(fathom: Any, references: list[str] | None) -> list[int] | None:  # noqa: ANN401
-    return [fathom.store.find(r).id for r in references] if references else None
+def _document_ids(
+    fathom: Any,  # noqa: ANN401
+    references: list[str] | None,
+    collection: str | None = None,
+) -> list[int] | None:
+    ids = [fathom.store.find(reference).id for reference in references or []]
+    if collection:
+        ids += [document.id for document in fathom.store.all(collection=collection)]
+    return ids if references or collection else None
 
 
 @contextmanager
