@@ -131,5 +131,4 @@ class Fathom:
         """Delete a document from the store, the originals, the index and its snapshots."""
         document = self.store.find(str(document_id))
         delete_document(document, store=self.store, settings=self.settings)
-        self.index.catch_up()
-        self.index.snapshot(keep=1)
+        self.index.snapshot(keep=1, wait=True)

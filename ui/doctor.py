@@ -123,7 +123,7 @@ def _vectors(fathom: Fathom) -> Iterator[Check]:
         detail = f"{missing} chunks are missing, {foreign} are not in the store"
         yield Check("vector index", False, detail, repairable=True)
         return
-    lengths = [float(np.linalg.norm(index.vector(i))) for i in sorted(indexed)[:1000]]
+    lengths = [float(np.linalg.norm(index.vectors([i])[1][0])) for i in sorted(indexed)[:1000]]
     unit = all(abs(length - 1) < 1e-3 for length in lengths)
     detail = f"{len(indexed)} vectors equal the chunks"
     yield Check("vector index", unit, detail if unit else "vectors are not of unit length", True)

@@ -1,5 +1,6 @@
 """The op-log: what a derived index replays to catch up with the store."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +10,12 @@ from sqlalchemy import Connection, delete, func, select, update
 from rag.store.database import Database, chunk, meta, oplog
 
 FloatArray = npt.NDArray[np.float32]
+PAGE = 5_000  # entries or vectors in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """The net effect of the log after a position: ids to remove, then vectors to add.
+    """The net effect of a stretch of the log: ids to remove, then vectors to add.
 
     `vectors` is float32 [len(added), dim]. Both steps may be applied twice without harm.
     """
@@ -35,14 +37,19 @@ class OpLog:
         with self._database.read() as connection:
             return _last_seq(connection)
 
-    def changes_since(self, seq: int) -> Changes | None:
-        """Return what happened after `seq`, or None if the log no longer reaches back that far."""
+    def changes_since(self, seq: int, *, limit: int = PAGE) -> Changes | None:
+        """Return what the next `limit` entries after `seq` did, as of now.
+
+        Empty changes that end at `seq` mean that there is nothing more. None means that the log
+        no longer reaches back that far.
+        """
         joined = oplog.outerjoin(chunk, chunk.c.id == oplog.c.chunk_id)
         query = (
             select(oplog.c.seq, oplog.c.op, oplog.c.chunk_id, chunk.c.vector)
             .select_from(joined)
             .where(oplog.c.seq > seq)
             .order_by(oplog.c.seq)
+            .limit(limit)
         )
         with self._database.read() as connection:
             if seq < _floor(connection):
@@ -56,15 +63,29 @@ class OpLog:
             vectors=_stack(list(live.values())),
         )
 
-    def everything(self) -> Changes:
-        """Return all chunks as one change, from one consistent snapshot."""
+    def num_vectors(self) -> int:
+        """Return how many vectors are stored."""
         with self._database.read() as connection:
-            seq = _last_seq(connection)
-            rows = connection.execute(select(chunk.c.id, chunk.c.vector).order_by(chunk.c.id)).all()
-        return Changes(seq, [], [row.id for row in rows], _stack([row.vector for row in rows]))
+            return connection.scalar(select(func.count()).select_from(chunk)) or 0
+
+    def vectors(self) -> Iterator[tuple[list[int], FloatArray]]:
+        """Yield all stored vectors in pages: chunk ids in order, float32 [len(ids), dim].
+
+        Each page is a transaction of its own, so that a long build holds nothing up. Take
+        `last_seq` before, and apply `changes_since` it afterwards.
+        """
+        last = 0
+        while True:
+            query = select(chunk.c.id, chunk.c.vector).where(chunk.c.id > last)
+            with self._database.read() as connection:
+                rows = connection.execute(query.order_by(chunk.c.id).limit(PAGE)).all()
+            if not rows:
+                return
+            yield [row.id for row in rows], _stack([row.vector for row in rows])
+            last = rows[-1].id
 
     def truncate(self, seq: int) -> None:
-        """Drop entries up to `seq`; an index that is older must start anew from everything()."""
+        """Drop entries up to `seq`; an index that is older must start anew from `vectors`."""
         with self._database.write() as connection:
             floor = max(seq, _floor(connection))
             connection.execute(delete(oplog).where(oplog.c.seq <= seq))
