@@ -79,7 +79,7 @@ def ingest_file(
     # 1. copy the bytes to the content-addressed store; known bytes stop here
     progress(IngestProgress("reading", 0, 1))
     original, file = _copy_original(path, source or str(path.resolve()), title, settings)
-    known = store.by_content(file.content_sha256)
+    known = store.recall(file)
     if known:
         return _known(known, file)
     try:

@@ -4,12 +4,25 @@ Character offsets are half-open ranges of code points in a document's canonical 
 `to_json` of the outermost records gives exactly the objects that `--json` prints.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
 # ---- documents --------------------------------------------------------------------------------
+
+
+def storable(text: str) -> str:
+    """Return the text with U+FFFD in place of each NUL and each lone surrogate.
+
+    No database keeps NUL faithfully and no UTF-8 encodes a surrogate; one code point stands for
+    one, so that no offset moves.
+    """
+    return _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +33,10 @@ class Page:
     label: str | None
     start: int
     end: int
+
+    def __post_init__(self) -> None:
+        if self.label is not None:
+            object.__setattr__(self, "label", storable(self.label))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +50,26 @@ class Section:
     title: str
     start: int
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", storable(self.title))
+
 
 @dataclass(frozen=True, slots=True)
 class CanonicalText:
-    """What a reader makes of a file: the one text that every offset in Fathom refers to."""
+    """What a reader makes of a file: the one text that every offset in Fathom refers to.
+
+    What a database cannot hold is replaced here, once, before anything is cut from the text: see
+    `storable`.
+    """
 
     text: str
     media_type: str
     pages: tuple[Page, ...] = ()
     sections: tuple[Section, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", storable(self.text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +92,11 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One version of one source as the store knows it.
+    """One content as the store knows it, kept once however many names it has.
 
-    `source` is the identity (a resolved path, or `upload:` and a file name); versions of one source
-    count from 1, and only the latest is searched unless an older one is named.
+    `source` is the name it was first ingested under (a resolved path, or `upload:` and a file
+    name) and `version` counts that name's contents from 1. `is_latest` says that some name stands
+    for it now: only such documents are searched, unless an older one is asked for by its number.
     """
 
     id: int
@@ -84,9 +112,22 @@ class Document:
     num_chunks: int
     warnings: tuple[str, ...]
     created_at: str
+    collections: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `fathom list --json` prints on one line."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """A named group of documents, and how many (latest versions) are in it."""
+
+    name: str
+    num_documents: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints on one line."""
         return asdict(self)
 
 

@@ -22,7 +22,7 @@ needs_gpu_faiss = pytest.mark.skipif(
 def test_gpu_search_finds_what_cpu_search_finds(small_fathom: Fathom) -> None:
     embedder = HashEmbedder()
     index = VectorIndex(
-        OpLog(small_fathom.database),
+        OpLog(small_fathom.database, embedder.fingerprint),
         small_fathom.settings.index_dir,
         dim=embedder.dim,
         embedder=embedder.fingerprint,

@@ -53,13 +53,15 @@ class Shelf:
         return self.store.save(source, content, chunks, vectors, embedder="test").id
 
     def index(self, plan: IndexPlan = FLAT) -> VectorIndex:
-        index = VectorIndex(OpLog(self.database), self.folder, dim=DIM, embedder="test", plan=plan)
+        index = VectorIndex(
+            OpLog(self.database, "test"), self.folder, dim=DIM, embedder="test", plan=plan
+        )
         index.catch_up()
         return index
 
     def stored(self, *documents: int) -> tuple[list[int], FloatArray]:
         """Return the ids and vectors of some documents, or of all."""
-        pages = list(OpLog(self.database).vectors())
+        pages = list(OpLog(self.database, "test").vectors())
         ids = [i for page, _ in pages for i in page]
         rows = np.concatenate([rows for _, rows in pages]) if pages else np.empty((0, DIM), "f4")
         if not documents:
@@ -248,7 +250,7 @@ def test_building_holds_one_page_beside_the_index(
 
 def _index(fathom: Fathom) -> VectorIndex:
     index = VectorIndex(
-        OpLog(fathom.database),
+        OpLog(fathom.database, EMBEDDER.fingerprint),
         fathom.settings.index_dir,
         dim=EMBEDDER.dim,
         embedder=EMBEDDER.fingerprint,
@@ -284,14 +286,14 @@ def test_an_index_behind_the_cut_log_starts_anew(small_fathom: Fathom, tmp_path:
     late = _index(small_fathom)
     number = _add(small_fathom, tmp_path, "a.txt", "alpha")
     small_fathom.delete(number)  # snapshots and cuts the log
-    assert OpLog(small_fathom.database).changes_since(0) is None
+    assert OpLog(small_fathom.database, EMBEDDER.fingerprint).changes_since(0) is None
     late.catch_up()
     assert _agrees(late, small_fathom)
 
 
 def test_a_long_log_is_replayed_in_pages(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     index = shelf.index()
-    log = OpLog(shelf.database)
+    log = OpLog(shelf.database, "test")
     first = shelf.add(clustered(90, 1))
     shelf.add(clustered(40, 2))
     shelf.store.delete(first)

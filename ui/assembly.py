@@ -84,7 +84,7 @@ class Fathom:
         """The FAISS index over the library."""
         embedder = self.embedder
         return VectorIndex(
-            OpLog(self.database),
+            OpLog(self.database, embedder.fingerprint),
             self.settings.index_dir,
             dim=embedder.dim,
             embedder=embedder.fingerprint,

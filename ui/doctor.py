@@ -57,10 +57,10 @@ def _installation(fathom: Fathom) -> Iterator[Check]:
         yield Check("faiss", True, check_one_faiss())
     except FathomError as error:
         yield Check("faiss", False, f"{error.message}; {error.hint}")
-    version = fathom.database.sqlite_version
-    sound = tuple(int(part) for part in version.split(".")) >= FIRST_SOUND_SQLITE
+    kind, version = fathom.database.kind, fathom.database.server_version
+    sound = kind != "sqlite" or version >= FIRST_SOUND_SQLITE
     caution = "" if sound else ": before 3.51.3, keep to one process that writes"
-    yield Check("sqlite", True, f"{version}{caution}")
+    yield Check(kind, True, f"{'.'.join(map(str, version))}{caution}")
     from rag.lm.catalog import resolve_model
 
     for use, name in (("embedder", fathom.settings.embedder), ("model", fathom.settings.model)):
@@ -72,9 +72,8 @@ def _installation(fathom: Fathom) -> Iterator[Check]:
 
 
 def _database(fathom: Fathom) -> Check:
-    with fathom.database.read() as connection:
-        result = str(connection.exec_driver_sql("PRAGMA integrity_check").scalar())
-    return Check("database", result == "ok", result)
+    wrong = fathom.database.integrity_problem()
+    return Check("database", wrong is None, wrong or "ok")
 
 
 def _texts(fathom: Fathom) -> Check:

@@ -136,8 +136,13 @@ class VectorIndex:
     # ---- following the store -----------------------------------------------------------------
 
     def catch_up(self) -> int:
-        """Apply what the store has done since; return the number of chunks that changed."""
+        """Apply what the store has done since; return the number of chunks that changed.
+
+        Raises:
+            EmbedderMismatchError: if the library has changed to another embedder meanwhile.
+        """
         with self._lock:
+            self._oplog.require_active()
             num_changed = self._replay()
             if self._pending() > self._fold_at():
                 try:

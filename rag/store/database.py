@@ -1,167 +1,37 @@
-"""The SQL database: its tables, its connections, its schema version."""
+"""Connections to the SQL database, SQLite or PostgreSQL, and its schema version.
 
-from collections.abc import Iterator
+Everything that differs between the two is in this file, in `_SQLite` and `_PostgreSQL`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sqlalchemy import (
-    Boolean,
-    Column,
-    Connection,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-    create_engine,
-    event,
-    inspect,
-    text,
-)
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, inspect, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from rag.errors import StorageFullError, StoreError
+from rag.store.schema import SCHEMA_VERSION, metadata
 
-SCHEMA_VERSION = "0001"  # newest file in migrations/versions
-BUSY_TIMEOUT_MILLISECONDS = 30_000
-
-metadata = MetaData()
-
-# sqlite_autoincrement wherever an id leaves the database: SQLite re-uses plain rowids, and a
-# re-used chunk id would let a stale index point at another document's text.
-document = Table(
-    "document",
-    metadata,
-    Column("id", Integer, primary_key=True),
-    Column("title", String, nullable=False),
-    Column("source", String, nullable=False),
-    Column("version", Integer, nullable=False),
-    Column("is_latest", Boolean, nullable=False),
-    Column("content_sha256", String(64), nullable=False, unique=True),
-    Column("media_type", String, nullable=False),
-    Column("num_bytes", Integer, nullable=False),
-    Column("num_chars", Integer, nullable=False),
-    Column("num_pages", Integer, nullable=False),
-    Column("num_chunks", Integer, nullable=False),
-    Column("warnings", Text, nullable=False),  # JSON list
-    Column("created_at", String, nullable=False),  # ISO 8601, UTC
-    UniqueConstraint("source", "version"),
-    sqlite_autoincrement=True,
-)
-
-document_text = Table(
-    "document_text",
-    metadata,
-    Column("document_id", ForeignKey("document.id", ondelete="CASCADE"), primary_key=True),
-    Column("text", Text, nullable=False),
-)
-
-page = Table(
-    "page",
-    metadata,
-    Column("document_id", ForeignKey("document.id", ondelete="CASCADE"), primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("label", String),
-    Column("start", Integer, nullable=False),
-    Column("end", Integer, nullable=False),
-)
-
-section = Table(
-    "section",
-    metadata,
-    Column("document_id", ForeignKey("document.id", ondelete="CASCADE"), primary_key=True),
-    Column("ordinal", Integer, primary_key=True),
-    Column("level", Integer, nullable=False),
-    Column("title", String, nullable=False),
-    Column("start", Integer, nullable=False),
-)
-
-chunk = Table(
-    "chunk",
-    metadata,
-    Column("id", Integer, primary_key=True),
-    Column("document_id", ForeignKey("document.id", ondelete="CASCADE"), nullable=False),
-    Column("ordinal", Integer, nullable=False),
-    Column("start", Integer, nullable=False),
-    Column("end", Integer, nullable=False),
-    Column("page_first", Integer),
-    Column("page_last", Integer),
-    Column("heading", String, nullable=False),  # path, joined by " > "
-    Column("num_tokens", Integer, nullable=False),
-    Column("text", Text, nullable=False),
-    Column("scope", String, nullable=False),  # "d" and the document's id, searched by FTS5
-    Column("vector", LargeBinary, nullable=False),  # float32, unit length
-    UniqueConstraint("document_id", "ordinal"),
-    sqlite_autoincrement=True,
-)
-
-oplog = Table(
-    "oplog",
-    metadata,
-    Column("seq", Integer, primary_key=True),
-    Column("op", String(3), nullable=False),  # add | del
-    Column("chunk_id", Integer, nullable=False),
-    sqlite_autoincrement=True,
-)
-
-meta = Table(
-    "meta",
-    metadata,
-    Column("key", String, primary_key=True),
-    Column("value", String, nullable=False),
-)
-
-token_count = Table(
-    "token_count",
-    metadata,
-    Column("document_id", ForeignKey("document.id", ondelete="CASCADE"), primary_key=True),
-    Column("tokenizer", String, primary_key=True),
-    Column("num_tokens", Integer, nullable=False),
-)
-
-answer = Table(
-    "answer",
-    metadata,
-    Column("id", String, primary_key=True),
-    Column("created_at", String, nullable=False),
-    Column("question", Text, nullable=False),
-    Column("body", Text, nullable=False),  # Answer.to_json
-)
-
-answer_document = Table(
-    "answer_document",
-    metadata,
-    Column("answer_id", ForeignKey("answer.id", ondelete="CASCADE"), primary_key=True),
-    Column("document_id", Integer, primary_key=True),  # outlives the document
-    Index("ix_answer_document_document_id", "document_id"),
-)
-
-# FTS5 rows and the op-log follow the chunk table inside its own transaction.
-SQLITE_DERIVED = (
-    """CREATE VIRTUAL TABLE chunk_fts USING fts5(
-        text, heading, scope, content='chunk', content_rowid='id', tokenize='porter unicode61')""",
-    """CREATE TRIGGER chunk_added AFTER INSERT ON chunk BEGIN
-        INSERT INTO chunk_fts(rowid, text, heading, scope)
-            VALUES (new.id, new.text, new.heading, new.scope);
-        INSERT INTO oplog(op, chunk_id) VALUES ('add', new.id);
-    END""",
-    """CREATE TRIGGER chunk_deleted AFTER DELETE ON chunk BEGIN
-        INSERT INTO chunk_fts(chunk_fts, rowid, text, heading, scope)
-            VALUES ('delete', old.id, old.text, old.heading, old.scope);
-        INSERT INTO oplog(op, chunk_id) VALUES ('del', old.id);
-    END""",
-)
+WAIT_SECONDS = 30  # for another process that writes
+CONNECT_SECONDS = 10
+IDS_PER_STATEMENT = 10_000  # SQLite binds 32,766 values at most, PostgreSQL 65,535
+ROWS_PER_FETCH = 1_000
+WRITER_LOCK = 0x66617468  # "fath"; one number in the whole PostgreSQL database
+OLDEST_POSTGRESQL = 15
+GIVE_A_URL = "give sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 
 
 class Database:
     """Connections to one database, its schema at SCHEMA_VERSION.
+
+    Writers come one after the other on both kinds of database, so that the op-log's order is the
+    order of the commits: a reader that has seen entry 11 has seen entry 10.
 
     Usage:
         with database.read() as connection: ...    # a consistent snapshot, never blocks a writer
@@ -169,37 +39,36 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        """Open the database at a `sqlite:///PATH` URL, creating folder and schema if absent.
+        """Open the database at a URL, creating folder and schema if absent.
+
+        Args:
+            url: `sqlite:///PATH` or `postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE`.
 
         Raises:
-            StoreError: if the file cannot be opened, is no database, or has a newer schema.
+            StoreError: if it cannot be reached or opened, is no database, or has a newer schema.
         """
         self.url = url
-        path = Path(make_url(url).database or "")
+        self._kind = _kind_of(url)
+        self.engine = self._kind.create_engine()
+        event.listen(self.engine, "begin", self._kind.begin)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"cannot create the library's folder {path.parent}: {error.strerror}",
-                hint="give a folder you may write to with --home or FATHOM_HOME",
-            ) from error
-        self.driver = _sqlite_driver()
-        self.engine = create_engine(
-            url,
-            module=self.driver,
-            connect_args={"timeout": BUSY_TIMEOUT_MILLISECONDS / 1000, "check_same_thread": False},
-        )
-        event.listen(self.engine, "connect", _set_up_connection)
-        event.listen(self.engine, "begin", _begin)
-        try:
+            with self.engine.connect() as connection:
+                self._kind.check_server(connection)
             self._migrate()
-        except DatabaseError as error:
-            raise _translated(error) from error
+        except DBAPIError as error:
+            raise self._kind.explain(error) from error
 
     @property
-    def sqlite_version(self) -> str:
-        """The version of the SQLite library in use, e.g. 3.53.4."""
-        return str(self.driver.sqlite_version)
+    def kind(self) -> str:
+        """Which database this is: sqlite or postgresql."""
+        return self.engine.dialect.name
+
+    @property
+    def server_version(self) -> tuple[int, ...]:
+        """The version of the SQLite library or the PostgreSQL server, e.g. (3, 53, 4)."""
+        with self.engine.connect() as connection:
+            version = connection.dialect.server_version_info or ()
+        return tuple(int(part) for part in version)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -207,8 +76,8 @@ class Database:
         try:
             with self.engine.connect() as connection, connection.begin():
                 yield connection
-        except DatabaseError as error:
-            raise _translated(error) from error
+        except DBAPIError as error:
+            raise self._kind.explain(error) from error
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -216,7 +85,8 @@ class Database:
 
         Raises:
             StorageFullError: if the disk is full; nothing of the transaction was kept.
-            StoreError: if another process held the lock for 30 seconds, or the file is damaged.
+            StoreError: if another process held the lock for 30 seconds, or the database is damaged
+                or out of reach.
         """
         try:
             with (
@@ -224,35 +94,237 @@ class Database:
                 connection.begin(),
             ):
                 yield connection
-        except DatabaseError as error:
-            raise _translated(error) from error
+        except DBAPIError as error:
+            raise self._kind.explain(error) from error
 
-    def erase_freed_pages(self) -> None:
-        """Move the write-ahead log into the database and empty it, so deleted text is gone."""
-        with self.engine.connect() as connection:
+    def erase_deleted(self) -> None:
+        """Remove from the database's files what deleted rows have left in them, where it can be."""
+        self._kind.erase_deleted(self.engine)
+
+    def integrity_problem(self) -> str | None:
+        """Return what is wrong with the database's own structures, or None."""
+        with self.read() as connection:
+            return self._kind.integrity_problem(connection)
+
+    def _migrate(self) -> None:
+        with self.read() as connection:
+            if _schema_version(connection) == SCHEMA_VERSION:
+                return
+        # Under the write lock: of two processes that open a new library, one makes the schema.
+        with self.write() as connection:
+            version = _schema_version(connection)
+            if version is not None and version > SCHEMA_VERSION:
+                raise StoreError(
+                    f"the library has schema {version}; this Fathom knows up to {SCHEMA_VERSION}",
+                    hint="install the newer Fathom, or give another --home or FATHOM_DATABASE_URL",
+                )
+            if version != SCHEMA_VERSION:
+                _upgrade(connection)
+
+
+def upsert(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows, each in place of the one with its primary key."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    statement = dialect.insert(table)
+    key = [column.name for column in table.primary_key]
+    others = {name: statement.excluded[name] for name in rows[0] if name not in key}
+    statement = (
+        statement.on_conflict_do_update(index_elements=key, set_=others)
+        if others
+        else statement.on_conflict_do_nothing(index_elements=key)
+    )
+    connection.execute(statement, list(rows))
+
+
+def id_batches(ids: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the ids in parts that one statement can bind."""
+    rest = iter(ids)
+    while batch := list(islice(rest, IDS_PER_STATEMENT)):
+        yield batch
+
+
+# ---- the two kinds ----------------------------------------------------------------------------
+
+
+def _kind_of(url: str) -> "_SQLite | _PostgreSQL":
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise StoreError(f"the database URL cannot be read: {error}", hint=GIVE_A_URL) from error
+    kinds: dict[str, type[_SQLite] | type[_PostgreSQL]] = {
+        "sqlite": _SQLite,
+        "postgresql+psycopg": _PostgreSQL,
+    }
+    if parsed.drivername not in kinds:
+        raise StoreError(f"no database of kind {parsed.drivername!r} is supported", hint=GIVE_A_URL)
+    if not parsed.database:
+        raise StoreError(f"the database URL {parsed} names no database", hint=GIVE_A_URL)
+    return kinds[parsed.drivername](parsed)
+
+
+class _SQLite:
+    """One file: write-ahead log, every commit synced, freed bytes overwritten."""
+
+    def __init__(self, url: URL) -> None:
+        self._url = url
+
+    def create_engine(self) -> Engine:
+        folder = Path(self._url.database or "").parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"cannot create the library's folder {folder}: {error.strerror}",
+                hint="give a folder you may write to with --home or FATHOM_HOME",
+            ) from error
+        engine = create_engine(
+            self._url,
+            module=_sqlite_driver(),
+            connect_args={"timeout": WAIT_SECONDS, "check_same_thread": False},
+        )
+        event.listen(engine, "connect", self._set_up)
+        return engine
+
+    def begin(self, connection: Connection) -> None:
+        # A deferred transaction that turns into a writer can fail at once with "locked", whatever
+        # the busy timeout: writers therefore take the lock when they begin.
+        write = connection.get_execution_options().get("fathom_write")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    def check_server(self, connection: Connection) -> None:
+        pass  # any SQLite that Python 3.11 comes with will do; doctor names the bugs of old ones
+
+    def erase_deleted(self, engine: Engine) -> None:
+        """Empty the write-ahead log; secure_delete has overwritten the pages themselves."""
+        with engine.connect() as connection:
             raw: Any = connection.connection.dbapi_connection
             raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def _migrate(self) -> None:
-        with self.engine.connect() as connection, connection.begin():
-            version = None
-            if inspect(connection).has_table("alembic_version"):
-                version = connection.scalar(text("SELECT version_num FROM alembic_version"))
-        if version == SCHEMA_VERSION:
-            return
-        if version is not None and version > SCHEMA_VERSION:
-            raise StoreError(
-                f"the library has schema {version}; this Fathom knows up to {SCHEMA_VERSION}",
-                hint="install the newer Fathom, or give another --home",
-            )
-        from alembic import command
-        from alembic.config import Config
+    def integrity_problem(self, connection: Connection) -> str | None:
+        result = str(connection.exec_driver_sql("PRAGMA integrity_check").scalar())
+        return None if result == "ok" else result
 
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        with self.write() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+    def explain(self, error: DBAPIError) -> StoreError:
+        reason = str(error.orig)
+        if "full" in reason:
+            return _disk_full(reason)
+        if "locked" in reason:
+            return _held_too_long(reason)
+        return StoreError(
+            f"the database {self._url.database} answered: {reason}",
+            hint="run fathom doctor; if the file is damaged, restore it or give another --home",
+        )
+
+    @staticmethod
+    def _set_up(raw: Any, _record: object) -> None:  # noqa: ANN401 - a DB-API connection
+        raw.isolation_level = None  # transactions are begun by begin(), DDL included
+        for pragma in (
+            f"busy_timeout={WAIT_SECONDS * 1000}",
+            "journal_mode=WAL",
+            "synchronous=FULL",  # a commit that returned survives power loss
+            "foreign_keys=ON",
+            "secure_delete=ON",
+        ):
+            raw.execute(f"PRAGMA {pragma}")
+
+
+class _PostgreSQL:
+    """A server. Durable by its own defaults (fsync and synchronous_commit are on)."""
+
+    def __init__(self, url: URL) -> None:
+        self._url = url
+
+    def create_engine(self) -> Engine:
+        try:
+            return create_engine(
+                self._url,
+                pool_pre_ping=True,  # a connection that a restarted server has dropped is replaced
+                connect_args={"connect_timeout": CONNECT_SECONDS, "client_encoding": "utf8"},
+            )
+        except ModuleNotFoundError as error:
+            raise StoreError(
+                "the driver of PostgreSQL, psycopg, is not installed",
+                hint='pip install "psycopg[binary]", or unset FATHOM_DATABASE_URL',
+            ) from error
+
+    def begin(self, connection: Connection) -> None:
+        if not connection.get_execution_options().get("fathom_write"):
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            return
+        # Numbers are drawn from a sequence before the commit: without this lock a reader could see
+        # entry 11 while 10 is not committed yet, and miss 10 for ever. READ COMMITTED, so that
+        # what follows sees all that the writers before have done.
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{WAIT_SECONDS}s'")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+
+    def check_server(self, connection: Connection) -> None:
+        major = int((connection.dialect.server_version_info or (0,))[0])
+        encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+        if major < OLDEST_POSTGRESQL:
+            raise StoreError(
+                f"the server is PostgreSQL {major}; expected {OLDEST_POSTGRESQL} or newer",
+                hint="upgrade the server, or unset FATHOM_DATABASE_URL",
+            )
+        if encoding != "UTF8":
+            raise StoreError(
+                f"the database {self._url.database} has the encoding {encoding}; expected UTF8",
+                hint="create one with: createdb --encoding=UTF8 --template=template0 NAME",
+            )
+
+    def erase_deleted(self, engine: Engine) -> None:
+        """Vacuum the tables: pages lose their dead rows, free pages at the end are cut off.
+
+        The server's write-ahead log keeps the old pages until it recycles them: see
+        docs/decisions/0009.
+        """
+        names = ", ".join(table.name for table in metadata.sorted_tables)
+        with engine.connect() as connection:
+            driver: Any = connection.connection.dbapi_connection
+            driver.autocommit = True
+            try:
+                driver.execute(f"VACUUM {names}")
+            finally:
+                driver.autocommit = False
+
+    def integrity_problem(self, connection: Connection) -> str | None:
+        invalid = connection.exec_driver_sql(
+            "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid"
+            " AND indrelid::regclass::text = ANY(%(tables)s)",
+            {"tables": [table.name for table in metadata.sorted_tables]},
+        ).scalars()
+        names = ", ".join(invalid)
+        return f"invalid indexes: {names}" if names else None
+
+    def explain(self, error: DBAPIError) -> StoreError:
+        reason = str(error.orig).strip()
+        state = getattr(error.orig, "sqlstate", None)
+        where = self._url.render_as_string(hide_password=True)
+        if state == "53100":
+            return _disk_full(reason)
+        if state == "55P03":
+            return _held_too_long(reason)
+        if "password authentication failed" in reason or state in ("28P01", "28000"):
+            return StoreError(
+                f"the server refused the user or the password of {where}: {reason}",
+                hint="correct FATHOM_DATABASE_URL; special characters in it are percent-encoded",
+            )
+        if state == "3D000" or ("database" in reason and "does not exist" in reason):
+            return StoreError(
+                f"there is no database as in {where}: {reason}",
+                hint=f"create it: createdb --encoding=UTF8 --template=template0"
+                f" {self._url.database}",
+            )
+        if error.connection_invalidated or state is None or state[:2] in ("08", "57"):
+            return StoreError(
+                f"the database server at {where} cannot be reached: {reason}",
+                hint="start it, or correct FATHOM_DATABASE_URL; a transaction that was open has"
+                " left nothing behind",
+            )
+        return StoreError(
+            f"the database {where} answered: {reason}",
+            hint="run fathom doctor, and look into the server's log",
+        )
 
 
 def _sqlite_driver() -> ModuleType:
@@ -265,39 +337,35 @@ def _sqlite_driver() -> ModuleType:
     return module
 
 
-def _set_up_connection(raw: Any, _record: object) -> None:  # noqa: ANN401 - a DB-API connection
-    raw.isolation_level = None  # transactions are begun by _begin, DDL included
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=FULL",  # a commit that returned survives power loss
-        "foreign_keys=ON",
-        f"busy_timeout={BUSY_TIMEOUT_MILLISECONDS}",
-        "secure_delete=ON",
-    ):
-        raw.execute(f"PRAGMA {pragma}")
-
-
-def _begin(connection: Connection) -> None:
-    # A deferred transaction that turns into a writer can fail at once with "locked", whatever
-    # the busy timeout: writers therefore take the lock when they begin.
-    write = connection.get_execution_options().get("fathom_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-
-def _translated(error: DatabaseError) -> StoreError:
-    """Return the error that a person can act on."""
-    reason = str(error.orig)
-    if isinstance(error, OperationalError) and "full" in reason:
-        return StorageFullError(
-            f"the disk is full: {reason}; the transaction was rolled back, nothing was written",
-            hint="free some space or give another --home, then run the same command again",
-        )
-    if isinstance(error, OperationalError) and "locked" in reason:
-        return StoreError(
-            f"another process held the library for {BUSY_TIMEOUT_MILLISECONDS // 1000} s: {reason}",
-            hint="wait for it to end, then run the same command again",
-        )
-    return StoreError(
-        f"the database answered: {reason}",
-        hint="run fathom doctor; if the file is damaged, restore it or give another --home",
+def _disk_full(reason: str) -> StorageFullError:
+    return StorageFullError(
+        f"the disk is full: {reason}; the transaction was rolled back, nothing was written",
+        hint="free some space or give another --home, then run the same command again",
     )
+
+
+def _held_too_long(reason: str) -> StoreError:
+    return StoreError(
+        f"another process held the library for {WAIT_SECONDS} s: {reason}",
+        hint="wait for it to end, then run the same command again",
+    )
+
+
+# ---- migrations -------------------------------------------------------------------------------
+
+
+def _schema_version(connection: Connection) -> str | None:
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    version = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return None if version is None else str(version)
+
+
+def _upgrade(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, SCHEMA_VERSION)

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import Connection, delete, func, select
 
-from rag.store.database import Database, chunk, meta, oplog
+from rag.errors import EmbedderMismatchError
+from rag.store.database import Database, upsert
+from rag.store.schema import chunk_vector, meta, oplog
 
 FloatArray = npt.NDArray[np.float32]
 PAGE = 5_000  # entries or vectors in memory at a time
@@ -27,34 +29,51 @@ class Changes:
 
 
 class OpLog:
-    """The log of added and deleted chunks of one library."""
+    """The log of added and deleted chunks of one library, with the vectors of one embedder.
 
-    def __init__(self, database: Database) -> None:
+    A chunk that has no vector of this embedder yet is absent from `added`; when all have one,
+    `DocumentStore.activate_embedder` makes the embedder the library's own.
+    """
+
+    def __init__(self, database: Database, embedder: str) -> None:
         self._database = database
+        self._embedder = embedder
 
     def last_seq(self) -> int:
         """Return the position of the newest entry."""
         with self._database.read() as connection:
             return _last_seq(connection)
 
+    def require_active(self) -> None:
+        """Raise EmbedderMismatchError if the library is searched with another embedder by now."""
+        with self._database.read() as connection:
+            active = connection.scalar(select(meta.c.value).where(meta.c.key == "embedder"))
+        if active not in (None, self._embedder):
+            raise EmbedderMismatchError(
+                f"the library is searched with {active} now; this process embeds with"
+                f" {self._embedder}",
+                hint="set FATHOM_EMBEDDER to it and start again, or re-embed the library",
+            )
+
     def changes_since(self, seq: int, *, limit: int = PAGE) -> Changes | None:
         """Return what the next `limit` entries after `seq` did, as of now.
 
-        Empty changes that end at `seq` mean that there is nothing more. None means that the log
-        no longer reaches back that far.
+        Changes that end at `seq` are empty: there is nothing more. None means that the log no
+        longer reaches back that far.
         """
-        joined = oplog.outerjoin(chunk, chunk.c.id == oplog.c.chunk_id)
+        ours = chunk_vector.c.embedder == self._embedder
+        with_vector = oplog.outerjoin(
+            chunk_vector, (chunk_vector.c.chunk_id == oplog.c.chunk_id) & ours
+        )
         query = (
-            select(oplog.c.seq, oplog.c.op, oplog.c.chunk_id, chunk.c.vector)
-            .select_from(joined)
+            select(oplog.c.seq, oplog.c.op, oplog.c.chunk_id, chunk_vector.c.vector)
+            .select_from(with_vector)
             .where(oplog.c.seq > seq)
-            .order_by(oplog.c.seq)
-            .limit(limit)
         )
         with self._database.read() as connection:
             if seq < _floor(connection):
                 return None
-            rows = connection.execute(query).all()
+            rows = connection.execute(query.order_by(oplog.c.seq).limit(limit)).all()
         live = {r.chunk_id: r.vector for r in rows if r.op == "add" and r.vector is not None}
         return Changes(
             seq=rows[-1].seq if rows else seq,
@@ -65,8 +84,10 @@ class OpLog:
 
     def num_vectors(self) -> int:
         """Return how many vectors are stored."""
+        query = select(func.count()).select_from(chunk_vector)
         with self._database.read() as connection:
-            return connection.scalar(select(func.count()).select_from(chunk)) or 0
+            wanted = query.where(chunk_vector.c.embedder == self._embedder)
+            return connection.scalar(wanted) or 0
 
     def vectors(self) -> Iterator[tuple[list[int], FloatArray]]:
         """Yield all stored vectors in pages: chunk ids in order, float32 [len(ids), dim].
@@ -75,23 +96,23 @@ class OpLog:
         `last_seq` before, and apply `changes_since` it afterwards.
         """
         last = 0
+        columns = select(chunk_vector.c.chunk_id, chunk_vector.c.vector)
+        query = columns.where(chunk_vector.c.embedder == self._embedder)
         while True:
-            query = select(chunk.c.id, chunk.c.vector).where(chunk.c.id > last)
+            page = query.where(chunk_vector.c.chunk_id > last)
             with self._database.read() as connection:
-                rows = connection.execute(query.order_by(chunk.c.id).limit(PAGE)).all()
+                rows = connection.execute(page.order_by(chunk_vector.c.chunk_id).limit(PAGE)).all()
             if not rows:
                 return
-            yield [row.id for row in rows], _stack([row.vector for row in rows])
-            last = rows[-1].id
+            yield [row.chunk_id for row in rows], _stack([row.vector for row in rows])
+            last = rows[-1].chunk_id
 
     def truncate(self, seq: int) -> None:
         """Drop entries up to `seq`; an index that is older must start anew from `vectors`."""
         with self._database.write() as connection:
             floor = max(seq, _floor(connection))
             connection.execute(delete(oplog).where(oplog.c.seq <= seq))
-            connection.execute(
-                update(meta).where(meta.c.key == "oplog_floor").values(value=str(floor))
-            )
+            upsert(connection, meta, [{"key": "oplog_floor", "value": str(floor)}])
 
 
 def _floor(connection: Connection) -> int:

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from sqlalchemy import Connection, insert, select, update
 
 from rag.errors import DocumentNotFoundError
-from rag.store.database import Database, answer, answer_document
+from rag.store.database import Database
+from rag.store.schema import answer, answer_document
 from rag.types import Answer, answer_from_json
 
 REDACTED = "[deleted with its document]"

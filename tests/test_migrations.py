@@ -1,0 +1,90 @@
+"""A library made by an older Fathom opens, with everything in it."""
+
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from rag.errors import StoreError
+from rag.store.database import Database
+from rag.store.documents import DocumentStore
+from rag.store.oplog import OpLog
+from rag.store.schema import SCHEMA_VERSION, metadata
+
+
+def _make_0001(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a library of schema 0001: two versions of one file, and a deleted one."""
+    with monkeypatch.context() as patch:
+        patch.setattr("rag.store.database.SCHEMA_VERSION", "0001")
+        database = Database(f"sqlite:///{path}")
+    with database.write() as connection:
+        run = connection.exec_driver_sql
+        run("INSERT INTO meta VALUES ('embedder', 'old-embedder')")
+        for number, source, version in ((1, "/a.txt", 1), (2, "/a.txt", 2), (3, "/b.txt", 1)):
+            run(
+                "INSERT INTO document"
+                " VALUES (?, 'title', ?, ?, ?, ?, 'text/plain', 9, 9, 0, 2, '[]', 't')",
+                (number, source, version, number > 1, f"{number:064}"),
+            )
+            run("INSERT INTO document_text VALUES (?, ?)", (number, f"harbour {number}"))
+            for ordinal in (0, 1):
+                vector = np.full(4, number + ordinal, dtype=np.float32).tobytes()
+                run(
+                    "INSERT INTO chunk(document_id, ordinal, start, end, heading, num_tokens, text,"
+                    " scope, vector) VALUES (?, ?, 0, 9, 'Fees', 2, ?, ?, ?)",
+                    (number, ordinal, f"harbour {number}", f"d{number}", vector),
+                )
+        run("DELETE FROM chunk WHERE document_id = 3")
+        run("DELETE FROM document WHERE id = 3")
+    database.engine.dispose()
+
+
+def test_a_library_of_the_first_schema_is_brought_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "fathom.sqlite"
+    _make_0001(path, monkeypatch)
+    database = Database(f"sqlite:///{path}")
+    store = DocumentStore(database)
+    every = store.all(include_superseded=True)
+    assert [(d.id, d.version, d.is_latest) for d in every] == [(1, 1, False), (2, 2, True)]
+    assert store.find("/a.txt").id == 2
+    assert store.text(1) == "harbour 1"
+    assert store.active_embedder() == "old-embedder"
+    log = OpLog(database, "old-embedder")
+    ((ids, vectors),) = log.vectors()
+    assert ids == [1, 2, 3, 4]
+    assert vectors.tolist() == [[1.0] * 4, [2.0] * 4, [2.0] * 4, [3.0] * 4]
+    assert log.last_seq() == 8
+    store.delete(2)
+    ((ids, _),) = log.vectors()
+    assert ids == [1, 2]
+    assert database.integrity_problem() is None
+
+
+@pytest.mark.parametrize("made", ["new", "upgraded"])
+def test_migrations_make_exactly_the_tables_of_the_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    path = tmp_path / "fathom.sqlite"
+    if made == "upgraded":
+        _make_0001(path, monkeypatch)
+    database = Database(f"sqlite:///{path}")
+    with database.read() as connection:
+        context = MigrationContext.configure(
+            connection,
+            opts={"include_name": lambda name, *_: not str(name).startswith("chunk_fts")},
+        )
+        assert compare_metadata(context, metadata) == []
+
+
+def test_a_library_of_a_newer_schema_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "fathom.sqlite"
+    Database(f"sqlite:///{path}").engine.dispose()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(StoreError, match=f"schema 9999; this Fathom knows up to {SCHEMA_VERSION}"):
+        Database(f"sqlite:///{path}")
