@@ -15,7 +15,7 @@ run: $(STAMPS)/models
 	$(BIN)/fathom ingest --sample
 	$(BIN)/fathom serve
 
-test: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser check
+test: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser $(STAMPS)/postgres check
 
 check:
 	$(BIN)/ruff check .
@@ -56,6 +56,13 @@ $(STAMPS)/browser: $(STAMPS)/venv
 	command -v chromium >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
 	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
 	       chromium fonts-dejavu-core >/dev/null; }
+	touch $@
+
+# The PostgreSQL tests start a server of their own from Debian's package; elsewhere they are skipped.
+$(STAMPS)/postgres: $(STAMPS)/venv
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || ! command -v apt-get >/dev/null \
+	  || [ "$$(id -u)" != 0 ] \
+	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql >/dev/null; }
 	touch $@
 
 clean:

@@ -6,7 +6,7 @@ prepare_process()
 
 import hashlib  # noqa: E402 - the process is prepared before anything heavy is imported
 import re  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -14,6 +14,7 @@ import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
 import pytest  # noqa: E402
 
+from postgres_server import PostgresServer, find_binaries, running_server  # noqa: E402
 from rag.lm.local_engine import LocalEngine  # noqa: E402
 from rag.settings import Settings  # noqa: E402
 from ui.assembly import Fathom  # noqa: E402
@@ -96,6 +97,25 @@ def small_fathom(library: Fathom, handbook: Path) -> Fathom:
     """Return a library that holds the handbook."""
     library.ingest(handbook)
     return library
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """Return a running PostgreSQL server of our own."""
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
+    with running_server(binaries, durable=False) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of an empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'home' / 'fathom.sqlite'}"
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.url(server.create_database())
 
 
 def make_tiny_engine(max_position_embeddings: int = 4096) -> LocalEngine:

@@ -61,7 +61,15 @@ class Database:
                 self._kind.check_server(connection)
             self._migrate()
         except DBAPIError as error:
+            self.close()
             raise self._kind.explain(error) from error
+        except StoreError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the pooled connections; the next use opens new ones."""
+        self.engine.dispose()
 
     @property
     def kind(self) -> str:

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from sqlalchemy import Connection, insert, select, update
 
 from rag.errors import DocumentNotFoundError
-from rag.store.database import Database
-from rag.store.schema import answer, answer_document
-from rag.types import Answer, answer_from_json
+from rag.store.database import Database, id_batches
+from rag.store.schema import answer, answer_document, document
+from rag.types import Answer, answer_from_json, storable
 
 REDACTED = "[deleted with its document]"
 
@@ -21,18 +21,28 @@ class ReceiptStore:
         self._database = database
 
     def save(self, question: str, given: Answer, document_ids: Sequence[int]) -> None:
-        """Store one answer with the documents that were asked about."""
+        """Store one answer with the documents that were asked about.
+
+        Of those that were deleted while the answer was written, no word is kept.
+        """
         with self._database.write() as connection:
             connection.execute(
                 insert(answer).values(
                     id=given.receipt.id,
                     created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                    question=question,
+                    question=storable(question),
                     body=json.dumps(given.to_json()),
                 )
             )
             rows = [{"answer_id": given.receipt.id, "document_id": d} for d in document_ids]
-            connection.execute(insert(answer_document), rows)
+            if rows:
+                connection.execute(insert(answer_document), rows)
+            existing: set[int] = set()
+            for ids in id_batches(document_ids):
+                query = select(document.c.id).where(document.c.id.in_(ids))
+                existing.update(connection.scalars(query))
+            for document_id in set(document_ids) - existing:
+                redact(connection, document_id)
 
     def load(self, receipt_id: str) -> Answer:
         """Return a past answer.
