@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
+from ingest.originals import ingesting
 from ingest.pipeline import IngestProgress, IngestResult, delete_document, ingest_file
 from rag.answering.service import AnsweringService
 from rag.lm.engine import Engine
@@ -117,15 +118,16 @@ class Fathom:
         on_progress: Callable[[IngestProgress], None] | None = None,
     ) -> IngestResult:
         """Take one file into the library; see `ingest.pipeline.ingest_file`."""
-        return ingest_file(
-            path,
-            store=self.store,
-            embedder=self.embedder,
-            settings=self.settings,
-            source=source,
-            title=title,
-            on_progress=on_progress,
-        )
+        with ingesting(self.settings):
+            return ingest_file(
+                path,
+                store=self.store,
+                embedder=self.embedder,
+                settings=self.settings,
+                source=source,
+                title=title,
+                on_progress=on_progress,
+            )
 
     def delete(self, document_id: int) -> None:
         """Delete a document from the store, the originals, the index and its snapshots."""

@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from rag.errors import StorageFullError
+from rag.errors import EmbedderMismatchError, StorageFullError, StoreError
 from rag.retrieval.index_snapshots import IndexManifest, SnapshotFolder
 from rag.store.oplog import Changes, OpLog
 
@@ -24,6 +24,7 @@ Faiss = Any  # its indexes, selectors and parameters are untyped
 SNAPSHOTS_KEPT = 2
 RECALL_QUERIES = 100
 RECALL_K = 10
+HALF_PRECISION_TOLERANCE = 1e-3  # of one component of a unit vector
 GPU_MAX_RESULTS = 2048  # faiss's documented limit on a GPU
 
 
@@ -59,6 +60,14 @@ class IndexPlan:
         """Return faiss's description of the index for so many vectors."""
         lists = max(1, round(self.lists_per_root * math.sqrt(num_vectors)))
         return self.size(num_vectors).kind.format(lists=lists)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexDifferences:
+    """Chunks whose vector is missing or another than the stored one, and ids of no chunk."""
+
+    wrong: list[int]
+    foreign: list[int]
 
 
 class VectorIndex:
@@ -133,6 +142,26 @@ class VectorIndex:
             rows = np.concatenate(parts) if parts else np.empty((0, self._dim), dtype=np.float32)
             return [*in_main.tolist(), *in_delta.tolist()], rows
 
+    def differences(self) -> "IndexDifferences":
+        """Compare every vector with the store's, a page at a time."""
+        tolerance = 0.0 if self._kind == "Flat" else HALF_PRECISION_TOLERANCE
+        wrong: list[int] = []
+        matched = 0
+        for ids, stored in self._oplog.vectors():
+            found, rows = self.vectors(ids)
+            place = {chunk_id: row for row, chunk_id in enumerate(found)}
+            missing = [chunk_id for chunk_id in ids if chunk_id not in place]
+            order = [place[chunk_id] for chunk_id in ids if chunk_id in place]
+            theirs = stored[[row for row, chunk_id in enumerate(ids) if chunk_id in place]]
+            differ = np.abs(rows[order] - theirs).max(axis=1, initial=0.0) > tolerance
+            wrong += missing + [found[row] for row, bad in zip(order, differ, strict=True) if bad]
+            matched += len(found)
+        foreign: list[int] = []
+        if matched != self.num_vectors:
+            known = {chunk_id for ids, _ in self._oplog.vectors() for chunk_id in ids}
+            foreign = sorted(self.ids() - known)
+        return IndexDifferences(wrong, foreign)
+
     # ---- following the store -----------------------------------------------------------------
 
     def catch_up(self) -> int:
@@ -142,7 +171,11 @@ class VectorIndex:
             EmbedderMismatchError: if the library has changed to another embedder meanwhile.
         """
         with self._lock:
-            self._oplog.require_active()
+            try:
+                self._oplog.require_active()
+            except EmbedderMismatchError:
+                self._reset()  # vectors of an embedder not yet active come without log entries
+                raise
             num_changed = self._replay()
             if self._pending() > self._fold_at():
                 try:
@@ -151,11 +184,16 @@ class VectorIndex:
                     logger.warning("%s", error.message)
             return num_changed
 
-    def rebuild(self) -> None:
-        """Forget the index and every snapshot, and build both anew from the store."""
+    def rebuild(self, *, alone: bool = True) -> None:
+        """Forget the index and every snapshot of it, and build both anew from the store.
+
+        Args:
+            alone: drop the snapshots of other embedders, too.
+        """
         with self._lock:
+            self._snapshots.drop_all_but_newest(0)
             self._reset()
-            self.snapshot(keep=1)
+            self.snapshot(keep=1 if alone else SNAPSHOTS_KEPT, wait=True)
 
     # ---- searching ---------------------------------------------------------------------------
 
@@ -321,6 +359,7 @@ class VectorIndex:
         self._delta.remove_ids(removed)
         self._dead.update(removed[_are_in(removed, self._main_ids)].tolist())
         if changes.added:
+            self._require_dim(changes.vectors)
             self._delta.add_with_ids(changes.vectors, np.asarray(changes.added, dtype=np.int64))
         self._seq = changes.seq
 
@@ -403,6 +442,7 @@ class VectorIndex:
         best_ids = np.empty((0 if asked is None else len(asked), 0), dtype=np.int64)
         best_scores = np.empty(best_ids.shape, dtype=np.float32)
         for ids, vectors in self._oplog.vectors():
+            self._require_dim(vectors)
             page_ids = np.asarray(ids, dtype=np.int64)
             main.add_with_ids(vectors, page_ids)
             if asked is None or questions is None:
@@ -414,6 +454,13 @@ class VectorIndex:
             best_scores = np.take_along_axis(best_scores, order, axis=1)
             best_ids = np.take_along_axis(best_ids, order, axis=1)
         return best_ids
+
+    def _require_dim(self, vectors: FloatArray) -> None:
+        if vectors.shape[1] != self._dim:
+            raise StoreError(
+                f"a stored vector has {vectors.shape[1]} dimensions; expected {self._dim}",
+                hint="fathom doctor --repair embeds it anew",
+            )
 
 
 def _untrained(dim: int, kind: str) -> Faiss:

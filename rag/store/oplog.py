@@ -1,13 +1,13 @@
 """The op-log: what a derived index replays to catch up with the store."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, delete, func, select
+from sqlalchemy import Connection, delete, func, insert, select
 
-from rag.errors import EmbedderMismatchError
+from rag.errors import EmbedderMismatchError, StoreError
 from rag.store.database import Database, upsert
 from rag.store.schema import chunk_vector, meta, oplog
 
@@ -59,7 +59,7 @@ class OpLog:
         """Return what the next `limit` entries after `seq` did, as of now.
 
         Changes that end at `seq` are empty: there is nothing more. None means that the log no
-        longer reaches back that far.
+        longer reaches back that far, or never came as far: the database was put back.
         """
         ours = chunk_vector.c.embedder == self._embedder
         with_vector = oplog.outerjoin(
@@ -71,7 +71,7 @@ class OpLog:
             .where(oplog.c.seq > seq)
         )
         with self._database.read() as connection:
-            if seq < _floor(connection):
+            if not _floor(connection) <= seq <= _last_seq(connection):
                 return None
             rows = connection.execute(query.order_by(oplog.c.seq).limit(limit)).all()
         live = {r.chunk_id: r.vector for r in rows if r.op == "add" and r.vector is not None}
@@ -107,6 +107,14 @@ class OpLog:
             yield [row.chunk_id for row in rows], _stack([row.vector for row in rows])
             last = rows[-1].chunk_id
 
+    def announce(self, *, changed: Sequence[int], gone: Sequence[int]) -> None:
+        """Write entries for chunks whose vectors were put right, so that every index follows."""
+        rows = [{"op": "add", "chunk_id": i} for i in changed]
+        rows += [{"op": "del", "chunk_id": i} for i in gone]
+        if rows:
+            with self._database.write() as connection:
+                connection.execute(insert(oplog), rows)
+
     def truncate(self, seq: int) -> None:
         """Drop entries up to `seq`; an index that is older must start anew from `vectors`."""
         with self._database.write() as connection:
@@ -127,4 +135,8 @@ def _last_seq(connection: Connection) -> int:
 def _stack(blobs: list[bytes]) -> FloatArray:
     if not blobs:
         return np.empty((0, 0), dtype=np.float32)
+    if len({len(blob) for blob in blobs}) > 1:
+        raise StoreError(
+            "stored vectors differ in length", hint="fathom doctor --repair embeds them anew"
+        )
     return np.stack([np.frombuffer(blob, dtype=np.float32) for blob in blobs])
