@@ -12,7 +12,7 @@ from conftest import HashEmbedder
 from ingest.originals import ingesting
 from ingest.pipeline import original_path
 from ui.assembly import Fathom
-from ui.doctor import examine, repair
+from ui.doctor import examine_library, repair
 
 EMBEDDER = HashEmbedder()
 
@@ -24,8 +24,7 @@ def reopened(fathom: Fathom) -> Fathom:
 
 def failing(fathom: Fathom) -> dict[str, str]:
     """Return what a fresh process finds wrong with the library: check and detail."""
-    checks = examine(reopened(fathom))
-    return {c.name: c.detail for c in checks if c.about == "library" and not c.passed}
+    return {c.name: c.detail for c in examine_library(reopened(fathom)) if not c.passed}
 
 
 def mended(fathom: Fathom) -> list[str]:

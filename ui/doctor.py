@@ -55,6 +55,11 @@ class Problem:
 def examine(fathom: Fathom) -> Iterator[Check]:
     """Yield every check in turn; the library is not changed."""
     yield from _installation(fathom)
+    yield from examine_library(fathom)
+
+
+def examine_library(fathom: Fathom) -> Iterator[Check]:
+    """Yield the checks of the library alone: store, lexical index, FAISS and files agree."""
     for name, find, fine in _LIBRARY:
         problems = _problems(find, fathom)
         shown = list(islice(problems, PROBLEMS_SHOWN))
@@ -266,6 +271,12 @@ def _vectors(fathom: Fathom) -> Iterator[Problem]:
         yield Problem(shown + more, partial(_embed_anew, ids, fathom))
 
 
+def _vectors_in_words(fathom: Fathom) -> str:
+    others = StoreIntegrity(fathom.database).num_vectors_of_others(fathom.embedder.fingerprint)
+    beside = f"; {others:,} of an unfinished re-embedding lie beside them" if others else ""
+    return f"every chunk has one, of unit length{beside}"
+
+
 def _embed_anew(chunk_ids: list[int], fathom: Fathom) -> None:
     chunks = list(fathom.store.chunks(chunk_ids).values())
     vectors = embed_chunks(fathom.store, fathom.embedder, chunks)
@@ -335,7 +346,7 @@ _LIBRARY: tuple[tuple[str, _Find, _Fine], ...] = (
     ("original files", _originals, lambda _: "have their checksums, and none is too many"),
     ("texts", _texts, lambda f: f"{f.store.num_chunks():,} chunks are the text at their places"),
     ("receipts", _receipts, lambda _: "quote no deleted document"),
-    ("vectors", _vectors, lambda _: "every chunk has one, of unit length"),
+    ("vectors", _vectors, _vectors_in_words),
     ("index snapshots", _snapshots, lambda _: "their checksums are right"),
     ("vector index", _index, _index_in_words),
     ("leftover files", _leftovers, lambda _: "there are none"),
