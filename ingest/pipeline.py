@@ -140,9 +140,12 @@ def ingest_files(
 
 
 def delete_document(document: Document, *, store: DocumentStore, settings: Settings) -> None:
-    """Delete a document and its original bytes."""
+    """Delete a document, its original bytes, and its source where that lies in the library."""
     store.delete(document.id)
     original_path(settings, document.content_sha256).unlink(missing_ok=True)
+    source = Path(document.source)
+    if source.is_relative_to(settings.home.resolve()):  # the sample
+        source.unlink(missing_ok=True)
 
 
 def original_path(settings: Settings, content_sha256: str) -> Path:

@@ -16,6 +16,7 @@ from pydantic_settings import (
 from rag.errors import SettingsError
 
 MIB = 2**20
+DATABASE_KINDS = ("sqlite:///", "postgresql+psycopg://")
 
 
 class Settings(BaseSettings):
@@ -38,7 +39,9 @@ class Settings(BaseSettings):
         description="Folder of fetched models. They can be fetched again, so it is a cache.",
     )
     database_url: str | None = Field(
-        default=None, description="SQLAlchemy URL of a SQLite database; by default inside home."
+        default=None,
+        description="SQLAlchemy URL, sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/DB;"
+        " by default a SQLite file inside home.",
     )
     model: str = Field(
         default="auto", description="Language model: catalog name, folder, hub id, or auto."
@@ -144,10 +147,12 @@ def load_settings(**flags: Any) -> Settings:  # noqa: ANN401 - one value per fie
             f"a setting is not usable: {_first_problem(error)}",
             hint="see the settings table in README.md; check fathom.toml, FATHOM_* and the flags",
         ) from error
-    if not settings.resolved_database_url.startswith("sqlite:///"):
+    if not settings.resolved_database_url.startswith(DATABASE_KINDS):
+        kind = settings.resolved_database_url.split(":")[0]  # the rest may hold a password
         raise SettingsError(
-            f"database_url is {settings.resolved_database_url!r}; expected sqlite:///PATH",
-            hint="unset FATHOM_DATABASE_URL, or give the path of a SQLite file",
+            f"database_url begins with {kind!r}; expected sqlite:/// or postgresql+psycopg://",
+            hint="give sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE,"
+            " or unset FATHOM_DATABASE_URL",
         )
     return settings
 

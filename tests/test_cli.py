@@ -120,7 +120,9 @@ def test_list_plan_and_doctor_speak_json(home: Path) -> None:
     plan = json.loads(fathom(home, "plan", "--json").stdout)
     assert plan["route"] == "full"
     assert plan["longest_context_tokens"] == 8192
-    checks = [json.loads(line) for line in fathom(home, "doctor", "--json").stdout.splitlines()]
+    lines = [json.loads(line) for line in fathom(home, "doctor", "--json").stdout.splitlines()]
+    *checks, last = lines
+    assert last == {"consistent": True, "failed": []}
     assert [c["name"] for c in checks if not c["passed"]] == []
     assert len(checks) >= 9
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from ingest.originals import ingesting
 from ingest.pipeline import (
     IngestFailure,
     IngestResult,
@@ -133,7 +134,7 @@ class Fathom:
         on_progress: Callable[[IngestProgress], None] = lambda _: None,
     ) -> Iterator[IngestResult | IngestFailure]:
         """Take files into the library and the index; see `ingest.pipeline.ingest_files`."""
-        try:
+        with ingesting(self.settings):
             yield from ingest_files(
                 sources,
                 store=self.store,
@@ -141,16 +142,16 @@ class Fathom:
                 settings=self.settings,
                 on_progress=on_progress,
             )
-        finally:
             self.index.catch_up()
 
-    def ingest(self, path: Path) -> IngestResult:
-        """Take one file into the library.
+    def ingest(self, path: Path, *, source: str | None = None) -> IngestResult:
+        """Take one file into the library; `source` is its identity, by default its path.
 
         Raises:
             ReadError: if it cannot be read; nothing of it was kept.
         """
-        (outcome,) = self.ingest_files([SourceToRead(path, str(path.resolve()), path.name)])
+        named = SourceToRead(path, source or str(path.resolve()), path.name)
+        (outcome,) = self.ingest_files([named])
         if isinstance(outcome, IngestFailure):
             raise outcome.error
         return outcome
@@ -159,5 +160,4 @@ class Fathom:
         """Delete a document from the store, the originals, the index and its snapshots."""
         document = self.store.find(str(document_id))
         delete_document(document, store=self.store, settings=self.settings)
-        self.index.catch_up()
-        self.index.snapshot(keep=1)
+        self.index.snapshot(keep=1, wait=True)

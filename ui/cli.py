@@ -371,7 +371,7 @@ def receipt(
 @app.command(epilog="Examples: fathom doctor  |  fathom doctor --repair")
 def doctor(
     repair: Annotated[
-        bool, typer.Option("--repair", help="Rebuild what derives from the store.")
+        bool, typer.Option("--repair", help="Mend what can be mended from what is right.")
     ] = False,
     home: Home = None,
     as_json: Json = False,
@@ -382,7 +382,8 @@ def doctor(
 
     fathom = _fathom(load_settings(home=home))
     if repair:
-        mend(fathom)
+        for done in mend(fathom):
+            err.print(f"  {done}", markup=False)
     failures = []
     for check in examine(fathom):
         if not check.passed:
@@ -393,6 +394,11 @@ def doctor(
             out.print(
                 f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}", markup=False
             )
+    consistent = all(check.about != "library" for check in failures)
+    if as_json:
+        _print_json({"consistent": consistent, "failed": [check.name for check in failures]})
+    else:
+        out.print("the library is consistent" if consistent else "the library is NOT consistent")
     if failures:
         if any(check.repairable for check in failures) and not repair:
             err.print("hint: fathom doctor --repair")
