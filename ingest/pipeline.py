@@ -166,7 +166,7 @@ def _prepare(
     collections = (source.collection,) if source.collection else ()
     try:
         if known := store.recall(file, collections=collections):
-            copy.unlink()
+            _put_in_place(copy, file, settings)  # a lost or damaged original is whole again
             return _known(known, file)
         content = read_guarded(copy, name=source.title, settings=settings)
         chunks = chunk_text(
@@ -210,10 +210,8 @@ def _commit(
 ) -> IngestResult:
     """Put the copied bytes in their place and everything else into one transaction."""
     file = prepared.file
-    original = original_path(settings, file.content_sha256)
     try:
-        original.parent.mkdir(exist_ok=True)
-        prepared.copy.replace(original)
+        _put_in_place(prepared.copy, file, settings)
         document = store.save(
             file,
             prepared.content,
@@ -225,7 +223,7 @@ def _commit(
     except BaseException:
         prepared.copy.unlink(missing_ok=True)
         if store.by_content(file.content_sha256) is None:
-            original.unlink(missing_ok=True)
+            original_path(settings, file.content_sha256).unlink(missing_ok=True)
         raise
     if document.source != file.source:  # the same content came under another name meanwhile
         return _known(document, file)
@@ -233,6 +231,12 @@ def _commit(
         message = f"{file.title}: version {document.version} as document {document.id}"
         return IngestResult(document, "new-version", f"{message}; older ones stay citable")
     return IngestResult(document, "added", f"{file.title}: added as document {document.id}")
+
+
+def _put_in_place(copy: Path, file: SourceFile, settings: Settings) -> None:
+    original = original_path(settings, file.content_sha256)
+    original.parent.mkdir(exist_ok=True)
+    copy.replace(original)
 
 
 def _drop(
