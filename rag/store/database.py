@@ -105,6 +105,10 @@ class Database:
         except DBAPIError as error:
             raise self._kind.explain(error) from error
 
+    def erase_deleted_words(self, connection: Connection) -> None:
+        """Within a write transaction that deleted chunks: drop their words from the FTS5 rows."""
+        self._kind.erase_deleted_words(connection)
+
     def erase_deleted(self) -> None:
         """Remove from the database's files what deleted rows have left in them, where it can be."""
         self._kind.erase_deleted(self.engine)
@@ -202,6 +206,11 @@ class _SQLite:
     def check_server(self, connection: Connection) -> None:
         pass  # any SQLite that Python 3.11 comes with will do; doctor names the bugs of old ones
 
+    def erase_deleted_words(self, connection: Connection) -> None:
+        # FTS5 only marks words as deleted, and its own secure-delete took 17 s for 10,000 of
+        # 80,000 chunks; merging all into one segment leaves no mark and took 0.4 s
+        connection.exec_driver_sql("INSERT INTO chunk_fts(chunk_fts) VALUES ('optimize')")
+
     def erase_deleted(self, engine: Engine) -> None:
         """Empty the write-ahead log; secure_delete has overwritten the pages themselves."""
         with engine.connect() as connection:
@@ -279,6 +288,9 @@ class _PostgreSQL:
                 f"the database {self._url.database} has the encoding {encoding}; expected UTF8",
                 hint="create one with: createdb --encoding=UTF8 --template=template0 NAME",
             )
+
+    def erase_deleted_words(self, connection: Connection) -> None:
+        pass  # there are no full-text rows: tantivy has the words
 
     def erase_deleted(self, engine: Engine) -> None:
         """Vacuum the tables: pages lose their dead rows, free pages at the end are cut off.

@@ -258,6 +258,7 @@ class DocumentStore:
         """
         with self._database.write() as connection:
             _delete(connection, document_id)
+            self._database.erase_deleted_words(connection)
         self._database.erase_deleted()
 
     # ---- collections -------------------------------------------------------------------------
@@ -336,6 +337,7 @@ class DocumentStore:
             _dissolve(connection, name)
             for each in doomed:
                 _delete(connection, each.id)
+            self._database.erase_deleted_words(connection)
         self._database.erase_deleted()
         return doomed
 
