@@ -10,7 +10,7 @@ from ingest.pipeline import IngestProgress, IngestResult, delete_document, inges
 from rag.answering.service import AnsweringService
 from rag.lm.engine import Engine
 from rag.retrieval.embedding import Embedder
-from rag.retrieval.lexical_index import LexicalIndex
+from rag.retrieval.lexical_index import LexicalIndex, open_lexical_index
 from rag.retrieval.retriever import Retriever
 from rag.retrieval.vector_index import VectorIndex
 from rag.settings import Settings
@@ -53,7 +53,7 @@ class Fathom:
     @cached_property
     def lexical(self) -> LexicalIndex:
         """The full-text index."""
-        return LexicalIndex(self.database)
+        return open_lexical_index(self.database, self.settings.lexical_dir)
 
     @property
     def embedder(self) -> Embedder:
@@ -134,3 +134,4 @@ class Fathom:
         document = self.store.find(str(document_id))
         delete_document(document, store=self.store, settings=self.settings)
         self.index.snapshot(keep=1, wait=True)
+        self.lexical.erase_deleted()
