@@ -133,5 +133,5 @@ class Fathom:
         """Delete a document from the store, the originals, the index and its snapshots."""
         document = self.store.find(str(document_id))
         delete_document(document, store=self.store, settings=self.settings)
-        self.index.snapshot(keep=1, wait=True)
         self.lexical.erase_deleted()
+        self.index.snapshot(keep=1, wait=True)
