@@ -119,6 +119,11 @@ class Settings(BaseSettings):
         return self.home / "originals"
 
     @property
+    def lexical_dir(self) -> Path:
+        """Folder of the tantivy index, where one is used; it can always be rebuilt."""
+        return self.home / "lexical"
+
+    @property
     def index_dir(self) -> Path:
         """Folder of the FAISS snapshots, which can always be rebuilt."""
         return self.home / "index"

@@ -92,7 +92,9 @@ class PostgresServer:
 @contextmanager
 def running_server(binaries: Path, *, durable: bool) -> Iterator[PostgresServer]:
     """Yield a server that is stopped and removed afterwards; `durable` ones sync to the disk."""
-    folder = Path(tempfile.mkdtemp(prefix="fathom-pg-"))
+    memory = Path("/dev/shm")
+    in_memory = not durable and memory.is_dir() and shutil.disk_usage(memory).free > 2**30
+    folder = Path(tempfile.mkdtemp(prefix="fathom-pg-", dir=memory if in_memory else None))
     server = PostgresServer(binaries, folder, durable=durable)
     try:
         server.create()

@@ -1,25 +1,39 @@
 """Doctor finds every planted inconsistency, mends what can be mended, and says what cannot."""
 
 import json
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import HashEmbedder
+from conftest import HANDBOOK, HashEmbedder
 from ingest.originals import ingesting
 from ingest.pipeline import original_path
+from rag.settings import Settings
 from ui.assembly import Fathom
 from ui.doctor import examine_library, repair
 
 EMBEDDER = HashEmbedder()
 
 
+_opened: list[Fathom] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while _opened:
+        _opened.pop().database.engine.dispose()
+
+
 def reopened(fathom: Fathom) -> Fathom:
     """Return the library as another process sees it."""
-    return Fathom(fathom.settings, embedder=EMBEDDER, engine=fathom.engine)
+    again = Fathom(fathom.settings, embedder=EMBEDDER, engine=fathom._given_engine)
+    _opened.append(again)
+    return again
 
 
 def failing(fathom: Fathom) -> dict[str, str]:
@@ -298,3 +312,58 @@ def test_a_receipt_keeps_its_numbers_when_its_words_go(ready: Fathom) -> None:
 def _receipts(fathom: Fathom) -> list[str]:
     with fathom.database.read() as connection:
         return [row[0] for row in connection.exec_driver_sql("SELECT id FROM answer")]
+
+
+def test_doctor_is_the_same_on_either_database(database_url: str, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "home", database_url=database_url)
+    fathom = reopened(Fathom(settings, embedder=EMBEDDER))
+    for name, text in (("a.md", HANDBOOK), ("b.txt", "The tide turns at noon.")):
+        (tmp_path / name).write_text(text)
+        fathom.ingest(tmp_path / name)
+    fathom.index.snapshot()
+    assert failing(fathom) == {}
+    with fathom.database.write() as connection:
+        for statement in (
+            "UPDATE meta SET value = '500' WHERE key = 'oplog_floor'",
+            "UPDATE chunk SET text = 'forged', scope = 'd9' WHERE id = 2",
+            "DELETE FROM chunk_vector WHERE chunk_id = 3",
+            "DELETE FROM source_version WHERE document_id = 2",
+            "DROP TRIGGER chunk_deleted"
+            + (" ON chunk" if fathom.database.kind == "postgresql" else ""),
+        ):
+            connection.exec_driver_sql(statement)
+    found = failing(fathom)
+    assert {"rows", "lexical index", "texts", "vectors"} <= set(found)
+    for word in ("floor 500", "chunk_deleted", "no name stands for document 2"):
+        assert word in found["rows"]
+    said = mended(fathom)
+    assert all(line.endswith("mended") for line in said), said
+    assert failing(fathom) == {}
+    assert reopened(fathom).lexical.search("tide", top_k=1)
+
+
+def test_doctor_holds_one_document_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rag.store.oplog.PAGE", 200)
+    monkeypatch.setattr("rag.store.integrity.VECTORS_PER_READ", 200)
+    fathom = Fathom(Settings(home=tmp_path / "home"), embedder=EMBEDDER)
+
+    def take(number: int) -> None:
+        path = tmp_path / f"{number}.txt"
+        path.write_text(f"Document {number}. " + "Some words of it. " * 4000)
+        fathom.ingest(path)
+
+    def peak_bytes() -> int:
+        tracemalloc.start()
+        assert failing(fathom) == {}
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    take(0)
+    peak_bytes()  # what is loaded once
+    small = peak_bytes()
+    for number in range(1, 8):
+        take(number)
+    assert peak_bytes() < 1.5 * small

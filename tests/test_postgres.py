@@ -11,15 +11,19 @@ import numpy as np
 import psycopg
 import pytest
 
+from conftest import HashEmbedder, make_tiny_engine
 from postgres_server import PASSWORD, PostgresServer, find_binaries, running_server
 from rag.errors import StorageFullError, StoreError
-from rag.settings import load_settings
+from rag.settings import Settings, load_settings
 from rag.store.database import WRITER_LOCK, Database
 from rag.store.documents import DocumentStore, SourceFile
 from rag.store.oplog import OpLog
-from rag.types import CanonicalText, Chunk, Document
+from rag.types import CanonicalText, Chunk, Document, Route
+from ui.assembly import Fathom
+from ui.doctor import examine
 
 EMBEDDER = "test-embedder"
+CHECKS = ("database", "texts", "original files", "lexical index", "vector index")
 OpenDatabase = Callable[[str], Database]
 
 
@@ -264,3 +268,29 @@ def _table_files_with(server: PostgresServer, database: Database, word: bytes) -
         connection.execute("CHECKPOINT")
     files = (server.data / "base" / str(oid)).iterdir()
     return [path.name for path in files if word in path.read_bytes()]
+
+
+def test_a_whole_library_lives_on_a_server(
+    settings: Settings, url: str, handbook: Path, tmp_path: Path
+) -> None:
+    """Ingest, search both ways, ask, delete: as on SQLite, with tantivy in the place of FTS5."""
+    remote = settings.model_copy(update={"database_url": url})
+    library = Fathom(remote, embedder=HashEmbedder(), engine=make_tiny_engine())
+    document = library.ingest(handbook).document
+    assert library.ingest(handbook).outcome == "known"
+    other = tmp_path / "nul.txt"
+    other.write_text("The pier is long.\0 It has a crane. " * 3)
+    library.ingest(other)
+    assert library.lexical.search("pilot boat", top_k=5)
+    answer = library.service().answer("What is the harbour fee?", route=Route.RETRIEVAL)
+    assert answer.receipt.read.chunks > 0
+    second = Fathom(remote, embedder=HashEmbedder())
+    assert second.lexical.search("pilot boat", top_k=5)
+    library.delete(document.id)
+    assert second.lexical.search("pilot boat", top_k=5) == []
+    assert library.lexical.check() is None
+    assert [c for c in examine(library) if c.name in CHECKS and not c.passed] == []
+    for path in remote.home.rglob("*"):
+        assert not path.is_file() or b"pilot boat" not in path.read_bytes(), path
+    library.database.close()
+    second.database.close()

@@ -307,7 +307,7 @@ def test_a_long_log_is_replayed_in_pages(shelf: Shelf, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "damage",
     ["flip", "cut", "empty", "json", "fields", "gone", "both", "all", "stray", "embedder", "dim",
-     "future", "swapped"],
+     "future", "swapped", "library"],
 )  # fmt: skip
 def test_a_damaged_snapshot_is_named_and_skipped(small_fathom: Fathom, damage: str) -> None:
     index = _index(small_fathom)
@@ -336,6 +336,7 @@ def test_a_damaged_snapshot_is_named_and_skipped(small_fathom: Fathom, damage: s
         file.write_bytes(b"some other bytes")
     else:
         wrong = {"embedder": ("embedder", "another"), "dim": ("dim", 7), "future": ("seq", 10**9)}
+        wrong["library"] = ("library", "another")
         key, value = wrong[damage]
         manifest.write_text(json.dumps(fields | {key: value}))
     if damage not in ("both", "all"):

@@ -17,7 +17,7 @@ from rag.answering.service import AnsweringService
 from rag.errors import ReadError
 from rag.lm.engine import Engine
 from rag.retrieval.embedding import Embedder
-from rag.retrieval.lexical_index import LexicalIndex
+from rag.retrieval.lexical_index import LexicalIndex, open_lexical_index
 from rag.retrieval.retriever import Retriever
 from rag.retrieval.vector_index import VectorIndex
 from rag.settings import Settings
@@ -61,7 +61,7 @@ class Fathom:
     @cached_property
     def lexical(self) -> LexicalIndex:
         """The full-text index."""
-        return LexicalIndex(self.database)
+        return open_lexical_index(self.database, self.settings.lexical_dir)
 
     @property
     def embedder(self) -> Embedder:
@@ -160,4 +160,5 @@ class Fathom:
         """Delete a document from the store, the originals, the index and its snapshots."""
         document = self.store.find(str(document_id))
         delete_document(document, store=self.store, settings=self.settings)
+        self.lexical.erase_deleted()
         self.index.snapshot(keep=1, wait=True)

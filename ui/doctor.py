@@ -90,6 +90,7 @@ def repair(fathom: Fathom) -> Iterator[str]:
                 else:
                     yield f"{name}: {problem.detail}; mended"
     fathom.database.erase_deleted()
+    fathom.lexical.erase_deleted()
 
 
 def _problems(find: Callable[[Fathom], Iterator[Problem]], fathom: Fathom) -> Iterator[Problem]:

@@ -18,13 +18,14 @@ from rag.errors import StorageFullError
 class IndexManifest:
     """What a snapshot file must be for it to be trusted, and how well it searches.
 
-    `seq` is the position in the op-log; `kind` is FAISS's own description; `built_for` is the
-    number of vectors when it was last built from the store; `recall_at_10` was measured then
-    against exact search, None where search is exact.
+    `seq` is the position in the op-log of `library`; `kind` is FAISS's own description;
+    `built_for` is the number of vectors when it was last built from the store; `recall_at_10` was
+    measured then against exact search, None where search is exact.
     """
 
     file: str
     sha256: str
+    library: str
     seq: int
     dim: int
     embedder: str

@@ -271,6 +271,7 @@ class VectorIndex:
             manifest = IndexManifest(
                 file="",
                 sha256="",
+                library=self._oplog.library(),
                 seq=self._seq,
                 dim=self._dim,
                 embedder=self._embedder,
@@ -317,6 +318,8 @@ class VectorIndex:
         manifest, file = self._snapshots.read(path)
         if (manifest.dim, manifest.embedder) != (self._dim, self._embedder):
             raise ValueError(f"it was made with {manifest.embedder}")
+        if manifest.library != self._oplog.library():
+            raise ValueError("it was made of another library")
         if manifest.seq > self._oplog.last_seq():
             raise ValueError(f"it is at {manifest.seq}, beyond the end of the store's log")
         index = faiss.read_index(str(file))

@@ -5,7 +5,7 @@ Everything that differs between the two is in this file, in `_SQLite` and `_Post
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -20,15 +20,12 @@ from rag.errors import StorageFullError, StoreError
 from rag.store.schema import SCHEMA_VERSION, metadata
 
 logger = logging.getLogger(__name__)
-
 WAIT_SECONDS = 30  # for another process that writes
 CONNECT_SECONDS = 10
 IDS_PER_STATEMENT = 10_000  # SQLite binds 32,766 values at most, PostgreSQL 65,535
 ROWS_PER_FETCH = 1_000
 WRITER_LOCK = 0x66617468  # "fath"; one number in the whole PostgreSQL database
 OLDEST_POSTGRESQL = 15
-FTS5_ERASES = (3, 42, 0)  # the first SQLite whose FTS5 has secure-delete
-MERGE_IS_FASTER = 300  # chunks of the library for each deleted one; see erasing_words
 GIVE_A_URL = "give sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 
 
@@ -110,21 +107,17 @@ class Database:
         except DBAPIError as error:
             raise self._kind.explain(error) from error
 
-    def erasing_words(
-        self, connection: Connection, *, num_deleted: int, num_chunks: int
-    ) -> AbstractContextManager[None]:
-        """Return the context in which chunks are deleted, so that no word of them is left.
-
-        Args:
-            connection: the write transaction.
-            num_deleted: chunks that will be deleted inside.
-            num_chunks: chunks that there are now.
-        """
-        return self._kind.erasing_words(connection, num_deleted, num_chunks)
+    def erase_deleted_words(self, connection: Connection) -> None:
+        """Within a write transaction that deleted chunks: drop their words from the FTS5 rows."""
+        self._kind.erase_deleted_words(connection)
 
     def erase_deleted(self) -> None:
         """Remove from the database's files what deleted rows have left in them, where it can be."""
-        self._kind.erase_deleted(self.engine)
+        try:
+            with self.engine.connect().execution_options(fathom_outside=True) as connection:
+                self._kind.erase_deleted(connection)
+        except DBAPIError as error:
+            raise self._kind.explain(error) from error
 
     def integrity_problem(self) -> str | None:
         """Return what is wrong with the database's own structures, or None."""
@@ -233,44 +226,27 @@ class _SQLite:
     def begin(self, connection: Connection) -> None:
         # A deferred transaction that turns into a writer can fail at once with "locked", whatever
         # the busy timeout: writers therefore take the lock when they begin.
-        write = connection.get_execution_options().get("fathom_write")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        options = connection.get_execution_options()
+        if not options.get("fathom_outside"):
+            write = options.get("fathom_write")
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     def check_server(self, connection: Connection) -> None:
         pass  # any SQLite that Python 3.11 comes with will do; doctor names the bugs of old ones
 
-    @contextmanager
-    def erasing_words(
-        self, connection: Connection, num_deleted: int, num_chunks: int
-    ) -> Iterator[None]:
-        """Let FTS5 erase chunk by chunk, or all at once by merging its segments, as is faster.
-
-        One by one took 0.75 to 1.6 ms a chunk, merging 4 us for each chunk of the library.
-        """
-        one_by_one = (connection.dialect.server_version_info or ()) >= FTS5_ERASES
-        if one_by_one and num_deleted * MERGE_IS_FASTER < num_chunks:
-            yield
-            return
-        command = "INSERT INTO chunk_fts(chunk_fts, rank) VALUES ('secure-delete', %d)"
-        if one_by_one:
-            connection.exec_driver_sql(command % 0)
-        yield
+    def erase_deleted_words(self, connection: Connection) -> None:
+        # FTS5 only marks words as deleted, and its own secure-delete took 17 s for 10,000 of
+        # 80,000 chunks; merging all into one segment leaves no mark and took 0.4 s
         connection.exec_driver_sql("INSERT INTO chunk_fts(chunk_fts) VALUES ('optimize')")
-        if one_by_one:
-            connection.exec_driver_sql(command % 1)
 
-    def erase_deleted(self, engine: Engine) -> None:
+    def erase_deleted(self, connection: Connection) -> None:
         """Empty the write-ahead log; secure_delete has overwritten the pages themselves."""
-        with engine.connect() as connection:
-            raw: Any = connection.connection.dbapi_connection
-            busy, _, _ = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        busy, _, _ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
         if busy:
             logger.warning(
-                "another process has been reading for %d s: what was deleted is gone from the"
-                " database, but stays in %s-wal until it has ended; then run fathom doctor"
-                " --repair",
+                "deleted text is still in the write-ahead log: another process has been reading"
+                " for %d s; the next deletion or fathom doctor --repair empties it",
                 WAIT_SECONDS,
-                self._url.database,
             )
 
     def last_number(self, connection: Connection, table: str) -> int:
@@ -327,7 +303,10 @@ class _PostgreSQL:
             ) from error
 
     def begin(self, connection: Connection) -> None:
-        if not connection.get_execution_options().get("fathom_write"):
+        options = connection.get_execution_options()
+        if options.get("fathom_outside"):
+            return
+        if not options.get("fathom_write"):
             connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
             return
         # Numbers are drawn from a sequence before the commit: without this lock a reader could see
@@ -351,25 +330,22 @@ class _PostgreSQL:
                 hint="create one with: createdb --encoding=UTF8 --template=template0 NAME",
             )
 
-    def erasing_words(
-        self, connection: Connection, num_deleted: int, num_chunks: int
-    ) -> AbstractContextManager[None]:
-        return nullcontext()  # VACUUM does it afterwards
+    def erase_deleted_words(self, connection: Connection) -> None:
+        pass  # there are no full-text rows: tantivy has the words
 
-    def erase_deleted(self, engine: Engine) -> None:
+    def erase_deleted(self, connection: Connection) -> None:
         """Vacuum the tables: pages lose their dead rows, free pages at the end are cut off.
 
         The server's write-ahead log keeps the old pages until it recycles them: see
         docs/decisions/0009.
         """
         names = ", ".join(table.name for table in metadata.sorted_tables)
-        with engine.connect() as connection:
-            driver: Any = connection.connection.dbapi_connection
-            driver.autocommit = True
-            try:
-                driver.execute(f"VACUUM {names}")
-            finally:
-                driver.autocommit = False
+        driver: Any = connection.connection.dbapi_connection
+        driver.autocommit = True  # VACUUM cannot run in a transaction
+        try:
+            connection.exec_driver_sql(f"VACUUM {names}")
+        finally:
+            driver.autocommit = False
 
     def last_number(self, connection: Connection, table: str) -> int:
         (column,) = (c.name for c in metadata.tables[table].primary_key)

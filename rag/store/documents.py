@@ -286,6 +286,8 @@ class DocumentStore:
                 connection.execute(delete(table).where(table.c.document_id == document_id))
             connection.execute(update(document).where(document.c.id == document_id).values(values))
             _insert_parts(connection, document_id, content, chunks, vectors, embedder)
+            self._database.erase_deleted_words(connection)
+        self._database.erase_deleted()
 
     def delete(self, document_id: int) -> None:
         """Delete one document, its chunks, vectors, lexical rows, and the answers' quotations.
@@ -293,7 +295,8 @@ class DocumentStore:
         A name that stood for it stands for the version before it, if there is one.
         """
         with self._database.write() as connection:
-            self._delete(connection, [document_id])
+            _delete(connection, document_id)
+            self._database.erase_deleted_words(connection)
         self._database.erase_deleted()
 
     # ---- collections -------------------------------------------------------------------------
@@ -370,21 +373,11 @@ class DocumentStore:
                 & document.c.id.not_in(members.where(collection_member.c.collection != name)),
             )
             _dissolve(connection, name)
-            self._delete(connection, [each.id for each in doomed])
+            for each in doomed:
+                _delete(connection, each.id)
+            self._database.erase_deleted_words(connection)
         self._database.erase_deleted()
         return doomed
-
-    def _delete(self, connection: Connection, document_ids: Sequence[int]) -> None:
-        num_chunks = connection.scalar(select(func.count()).select_from(chunk)) or 0
-        num_deleted = 0
-        for ids in id_batches(document_ids):
-            doomed = select(func.count()).where(chunk.c.document_id.in_(ids))
-            num_deleted += connection.scalar(doomed) or 0
-        with self._database.erasing_words(
-            connection, num_deleted=num_deleted, num_chunks=num_chunks
-        ):
-            for document_id in document_ids:
-                _delete(connection, document_id)
 
     # ---- embedders ---------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ class StoreIntegrity:
         with self._database.write() as connection:
             for table, column, parent in _PARENTS:
                 connection.execute(delete(table).where(column.not_in(select(parent))))
+            self._database.erase_deleted_words(connection)
         self._database.erase_deleted()
 
     def nameless(self) -> list[int]:

@@ -1,15 +1,16 @@
 """The op-log: what a derived index replays to catch up with the store."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, true
 
 from rag.errors import EmbedderMismatchError, StoreError
-from rag.store.database import Database, upsert
-from rag.store.schema import chunk_vector, meta, oplog
+from rag.store.database import ROWS_PER_FETCH, Database, upsert
+from rag.store.schema import chunk, chunk_vector, meta, oplog
 
 FloatArray = npt.NDArray[np.float32]
 PAGE = 5_000  # entries or vectors in memory at a time
@@ -28,6 +29,28 @@ class Changes:
     vectors: FloatArray
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkText:
+    """What a full-text index takes of a chunk."""
+
+    chunk_id: int
+    document_id: int
+    heading: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextChanges:
+    """The net effect of the log for a full-text index; `added` is read from the store as it goes.
+
+    As with `Changes`, both steps may be applied twice without harm.
+    """
+
+    seq: int
+    removed: list[int]
+    added: Iterator[ChunkText]
+
+
 class OpLog:
     """The log of added and deleted chunks of one library, with the vectors of one embedder.
 
@@ -38,6 +61,11 @@ class OpLog:
     def __init__(self, database: Database, embedder: str) -> None:
         self._database = database
         self._embedder = embedder
+
+    def library(self) -> str:
+        """Return the name that this database alone has."""
+        with self._database.read() as connection:
+            return _library(connection)
 
     def last_seq(self) -> int:
         """Return the position of the newest entry."""
@@ -121,6 +149,63 @@ class OpLog:
             floor = max(seq, _floor(connection))
             connection.execute(delete(oplog).where(oplog.c.seq <= seq))
             upsert(connection, meta, [{"key": "oplog_floor", "value": str(floor)}])
+
+
+class TextLog:
+    """The log of added and deleted chunks of one library, with their texts."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def library(self) -> str:
+        """Return the name that this database alone has."""
+        with self._database.read() as connection:
+            return _library(connection)
+
+    def last_seq(self) -> int:
+        """Return the position of the newest entry."""
+        with self._database.read() as connection:
+            return _last_seq(connection)
+
+    @contextmanager
+    def changes_since(self, seq: int) -> Iterator[TextChanges | None]:
+        """Yield what happened after `seq`, or None if that is not a position of this log any more.
+
+        That is so if the log was cut beyond it, or if the library was restored to an earlier state.
+        """
+        added_later = select(oplog.c.chunk_id).where(oplog.c.seq > seq, oplog.c.op == "add")
+        with self._database.read() as connection:
+            if not _floor(connection) <= seq <= _last_seq(connection):
+                yield None
+                return
+            query = select(oplog.c.chunk_id).where(oplog.c.seq > seq).distinct()
+            removed = sorted(connection.scalars(query))
+            added = _texts(connection, chunk.c.id.in_(added_later))
+            yield TextChanges(_last_seq(connection), removed, added)
+
+    @contextmanager
+    def everything(self) -> Iterator[TextChanges]:
+        """Yield all chunks as one change, from one consistent snapshot."""
+        with self._database.read() as connection:
+            yield TextChanges(_last_seq(connection), [], _texts(connection, true()))
+
+    def chunk_ids(self) -> set[int]:
+        """Return the ids of all chunks."""
+        with self._database.read() as connection:
+            return set(connection.scalars(select(chunk.c.id)))
+
+
+def _texts(connection: Connection, which: ColumnElement[bool]) -> Iterator[ChunkText]:
+    query = select(chunk.c.id, chunk.c.document_id, chunk.c.heading, chunk.c.text).where(which)
+    rows = connection.execute(
+        query.order_by(chunk.c.id), execution_options={"yield_per": ROWS_PER_FETCH}
+    )
+    for row in rows:
+        yield ChunkText(row.id, row.document_id, row.heading, row.text)
+
+
+def _library(connection: Connection) -> str:
+    return str(connection.scalar(select(meta.c.value).where(meta.c.key == "library")))
 
 
 def _floor(connection: Connection) -> int:
