@@ -125,25 +125,22 @@ def _cut(
         first = bisect_left(token_starts, start)
         if len(token_starts) - first <= budget and window_end < end:
             window_end = min(start + window_chars, end)
-            offsets = token_offsets(text[start:window_end])
-            token_starts, first = [start + token_start for token_start, _ in offsets], 0
+            found_tokens = token_offsets(text[start:window_end])
+            token_starts, first = [start + token_start for token_start, _ in found_tokens], 0
             found = _BREAK.finditer(text, start, window_end)
             breaks = [(match.end(), _strength(match.group())) for match in found]
-        size = budget
+        limit = min(_at(token_starts, first + budget, window_end), start + max_chars)
+        limit = max(limit, start + 1)  # one character may be several tokens
         while True:
-            limit = min(_at(token_starts, first + size, window_end), start + max_chars)
-            cut = limit
-            if limit < end:
-                half = min(_at(token_starts, first + max(1, size // 2), limit), limit)
-                cut = _best_break(breaks, half, limit)
-            cut = max(cut, start + 1)
+            half = max((start + limit) // 2, start + 1)
+            cut = _best_break(breaks, half, limit) if limit < end else end
             last = start + len(text[start:cut].rstrip())
-            # A tokenizer may need more tokens for a part than it had inside the whole.
-            num_tokens = len(token_offsets(text[start:last]))
-            if size == 1 or num_tokens <= budget:
+            offsets = token_offsets(text[start:last])
+            if len(offsets) <= budget or last - start == 1:
                 break
-            size = max(1, size - max(1, size // 16))
-        yield start, last, num_tokens
+            # A part may have more tokens than it had inside the whole: what fits of them is kept.
+            limit = max(start + offsets[budget][0], start + 1)
+        yield start, last, len(offsets)
         start = cut
 
 
