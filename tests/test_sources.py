@@ -136,6 +136,7 @@ def test_standard_input_is_read_under_the_name_given(
         content = read_guarded(source.path, name=source.title, settings=settings)
         assert [s.title for s in content.sections] == ["Fees"]
         assert source.source == "stdin:fees.md"
+    assert isinstance(source, SourceToRead)
     assert not source.path.exists(), "what was piped in does not stay behind"
     monkeypatch.setattr(sys, "stdin", _Stdin(b"x" * 100))
     small = settings.model_copy(update={"max_file_bytes": 10})
@@ -146,7 +147,7 @@ class _Harbour(BaseHTTPRequestHandler):
     """Serves a page, redirects, and answers that go wrong."""
 
     def do_GET(self) -> None:
-        port = self.server.server_address[1]
+        port = self.headers["Host"].rsplit(":", 1)[1]
         targets = {
             "/old": "/fees",
             "/loop": "/loop",
@@ -174,7 +175,7 @@ class _Harbour(BaseHTTPRequestHandler):
         else:
             self.send_error(404)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its signature
+    def log_message(self, format: str, *args: object) -> None:
         """Keep the test's output quiet."""
 
 
@@ -206,6 +207,7 @@ def test_a_page_is_fetched_and_read_by_its_type(server: str, settings: Settings,
         assert content.text.startswith("Fees\n\n35 crowns at ")
         port = server.rsplit(":", 1)[1]
         assert content.text.endswith(f"{'localhost' if path == '/away' else '127.0.0.1'}:{port}")
+    assert isinstance(source, SourceToRead)
     assert not source.path.exists()
 
 
