@@ -257,7 +257,8 @@ def _num_chunks(group: Iterable[_Prepared]) -> int:
 
 
 def _known(known: Document, file: SourceFile) -> IngestResult:
-    where = "" if known.source == file.source else f", ingested from {known.source}"
+    same_name = known.source == file.source
+    where = f", version {known.version}" if same_name else f", ingested from {known.source}"
     message = f"{file.title}: same content as document {known.id} {known.title!r}{where}"
     return IngestResult(known, "known", message)
 
