@@ -50,7 +50,6 @@ class IndexPlan:
     min_recall: float = 0.95
     fold_share: float = 0.05  # delta and tombstones, as a share of the index
     fold_at_least: int = 1000
-    gather_at_most: int = 20_000  # up to here, chosen chunks are scored one by one
 
     def size(self, num_vectors: int) -> IndexSize:
         """Return the row of the table for so many vectors."""
@@ -212,9 +211,6 @@ class VectorIndex:
         with self._lock:
             if among is None:
                 found = self._search_all(question, top_k)
-            elif len(among) <= self._plan.gather_at_most:
-                ids, vectors = self.vectors(among)
-                found = list(zip(ids, (vectors @ query).tolist(), strict=True))
             else:
                 found = self._search_chosen(question, top_k, np.asarray(among, dtype=np.int64))
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:top_k]
