@@ -431,13 +431,19 @@ class VectorIndex:
     def _sample(self, size: int, num_vectors: int) -> tuple[IdArray, FloatArray]:
         """Return ids and vectors of every n-th stored vector: the same ones at each build."""
         every = max(1, num_vectors // size)
-        ids, rows, seen = [], [], 0
+        capacity = num_vectors // every + 1
+        ids = np.empty(capacity, dtype=np.int64)
+        rows = np.empty((capacity, self._dim), dtype=np.float32)  # filled in place, not joined
+        taken = seen = 0
         for page_ids, page in self._oplog.vectors():
+            self._require_dim(page)
             first = -seen % every
-            ids += page_ids[first::every]
-            rows.append(page[first::every].copy())
+            part = page[first::every][: capacity - taken]
+            rows[taken : taken + len(part)] = part
+            ids[taken : taken + len(part)] = page_ids[first::every][: len(part)]
+            taken += len(part)
             seen += len(page_ids)
-        return np.asarray(ids, dtype=np.int64), np.concatenate(rows)
+        return ids[:taken], rows[:taken]
 
     def _fill(
         self,
