@@ -258,6 +258,40 @@ def test_a_damaged_folder_is_built_anew(
     assert _index_folder(folder) != before
 
 
+def test_an_index_that_is_damaged_while_it_is_open_is_built_anew(
+    database: Database, store: DocumentStore, folder: Path, tantivy: TantivyIndex
+) -> None:
+    save(store, "a", ["harbour one"])
+    assert tantivy.search("harbour", top_k=5)
+    for path in _index_folder(folder).iterdir():
+        path.write_bytes(b"")
+    save(store, "b", ["harbour two"])
+    assert len(tantivy.search("harbour", top_k=5)) == 2
+    assert tantivy.check() is None
+
+
+def test_an_interrupted_rebuild_leaves_nothing_for_long(
+    store: DocumentStore, folder: Path, tantivy: TantivyIndex
+) -> None:
+    save(store, "a", ["harbour one"])
+    tantivy.catch_up()
+    shutil.copytree(_index_folder(folder), folder / "index-interrupted")
+    assert "interrupted rebuild" in str(tantivy.check())
+    tantivy.erase_deleted()
+    assert tantivy.check() is None
+
+
+def test_another_process_may_replace_the_folder(
+    database: Database, store: DocumentStore, folder: Path, tantivy: TantivyIndex
+) -> None:
+    save(store, "a", ["harbour one"])
+    tantivy.catch_up()
+    TantivyIndex(TextLog(database), folder).rebuild()
+    assert tantivy.search("harbour", top_k=5)
+    tantivy.erase_deleted()
+    assert tantivy.check() is None
+
+
 def test_a_crash_between_commit_and_position_is_mended(
     database: Database, store: DocumentStore, folder: Path
 ) -> None:

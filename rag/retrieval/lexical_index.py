@@ -57,16 +57,14 @@ class LexicalIndex(Protocol):
 
 def open_lexical_index(database: Database, folder: Path) -> LexicalIndex:
     """Return FTS5 for a SQLite library of up to 100,000 chunks, else tantivy in `folder`."""
-    from rag.retrieval.tantivy_index import TantivyIndex
-
-    if database.kind != "sqlite":
-        return TantivyIndex(TextLog(database), folder)
     with database.read() as connection:
         num_chunks = connection.scalar(text("SELECT count(*) FROM chunk")) or 0
-    if num_chunks > LARGEST_FTS5_CHUNKS:
-        return TantivyIndex(TextLog(database), folder)
-    shutil.rmtree(folder, ignore_errors=True)  # nobody would take deleted words out of it
-    return Fts5Index(database)
+    if database.kind == "sqlite" and num_chunks <= LARGEST_FTS5_CHUNKS:
+        shutil.rmtree(folder, ignore_errors=True)  # nobody would take deleted words out of it
+        return Fts5Index(database)
+    from rag.retrieval.tantivy_index import TantivyIndex
+
+    return TantivyIndex(TextLog(database), folder)
 
 
 class Fts5Index:

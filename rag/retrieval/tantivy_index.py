@@ -122,16 +122,14 @@ class TantivyIndex:
                 return self._index
             with self._alone():
                 try:
-                    self._open()
+                    index, position = self._open()
+                    with self._log.changes_since(position.seq) as changes:
+                        if changes and changes.seq > position.seq:
+                            _apply(index, changes)
+                            self._remember(index, position.folder, changes.seq)
+                    return index if changes else self._build()
                 except UNUSABLE:
                     return self._build()
-                assert self._index is not None
-                assert self._position is not None
-                with self._log.changes_since(self._position.seq) as changes:
-                    if changes and changes.seq > self._position.seq:
-                        _apply(self._index, changes)
-                        self._remember(self._index, self._position.folder, changes.seq)
-                return self._index if changes else self._build()
 
     def check(self) -> str | None:
         """Return what is wrong between the folder and the chunks, or None."""
@@ -149,8 +147,12 @@ class TantivyIndex:
         if indexed != stored:
             missing, foreign = len(stored - indexed), len(indexed - stored)
             return f"{missing} chunks are missing, {foreign} are not in the store"
-        if self._has_deleted():
-            return "words of deleted chunks are still in the files"
+        with self._guard, self._alone():
+            folder = self._read_position().folder
+            if self._strays(folder):
+                return "folders of an interrupted rebuild are still there"
+            if self._has_deleted(folder):
+                return "words of deleted chunks are still in the files"
         return None
 
     def rebuild(self) -> None:
@@ -163,10 +165,11 @@ class TantivyIndex:
 
         tantivy only marks what is deleted until it happens to merge the file that holds it.
         """
-        with self._guard:
-            self.catch_up()
-            if self._has_deleted():
-                self.rebuild()
+        self.catch_up()
+        with self._guard, self._alone():
+            folder = self._read_position().folder
+            if self._strays(folder) or self._has_deleted(folder):
+                self._build()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -192,15 +195,16 @@ class TantivyIndex:
             hint="check the folder's permissions; it may be deleted, the store builds it again",
         )
 
-    def _open(self) -> None:
-        """Take the index of position.json, unless it is the one already open."""
-        position = self._read_position()
-        if self._index and self._position and position.folder == self._position.folder:
-            self._index.reload()  # another process has caught up
+    def _open(self) -> tuple[Index, Position]:
+        """Return the index of position.json; it is read again only if it is another one."""
+        position, index = self._read_position(), self._index
+        if index and self._position and position.folder == self._position.folder:
+            index.reload()  # another process has caught up
         else:
             self._read_files(position)
-            self._index = _registered(Index.open(str(self._folder / position.folder)))
-        self._position = position
+            index = _registered(Index.open(str(self._folder / position.folder)))
+        self._index, self._position = index, position
+        return index, position
 
     def _read_position(self) -> Position:
         position = Position(**json.loads((self._folder / "position.json").read_text()))
@@ -224,9 +228,8 @@ class TantivyIndex:
             _apply(index, changes)
         self._position = None
         self._remember(index, folder.name, changes.seq)
-        for other in self._folder.glob("index-*"):
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        for stray in self._strays(folder.name):
+            shutil.rmtree(stray, ignore_errors=True)
         return index
 
     def _remember(self, index: Index, folder: str, seq: int) -> None:
@@ -244,9 +247,11 @@ class TantivyIndex:
         temporary.replace(self._folder / "position.json")
         self._index, self._position = index, position
 
-    def _has_deleted(self) -> bool:
-        assert self._position is not None
-        meta = json.loads((self._folder / self._position.folder / "meta.json").read_text())
+    def _strays(self, folder: str) -> list[Path]:
+        return [path for path in self._folder.glob("index-*") if path.name != folder]
+
+    def _has_deleted(self, folder: str) -> bool:
+        meta = json.loads((self._folder / folder / "meta.json").read_text())
         return any(segment["deletes"] for segment in meta["segments"])
 
 
