@@ -1,6 +1,7 @@
 """Doctor finds every planted inconsistency, mends what can be mended, and says what cannot."""
 
 import json
+import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from conftest import HANDBOOK, HashEmbedder
 from ingest.originals import ingesting
 from ingest.pipeline import original_path
+from rag.lm.local_engine import LocalEngine
 from rag.settings import Settings
 from ui.assembly import Fathom
 from ui.doctor import examine_library, repair
@@ -45,16 +47,34 @@ def mended(fathom: Fathom) -> list[str]:
     return list(repair(reopened(fathom)))
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_engine: LocalEngine) -> Path:
+    """Make a library of two documents and an answer, with a snapshot; return its folder."""
+    folder = tmp_path_factory.mktemp("made")
+    settings = Settings(
+        home=folder / "home", kv_reserve_bytes=0, max_new_tokens=16, prefill_deadline_seconds=1e9
+    )
+    fathom = Fathom(settings, embedder=EMBEDDER, engine=tiny_engine)
+    (folder / "handbook.md").write_text(HANDBOOK)
+    (folder / "tides.txt").write_text("The tide turns at noon.\n\nLow water is at six.")
+    fathom.ingest(folder / "handbook.md")
+    fathom.ingest(folder / "tides.txt")
+    fathom.service().answer("What is the harbour fee?")
+    fathom.index.snapshot()
+    fathom.database.engine.dispose()
+    return folder
+
+
 @pytest.fixture
-def ready(small_fathom: Fathom, tmp_path: Path) -> Fathom:
-    """Return a library of two documents and an answer, with a snapshot, nothing amiss."""
-    other = tmp_path / "tides.txt"
-    other.write_text("The tide turns at noon.\n\nLow water is at six in the evening.")
-    small_fathom.ingest(other)
-    small_fathom.service().answer("What is the harbour fee?")
-    small_fathom.index.snapshot()
-    assert failing(small_fathom) == {}
-    return small_fathom
+def ready(made: Path, settings: Settings, tiny_engine: LocalEngine) -> Fathom:
+    """Return a copy of the library, nothing amiss."""
+    shutil.copytree(made / "home", settings.home)
+    return Fathom(settings, embedder=EMBEDDER, engine=tiny_engine)
+
+
+def test_nothing_is_wrong_with_a_sound_library(ready: Fathom) -> None:
+    assert failing(ready) == {}
+    assert mended(ready) == []
 
 
 def sql(*statements: str) -> Callable[[Fathom], None]:
@@ -265,10 +285,12 @@ def test_other_processes_follow_a_repair(ready: Fathom) -> None:
     assert np.array_equal(rows, UNIT)
 
 
-def test_what_cannot_be_mended_comes_with_advice(ready: Fathom, tmp_path: Path) -> None:
-    (tmp_path / "handbook.md").unlink()
+def test_what_cannot_be_mended_comes_with_advice(ready: Fathom) -> None:
     original_of(ready, 1).write_text("changed")
-    sql("UPDATE document_text SET text = 'x' || text WHERE document_id = 1")(ready)
+    sql(
+        "UPDATE document SET source = '/gone/handbook.md' WHERE id = 1",
+        "UPDATE document_text SET text = 'x' || text WHERE document_id = 1",
+    )(ready)
     before = failing(ready)
     assert set(before) == {"original files", "texts"}
     assert "give the same file to fathom ingest again" in before["original files"]
@@ -277,9 +299,9 @@ def test_what_cannot_be_mended_comes_with_advice(ready: Fathom, tmp_path: Path) 
     assert failing(ready) == before
 
 
-def test_the_same_file_again_brings_a_lost_original_back(ready: Fathom, tmp_path: Path) -> None:
+def test_the_same_file_again_brings_a_lost_original_back(ready: Fathom, made: Path) -> None:
     original_of(ready, 1).unlink()
-    ready.ingest(tmp_path / "handbook.md")
+    ready.ingest(made / "handbook.md")
     assert failing(ready) == {}
 
 

@@ -1,6 +1,7 @@
 """The index equals the store, whatever its size, its age or the state of its snapshots."""
 
 import json
+import shutil
 import tracemalloc
 import uuid
 from collections.abc import Iterator
@@ -194,14 +195,8 @@ def test_delta_and_tombstones_change_nothing_that_is_found(shelf: Shelf, plan: I
 
 
 @pytest.mark.parametrize("plan", [FLAT, HALF, TRAINED])
-@pytest.mark.parametrize("gather_at_most", [0, 10_000])
-def test_chosen_documents_are_searched_exactly_and_alone(
-    shelf: Shelf, plan: IndexPlan, gather_at_most: int
-) -> None:
+def test_chosen_documents_are_searched_exactly_and_alone(shelf: Shelf, plan: IndexPlan) -> None:
     """Results and scores among the chosen are the same whatever else is in the library."""
-    plan = IndexPlan(
-        sizes=plan.sizes, fold_at_least=plan.fold_at_least, gather_at_most=gather_at_most
-    )
     one, two = shelf.add(clustered(80, 1)), shelf.add(clustered(80, 2))
     among = shelf.store.chunk_ids([one, two])
     queries = clustered(20, 3)
@@ -346,6 +341,49 @@ def test_a_damaged_snapshot_is_named_and_skipped(small_fathom: Fathom, damage: s
     assert _agrees(again, small_fathom)
     again.rebuild()
     assert again.bad_snapshots() == []
+
+
+def test_many_changes_are_snapshotted_without_being_asked(shelf: Shelf) -> None:
+    index = shelf.index()
+    shelf.add(clustered(900, 1))
+    index.catch_up()
+    assert list(shelf.folder.rglob("*.faiss")) == []
+    shelf.add(clustered(200, 2))
+    index.catch_up()
+    assert len(list(shelf.folder.rglob("*.faiss"))) == 1
+    assert equals_store(shelf.index(), shelf)
+
+
+def test_an_unchanged_index_is_not_written_again(shelf: Shelf) -> None:
+    shelf.add(clustered(50, 1))
+    index = shelf.index()
+    file = index.snapshot()
+    assert file is not None
+    written = file.stat().st_mtime_ns
+    assert index.snapshot() == shelf.index().snapshot() == file
+    assert file.stat().st_mtime_ns == written
+    index.rebuild()
+    assert file.stat().st_mtime_ns != written
+
+
+def test_a_snapshot_from_the_future_of_a_restored_library_goes(shelf: Shelf) -> None:
+    shelf.add(clustered(50, 1))
+    shelf.database.erase_deleted()  # all of it in the one file
+    database, backup = shelf.folder.parent / "fathom.sqlite", shelf.folder.parent / "backup.sqlite"
+    shutil.copyfile(database, backup)
+    shelf.add(clustered(50, 2))
+    future = shelf.index().snapshot()
+    assert future is not None
+    shelf.database.engine.dispose()
+    for path in shelf.folder.parent.glob("fathom.sqlite*"):
+        path.unlink()
+    backup.rename(database)
+    index = shelf.index()
+    assert equals_store(index, shelf)
+    assert index.num_vectors == 50
+    index.snapshot()
+    assert not future.exists()
+    assert index.bad_snapshots() == []
 
 
 def test_a_deletion_leaves_one_snapshot_without_the_deleted(shelf: Shelf) -> None:

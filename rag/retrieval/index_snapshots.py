@@ -78,8 +78,7 @@ class SnapshotFolder:
         Raises:
             StorageFullError: if the disk is full; what was there before is untouched.
         """
-        name = f"index-{manifest.seq:012d}"
-        file = self.path / f"{name}.faiss"
+        file = self.file_at(manifest.seq)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             digest = _write_durably(file, dump)
@@ -90,18 +89,36 @@ class SnapshotFolder:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise StorageFullError(
-                f"the disk is full: the index snapshot {name} was not written",
+                f"the disk is full: the index snapshot {file.stem} was not written",
                 hint="free some space; nothing is lost, the index is rebuilt from the store",
             ) from error
         return file
 
-    def drop_all_but_newest(self, keep: int) -> int | None:
-        """Delete the older snapshots and stray files; return the position of the oldest kept."""
-        kept = self.manifests()[:keep]
+    def positions(self) -> list[int]:
+        """Return the positions in the log of the snapshots, newest first."""
+        return [int(path.stem.removeprefix("index-")) for path in self.manifests()]
+
+    def file_at(self, seq: int) -> Path:
+        """Return where the index file of this position lies."""
+        return self.path / f"index-{seq:012d}.faiss"
+
+    def drop_all_but(self, keep: int, *, up_to: int) -> int:
+        """Keep the newest `keep` snapshots up to a position; return the position of the oldest.
+
+        All others go, newer ones too, and so does what a crash has left half-written.
+        """
+        kept = [seq for seq in self.positions() if seq <= up_to][:keep]
+        self._drop_except({self.file_at(seq).stem for seq in kept})
+        return kept[-1]
+
+    def drop_all(self) -> None:
+        """Delete every snapshot of this index."""
+        self._drop_except(set())
+
+    def _drop_except(self, kept: set[str]) -> None:
         for path in self.path.glob("index-*"):
-            if path.with_suffix(".json") not in kept:
+            if path.suffix == ".tmp" or path.stem not in kept:
                 path.unlink(missing_ok=True)
-        return int(kept[-1].stem.removeprefix("index-")) if kept else None
 
     def strays(self) -> list[Path]:
         """Return what no snapshot of this index needs: other embedders', half-written files."""

@@ -50,7 +50,7 @@ class IndexPlan:
     min_recall: float = 0.95
     fold_share: float = 0.05  # delta and tombstones, as a share of the index
     fold_at_least: int = 1000
-    gather_at_most: int = 20_000  # up to here, chosen chunks are scored one by one
+    max_dead: int = 1000  # each search asks for as many more results
 
     def size(self, num_vectors: int) -> IndexSize:
         """Return the row of the table for so many vectors."""
@@ -100,6 +100,7 @@ class VectorIndex:
         self._built_for: int
         self._recall: float | None
         self._seq: int
+        self._unsaved: int  # changes since the newest snapshot
         self._reset()
         self._load()
 
@@ -177,7 +178,7 @@ class VectorIndex:
                 self._reset()  # vectors of an embedder not yet active come without log entries
                 raise
             num_changed = self._replay()
-            if self._pending() > self._fold_at():
+            if self._unsaved > self._fold_at():
                 try:
                     self.snapshot()
                 except StorageFullError as error:  # searching goes on without a snapshot
@@ -191,7 +192,7 @@ class VectorIndex:
             alone: drop the snapshots of other embedders, too.
         """
         with self._lock:
-            self._snapshots.drop_all_but_newest(0)
+            self._snapshots.drop_all()
             self._reset()
             self.snapshot(keep=1 if alone else SNAPSHOTS_KEPT, wait=True)
 
@@ -212,9 +213,6 @@ class VectorIndex:
         with self._lock:
             if among is None:
                 found = self._search_all(question, top_k)
-            elif len(among) <= self._plan.gather_at_most:
-                ids, vectors = self.vectors(among)
-                found = list(zip(ids, (vectors @ query).tolist(), strict=True))
             else:
                 found = self._search_chosen(question, top_k, np.asarray(among, dtype=np.int64))
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:top_k]
@@ -267,30 +265,36 @@ class VectorIndex:
             if not held:
                 return None
             self._replay()  # under the lock: nothing deleted before can be written after
-            self._fold()
-            manifest = IndexManifest(
-                file="",
-                sha256="",
-                library=self._oplog.library(),
-                seq=self._seq,
-                dim=self._dim,
-                embedder=self._embedder,
-                num_vectors=self.num_vectors,
-                kind=self._kind,
-                built_for=self._built_for,
-                recall_at_10=self._recall,
-            )
-            try:
-                file = self._snapshots.write(manifest, self._dump)
-            except StorageFullError:
-                if keep == 1:
-                    self._snapshots.drop_all_but_newest(0)
-                raise
-            oldest = self._snapshots.drop_all_but_newest(keep)
+            if self._unsaved or self._pending() or self._seq not in self._snapshots.positions():
+                self._fold()
+                self._write_snapshot(drop_on_failure=keep == 1)
+            # with the lock and all changes, ours is the newest: one beyond is of another history
+            oldest = self._snapshots.drop_all_but(keep, up_to=self._seq)
             if keep == 1:
                 self._snapshots.drop_strays()
-            self._oplog.truncate(self._seq if oldest is None else oldest)
-            return file
+            self._oplog.truncate(oldest)
+            return self._snapshots.file_at(self._seq)
+
+    def _write_snapshot(self, *, drop_on_failure: bool) -> None:
+        manifest = IndexManifest(
+            file="",
+            sha256="",
+            library=self._oplog.library(),
+            seq=self._seq,
+            dim=self._dim,
+            embedder=self._embedder,
+            num_vectors=self.num_vectors,
+            kind=self._kind,
+            built_for=self._built_for,
+            recall_at_10=self._recall,
+        )
+        try:
+            self._snapshots.write(manifest, self._dump)
+        except StorageFullError:
+            if drop_on_failure:
+                self._snapshots.drop_all()
+            raise
+        self._unsaved = 0
 
     def bad_snapshots(self) -> list[str]:
         """Return a sentence for each snapshot that would be skipped, and each stray file."""
@@ -342,6 +346,7 @@ class VectorIndex:
         self._built_for = 0
         self._recall = None
         self._seq = -1  # before any log, so that the next catch-up takes all
+        self._unsaved = 0
 
     def _replay(self) -> int:
         num_changed = 0
@@ -354,7 +359,7 @@ class VectorIndex:
             else:
                 self._apply(changes)
                 num_changed += len(changes.removed)
-                if self._pending() > self._fold_at():
+                if self._pending() > self._fold_at() or len(self._dead) > self._plan.max_dead:
                     self._fold()
 
     def _apply(self, changes: Changes) -> None:
@@ -365,6 +370,7 @@ class VectorIndex:
             self._require_dim(changes.vectors)
             self._delta.add_with_ids(changes.vectors, np.asarray(changes.added, dtype=np.int64))
         self._seq = changes.seq
+        self._unsaved += len(changes.removed)
 
     def _pending(self) -> int:
         return len(self._dead) + int(self._delta.ntotal)
@@ -419,18 +425,25 @@ class VectorIndex:
                 self._fill(main)
         self._main, self._main_ids = main, np.sort(_ids_of(main))
         self._kind, self._recall, self._built_for, self._seq = kind, recall, num_vectors, seq
+        self._unsaved = max(1, num_vectors)
         return num_vectors
 
     def _sample(self, size: int, num_vectors: int) -> tuple[IdArray, FloatArray]:
         """Return ids and vectors of every n-th stored vector: the same ones at each build."""
         every = max(1, num_vectors // size)
-        ids, rows, seen = [], [], 0
+        capacity = num_vectors // every + 1
+        ids = np.empty(capacity, dtype=np.int64)
+        rows = np.empty((capacity, self._dim), dtype=np.float32)  # filled in place, not joined
+        taken = seen = 0
         for page_ids, page in self._oplog.vectors():
+            self._require_dim(page)
             first = -seen % every
-            ids += page_ids[first::every]
-            rows.append(page[first::every].copy())
+            part = page[first::every][: capacity - taken]
+            rows[taken : taken + len(part)] = part
+            ids[taken : taken + len(part)] = page_ids[first::every][: len(part)]
+            taken += len(part)
             seen += len(page_ids)
-        return np.asarray(ids, dtype=np.int64), np.concatenate(rows)
+        return ids[:taken], rows[:taken]
 
     def _fill(
         self,
