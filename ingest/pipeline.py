@@ -92,7 +92,7 @@ def ingest_file(
             content,
             title=title,
             token_offsets=embedder.token_offsets,
-            max_tokens=embedder.max_tokens,
+            max_tokens=min(settings.chunk_tokens, embedder.max_tokens),
         )
 
         # 4. embed

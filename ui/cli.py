@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="List and fetch models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+bench_app = typer.Typer(help="Measure Fathom on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
@@ -329,6 +331,71 @@ def serve(
         err.print(f"Fathom is at {url} (stop it with Ctrl-C)")
 
     serve_page(_fathom(settings), settings.host, settings.port, on_ready=on_ready)
+
+
+@bench_app.command(
+    "retrieval",
+    epilog="Examples: fathom bench retrieval --data sets --split dev"
+    "  |  fathom bench retrieval --data sets --set covidqa --limit 50 --json",
+)
+def bench_retrieval_command(
+    data: Annotated[Path, typer.Option("--data", help="Folder that holds a folder for each set.")],
+    split: Annotated[str, typer.Option(help="dev (to tune on) or test (to report).")] = "dev",
+    only: Annotated[
+        list[str] | None, typer.Option("--set", help="A set's name; may be repeated. Default: all.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each set; default: all.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the chunks' vectors between runs.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how often the evidence is found, beside a BM25 floor on the same questions."""
+    from eval.bench.retrieval import bench_retrieval, card
+    from eval.evidence_sets import SETS, load_evidence_set
+
+    settings = load_settings()
+    fathom = _fathom(settings)
+    reports = []
+    for name in only or list(SETS):
+        evidence = load_evidence_set(data, name, split, limit=limit)
+        with _progress() as progress:
+            tasks: dict[str, TaskID] = {}
+
+            def show(
+                stage: str,
+                done: int,
+                total: int,
+                name: str = name,
+                tasks: dict[str, TaskID] = tasks,
+                progress: Progress = progress,
+            ) -> None:
+                if stage not in tasks:
+                    tasks[stage] = progress.add_task(f"{name}: {stage}", total=total)
+                progress.update(tasks[stage], completed=done)
+
+            report = bench_retrieval(
+                evidence,
+                embedder=fathom.embedder,
+                settings=settings,
+                reranker=fathom.reranker,
+                cache_folder=cache,
+                on_progress=show,
+            )
+        reports.append(report)
+        (err if as_json else out).print(card(report), markup=False)
+    line = {
+        "bench": "retrieval",
+        "split": split,
+        "embedder": fathom.embedder.fingerprint,
+        "reranker": settings.reranker,
+        "chunk_tokens": settings.chunk_tokens,
+        "num_candidates": settings.num_candidates,
+        "sets": [report.to_json() for report in reports],
+    }
+    _print_json(line)
 
 
 @models_app.command("list", epilog="Examples: fathom models list  |  fathom models list --json")

@@ -42,6 +42,21 @@ class LexicalIndex:
             rows = connection.execute(query, {"match": match, "top_k": top_k}).all()
         return [(row.rowid, float(row.score)) for row in rows]
 
+    def frequencies(
+        self, words: Sequence[str], *, document_ids: Sequence[int] | None = None
+    ) -> dict[str, int]:
+        """Return for each word, stemmed, how many chunks hold it, of these documents or of all."""
+        scope = ""
+        if document_ids is not None:
+            scope = "(scope : (" + " OR ".join(f'"d{int(i)}"' for i in document_ids) + ")) AND "
+        query = text("SELECT count(*) FROM chunk_fts WHERE chunk_fts MATCH :match")
+        with self._database.read() as connection:
+            return {
+                word: connection.scalar(query, {"match": f'{scope}({{text heading}} : "{word}")'})
+                or 0
+                for word in words
+            }
+
     def check(self) -> str | None:
         """Return what is wrong between the full-text rows and the chunks, or None."""
         from rag.errors import StoreError

@@ -1,0 +1,1 @@
+"""Benchmarks: a card for people, one JSON line for programs."""
