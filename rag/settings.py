@@ -69,7 +69,7 @@ class Settings(BaseSettings):
         default=192, ge=1, description="Longest answer, in tokens; reserved in every gate."
     )
     num_candidates: int = Field(
-        default=100, ge=1, description="Chunks taken from each of the dense and lexical searches."
+        default=50, ge=1, description="Chunks taken from each of the dense and lexical searches."
     )
     max_context_tokens: int | None = Field(
         default=None, ge=256, description="Cap on the context below what the model declares."

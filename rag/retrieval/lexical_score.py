@@ -6,13 +6,16 @@ found them, and can stand beside a cosine.
 
 import math
 import re
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import Stemmer
 
 K1, B = 1.2, 0.75  # the usual BM25 constants; others were no better: docs/decisions/0014
 HEADING_WEIGHT = 0.5  # a word of the heading says what a chunk is about, if less than its text
+TITLE_WEIGHT = 0.3  # of a word of the question that stands in the document's title
 
 _WORD = re.compile(r"\w+")
 # English words that carry the grammar of a question, not its matter.
@@ -22,6 +25,16 @@ _STOP_WORDS = frozenset(
     " please shall she should so such than that the their them then there these they this those"
     " to was we were what when where which who whom whose why will with would you your".split()
 )
+_thread = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is scored: a chunk's text, its heading path as one string, its document's title."""
+
+    text: str
+    heading: str
+    title: str
 
 
 def question_words(question: str) -> list[str]:
@@ -32,7 +45,7 @@ def question_words(question: str) -> list[str]:
 
 def lexical_scores(
     words: Sequence[str],
-    candidates: Sequence[tuple[str, str]],
+    candidates: Sequence[Candidate],
     *,
     frequencies: Mapping[str, int],
     num_chunks: int,
@@ -46,33 +59,50 @@ def lexical_scores(
         score = sum idf * f / (f + k1 * (1 - b + b * l / L)) / sum idf
 
     A question whose rare words are nowhere in the documents thus gets low scores throughout, and
-    a ranking by meaning can overrule them.
+    a ranking by meaning can overrule them. Words of the document's own title weigh less: they say
+    which document is meant, and within it they lead to whatever repeats its name.
 
     Args:
         words: from `question_words`.
-        candidates: text and heading of each chunk.
+        candidates: the chunks to score.
         frequencies: word -> number of chunks that hold it, among the documents asked about.
         num_chunks: number of chunks of these documents.
 
     Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond",
     2009, section 3; idf as in Lucene, which is never negative.
     """
-    stem_words = Stemmer.Stemmer("porter").stemWords  # one for each call: it is not thread-safe
+    stemmed = _stemmer()
     idf: dict[str, float] = {}
-    for word, stem in zip(words, stem_words(list(words)), strict=True):
+    for word, stem in zip(words, stemmed(list(words)), strict=True):
         n = min(frequencies.get(word, 0), num_chunks)
         idf[stem] = math.log(1 + (num_chunks - n + 0.5) / (n + 0.5))
-    best = sum(idf.values())
-    texts = [stem_words(_WORD.findall(text.lower())) for text, _ in candidates]
-    headings = [stem_words(_WORD.findall(heading.lower())) for _, heading in candidates]
+    texts = [stemmed(_WORD.findall(candidate.text.lower())) for candidate in candidates]
     mean_length = sum(map(len, texts)) / max(len(texts), 1) or 1.0
+    weights_of: dict[str, dict[str, float]] = {}
     scores = []
-    for text, heading in zip(texts, headings, strict=True):
-        in_text, in_heading = Counter(text), Counter(heading)
+    for text, candidate in zip(texts, candidates, strict=True):
+        if candidate.title not in weights_of:
+            in_title = set(stemmed(_WORD.findall(candidate.title.lower())))
+            weights_of[candidate.title] = {
+                stem: weight * (TITLE_WEIGHT if stem in in_title else 1.0)
+                for stem, weight in idf.items()
+            }
+        weights = weights_of[candidate.title]
+        in_text = Counter(text)
+        in_heading = Counter(stemmed(_WORD.findall(candidate.heading.lower())))
         dampening = K1 * (1 - B + B * len(text) / mean_length)
         score = 0.0
-        for stem, weight in idf.items():
+        for stem, weight in weights.items():
             count = in_text[stem] + HEADING_WEIGHT * in_heading[stem]
             score += weight * count / (count + dampening)
+        best = sum(weights.values())
         scores.append(score / best if best else 0.0)
     return scores
+
+
+def _stemmer() -> Callable[[list[str]], list[str]]:
+    """Return this thread's stemmer: one remembers the words it has seen, and is not thread-safe."""
+    if not hasattr(_thread, "stem_words"):
+        _thread.stem_words = Stemmer.Stemmer("porter").stemWords
+    stem_words: Callable[[list[str]], list[str]] = _thread.stem_words
+    return stem_words

@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 
 from rag.retrieval.embedding import Embedder
 from rag.retrieval.lexical_index import LexicalIndex
-from rag.retrieval.lexical_score import lexical_scores, question_words
+from rag.retrieval.lexical_score import Candidate, lexical_scores, question_words
 from rag.retrieval.reranker import Reranker
 from rag.retrieval.vector_index import VectorIndex
 from rag.store.documents import HEADING_SEPARATOR, DocumentStore, StoredChunk
 from rag.types import Document
 
-COSINE_WEIGHT = 0.75  # tuned with everything else here on dev questions: docs/decisions/0014
-SAME_WORDS = 0.9  # two chunks that share this much of their words say the same
+# Tuned with everything else here on dev questions: docs/decisions/0014.
+COSINE_WEIGHT = 1.25
+NEIGHBOUR_WEIGHT = 0.2
 _WORD = re.compile(r"\w+")
 
 
@@ -22,8 +23,8 @@ class Hit:
     """A chunk found for a question, with the evidence for it.
 
     `cosine` compares meanings, -1 to 1; `lexical` is the share of the question's words that the
-    chunk holds, weighted by their rarity, 0 to 1; `score` orders the hits, higher is nearer. It is
-    the weighted sum of both, or the reranker's where there is one.
+    chunk holds, weighted by their rarity, 0 to 1. `score` orders the hits, higher is nearer: the
+    weighted sum of both, of the chunk and a little of its neighbours, or the reranker's.
     """
 
     chunk: StoredChunk
@@ -59,39 +60,46 @@ class Retriever:
     ) -> list[Hit]:
         """Return the chunks of `documents` nearest to the question, best first.
 
-        Each search gives `num_candidates`; every candidate then gets both scores, whichever
-        search found it. Of chunks with the same words only the best is kept, the first in the
-        document among equals. A reranker reorders the best `num_candidates`.
+        Each search gives `num_candidates`, to which their neighbours in the text are added; every
+        one gets both scores, whichever search found it. Of chunks with the same words only the
+        best is kept, the first among equals: a file that holds one text several times would fill
+        the list with it. A reranker reorders the best `num_candidates`.
         """
         # 1. candidates from both indexes
         self._vectors.catch_up()
-        ids = [document.id for document in documents]
-        among = self._store.chunk_ids(ids)
+        by_id = {document.id: document for document in documents}
+        among = self._store.chunk_ids(list(by_id))
         everything = len(among) == self._vectors.num_vectors
+        scope = None if everything else list(by_id)
         query = self._embedder.embed([question])[0]
         words = question_words(question)
-        scope = None if everything else ids
         dense = self._vectors.search(
             query, top_k=num_candidates, among=None if everything else among
         )
         lexical = self._lexical.search(" ".join(words), top_k=num_candidates, document_ids=scope)
 
-        # 2. joined back to the store: a deleted chunk cannot be shown
-        found = self._store.chunks(sorted({i for i, _ in dense} | {i for i, _ in lexical}))
-        wanted = set(ids)
-        candidates = [stored for stored in found.values() if stored.document_id in wanted]
+        # 2. joined back to the store, so that a deleted chunk cannot be shown; the ids of a
+        # document's chunks follow the text, so the neighbours are one away
+        found = {i for i, _ in dense} | {i for i, _ in lexical}
+        stored = self._store.chunks(sorted({i + step for i in found for step in (-1, 0, 1)}))
+        candidates = [chunk for chunk in stored.values() if chunk.document_id in by_id]
         if not candidates:
             return []
 
-        # 3. both scores for each of them
+        # 3. both scores of each
         cosines = dict(
-            self._vectors.search(
-                query, top_k=len(candidates), among=[stored.id for stored in candidates]
-            )
+            self._vectors.search(query, top_k=len(candidates), among=[c.id for c in candidates])
         )
         shares = lexical_scores(
             words,
-            [(c.chunk.text, HEADING_SEPARATOR.join(c.chunk.heading_path)) for c in candidates],
+            [
+                Candidate(
+                    text=c.chunk.text,
+                    heading=HEADING_SEPARATOR.join(c.chunk.heading_path),
+                    title=by_id[c.document_id].title,
+                )
+                for c in candidates
+            ],
             frequencies=self._lexical.frequencies(words, document_ids=scope),
             num_chunks=len(among),
         )
@@ -100,8 +108,7 @@ class Retriever:
             for stored, share in zip(candidates, shares, strict=True)
             if (cosine := cosines.get(stored.id)) is not None
         ]
-        hits.sort(key=lambda hit: (-hit.score, hit.chunk.id))
-        hits = _without_repeats(hits)
+        hits = _without_repeats(sorted(_with_neighbours(hits), key=_nearest_first))
 
         # 4. the reranker reads question and chunk together
         if self._reranker is None:
@@ -109,18 +116,30 @@ class Retriever:
         best = hits[:num_candidates]
         reranked = self._reranker.scores(question, [hit.chunk.chunk.text for hit in best])
         best = [replace(hit, score=score) for hit, score in zip(best, reranked, strict=True)]
-        return sorted(best, key=lambda hit: (-hit.score, hit.chunk.id))
+        return sorted(best, key=_nearest_first)
+
+
+def _with_neighbours(hits: Sequence[Hit]) -> list[Hit]:
+    """Return the hits with a share of the scores before and after them in the text added."""
+    scores = {(hit.chunk.document_id, hit.chunk.chunk.ordinal): hit.score for hit in hits}
+    summed = []
+    for hit in hits:
+        document_id, ordinal = hit.chunk.document_id, hit.chunk.chunk.ordinal
+        around = sum(scores.get((document_id, ordinal + step), 0.0) for step in (-1, 1))
+        summed.append(replace(hit, score=hit.score + NEIGHBOUR_WEIGHT * around))
+    return summed
 
 
 def _without_repeats(hits: Sequence[Hit]) -> list[Hit]:
-    """Return the hits without those whose words a better one already has.
+    """Return the first hit with any one row of words.
 
-    Two chunks repeat each other if |A & B| >= 0.9 |A | B| for their sets of words. A file that
-    holds one text several times would otherwise fill the list with it.
+    The words must be equal: rows of a table may differ in one number only, and say another thing.
     """
-    kept: list[tuple[Hit, set[str]]] = []
+    first: dict[str, Hit] = {}
     for hit in hits:
-        words = set(_WORD.findall(hit.chunk.chunk.text.lower()))
-        if not any(len(words & w) >= SAME_WORDS * len(words | w) for _, w in kept):
-            kept.append((hit, words))
-    return [hit for hit, _ in kept]
+        first.setdefault(" ".join(_WORD.findall(hit.chunk.chunk.text.lower())), hit)
+    return list(first.values())
+
+
+def _nearest_first(hit: Hit) -> tuple[float, int]:
+    return -hit.score, hit.chunk.id
