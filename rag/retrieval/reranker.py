@@ -38,7 +38,7 @@ class CrossEncoderReranker:
         try:
             self._model: Any = CrossEncoder(str(folder), device=device, local_files_only=True)
             num_labels = int(self._model.config.num_labels)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(
                 f"the reranker {name} cannot be loaded from {folder}: {error}",
                 hint="expected a cross-encoder's folder: config.json, tokenizer, model.safetensors",
