@@ -15,7 +15,7 @@ from rag.errors import ModelError
 from rag.retrieval.embedding import SentenceTransformerEmbedder
 from rag.retrieval.lexical_score import TITLE_WEIGHT, Candidate, lexical_scores, question_words
 from rag.retrieval.reranker import CrossEncoderReranker
-from rag.retrieval.retriever import COSINE_WEIGHT, NEIGHBOUR_WEIGHT, Hit
+from rag.retrieval.retriever import NEIGHBOUR_WEIGHT, Hit
 from rag.retrieval.vector_index import VectorIndex
 from rag.store.oplog import OpLog
 from ui.assembly import Fathom
@@ -111,7 +111,7 @@ def test_hits_carry_the_evidence_of_both_searches(small_fathom: Fathom) -> None:
             float(small_fathom.index.vector(hit.chunk.id) @ query), abs=1e-5
         )
         assert 0.0 <= hit.lexical <= 1.0
-    by_ordinal = {hit.chunk.chunk.ordinal: COSINE_WEIGHT * hit.cosine + hit.lexical for hit in hits}
+    by_ordinal = {hit.chunk.chunk.ordinal: hit.cosine + hit.lexical for hit in hits}
     for hit in hits:
         around = [by_ordinal.get(hit.chunk.chunk.ordinal + step, 0.0) for step in (-1, 1)]
         own = by_ordinal[hit.chunk.chunk.ordinal]

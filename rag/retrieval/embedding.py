@@ -87,7 +87,9 @@ class SentenceTransformerEmbedder:
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for first in range(0, len(texts), BATCH_TEXTS):
             batch = by_length[first : first + BATCH_TEXTS]
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._bfloat16):
+            # for a text alone, casting the weights would cost more than it saves
+            bfloat16 = self._bfloat16 and len(batch) > 1
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
                 vectors[batch] = self._model.encode(
                     [texts[i] for i in batch],
                     batch_size=BATCH_TEXTS,

@@ -20,10 +20,11 @@ TITLE_WEIGHT = 0.3  # of a word of the question that stands in the document's ti
 _WORD = re.compile(r"\w+")
 # English words that carry the grammar of a question, not its matter.
 _STOP_WORDS = frozenset(
-    "a about also an and any are as at be been being between by can could did do does during for"
-    " from had has have he her his how i if in into is it its may might must no not of on or our"
-    " please shall she should so such than that the their them then there these they this those"
-    " to was we were what when where which who whom whose why will with would you your".split()
+    "a about also an and any are as at be been being between by can could did do does during"
+    " for from had has have he her his how i if in into is it its may many might much must no"
+    " not of on or our please shall she should so such than that the their them then there these"
+    " they this those to was we were what when where which who whom whose why will with would"
+    " you your".split()
 )
 _thread = threading.local()
 

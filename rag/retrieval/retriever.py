@@ -12,9 +12,7 @@ from rag.retrieval.vector_index import VectorIndex
 from rag.store.documents import HEADING_SEPARATOR, DocumentStore, StoredChunk
 from rag.types import Document
 
-# Tuned with everything else here on dev questions: docs/decisions/0014.
-COSINE_WEIGHT = 1.25
-NEIGHBOUR_WEIGHT = 0.2
+NEIGHBOUR_WEIGHT = 0.2  # tuned with everything else here on dev questions: docs/decisions/0014
 _WORD = re.compile(r"\w+")
 
 
@@ -24,7 +22,7 @@ class Hit:
 
     `cosine` compares meanings, -1 to 1; `lexical` is the share of the question's words that the
     chunk holds, weighted by their rarity, 0 to 1. `score` orders the hits, higher is nearer: the
-    weighted sum of both, of the chunk and a little of its neighbours, or the reranker's.
+    sum of both, of the chunk and a little of its neighbours, or the reranker's.
     """
 
     chunk: StoredChunk
@@ -104,7 +102,7 @@ class Retriever:
             num_chunks=len(among),
         )
         hits = [
-            Hit(stored, COSINE_WEIGHT * cosine + share, cosine, share)
+            Hit(stored, cosine + share, cosine, share)
             for stored, share in zip(candidates, shares, strict=True)
             if (cosine := cosines.get(stored.id)) is not None
         ]
