@@ -181,8 +181,8 @@ def _save_bert(folder: Path, *, num_labels: int) -> Path:
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=128,
-        num_labels=num_labels,
     )
+    config.num_labels = num_labels
     model: Any = BertForSequenceClassification(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Never
@@ -362,27 +362,13 @@ def bench_retrieval_command(
     for name in only or list(SETS):
         evidence = load_evidence_set(data, name, split, limit=limit)
         with _progress() as progress:
-            tasks: dict[str, TaskID] = {}
-
-            def show(
-                stage: str,
-                done: int,
-                total: int,
-                name: str = name,
-                tasks: dict[str, TaskID] = tasks,
-                progress: Progress = progress,
-            ) -> None:
-                if stage not in tasks:
-                    tasks[stage] = progress.add_task(f"{name}: {stage}", total=total)
-                progress.update(tasks[stage], completed=done)
-
             report = bench_retrieval(
                 evidence,
                 embedder=fathom.embedder,
                 settings=settings,
                 reranker=fathom.reranker,
                 cache_folder=cache,
-                on_progress=show,
+                on_progress=_stages(progress, name),
             )
         reports.append(report)
         (err if as_json else out).print(card(report), markup=False)
@@ -477,6 +463,18 @@ def _progress() -> Progress:
         console=err,
         transient=True,
     )
+
+
+def _stages(progress: Progress, name: str) -> Callable[[str, int, int], None]:
+    """Return a callback that shows a bar for each stage that it is told of."""
+    tasks: dict[str, TaskID] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = progress.add_task(f"{name}: {stage}", total=total)
+        progress.update(tasks[stage], completed=done)
+
+    return show
 
 
 def _print_json(value: dict[str, Any]) -> None:
