@@ -9,13 +9,16 @@ HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 EXTRA := $(if $(HAS_GPU),gpu,cpu)
 TORCH := torch==2.13.0
 
-.PHONY: run test check setup clean
+.PHONY: run test test-long check setup clean
 
 run: $(STAMPS)/models
 	$(BIN)/fathom ingest --sample
 	$(BIN)/fathom serve
 
-test: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser check
+test: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser $(STAMPS)/postgres check
+
+test-long: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser
+	$(BIN)/pytest -m long
 
 check:
 	$(BIN)/ruff check .
@@ -56,6 +59,13 @@ $(STAMPS)/browser: $(STAMPS)/venv
 	command -v chromium >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
 	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
 	       chromium fonts-dejavu-core >/dev/null; }
+	touch $@
+
+# The PostgreSQL tests start a server of their own from Debian's package; elsewhere they are skipped.
+$(STAMPS)/postgres: $(STAMPS)/venv
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || ! command -v apt-get >/dev/null \
+	  || [ "$$(id -u)" != 0 ] \
+	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql >/dev/null; }
 	touch $@
 
 clean:

@@ -16,6 +16,7 @@ from pydantic_settings import (
 from rag.errors import SettingsError
 
 MIB = 2**20
+DATABASE_KINDS = ("sqlite:///", "postgresql+psycopg://")
 
 
 class Settings(BaseSettings):
@@ -38,7 +39,9 @@ class Settings(BaseSettings):
         description="Folder of fetched models. They can be fetched again, so it is a cache.",
     )
     database_url: str | None = Field(
-        default=None, description="SQLAlchemy URL of a SQLite database; by default inside home."
+        default=None,
+        description="SQLAlchemy URL, sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/DB;"
+        " by default a SQLite file inside home.",
     )
     model: str = Field(
         default="auto", description="Language model: catalog name, folder, hub id, or auto."
@@ -81,11 +84,19 @@ class Settings(BaseSettings):
         default=60.0, gt=0, description="Longest acceptable prefill for reading a whole document."
     )
 
+    num_readers: int = Field(
+        default_factory=lambda: max(1, min(4, (os.cpu_count() or 1) // 2)),
+        ge=1,
+        description="Files parsed at once while others are embedded, each in its own process.",
+    )
     reader_memory_bytes: int = Field(
-        default=4096 * MIB, ge=256 * MIB, description="Address space of the process that parses."
+        default=2048 * MIB, ge=256 * MIB, description="Address space of the process that parses."
     )
     reader_timeout_seconds: float = Field(
         default=300.0, gt=0, description="CPU and wall-clock limit for parsing one file."
+    )
+    reader_output_bytes: int = Field(
+        default=256 * MIB, ge=MIB, description="Most text that one file may hold, in bytes."
     )
     max_file_bytes: int = Field(
         default=512 * MIB, ge=1, description="Largest file that is ingested, in bytes."
@@ -117,6 +128,11 @@ class Settings(BaseSettings):
         return self.home / "originals"
 
     @property
+    def lexical_dir(self) -> Path:
+        """Folder of the tantivy index, where one is used; it can always be rebuilt."""
+        return self.home / "lexical"
+
+    @property
     def index_dir(self) -> Path:
         """Folder of the FAISS snapshots, which can always be rebuilt."""
         return self.home / "index"
@@ -145,10 +161,12 @@ def load_settings(**flags: Any) -> Settings:  # noqa: ANN401 - one value per fie
             f"a setting is not usable: {_first_problem(error)}",
             hint="see the settings table in README.md; check fathom.toml, FATHOM_* and the flags",
         ) from error
-    if not settings.resolved_database_url.startswith("sqlite:///"):
+    if not settings.resolved_database_url.startswith(DATABASE_KINDS):
+        kind = settings.resolved_database_url.split(":")[0]  # the rest may hold a password
         raise SettingsError(
-            f"database_url is {settings.resolved_database_url!r}; expected sqlite:///PATH",
-            hint="unset FATHOM_DATABASE_URL, or give the path of a SQLite file",
+            f"database_url begins with {kind!r}; expected sqlite:/// or postgresql+psycopg://",
+            hint="give sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE,"
+            " or unset FATHOM_DATABASE_URL",
         )
     return settings
 

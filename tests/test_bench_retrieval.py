@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import HashEmbedder
 from eval.bench.bm25_floor import BM25Floor, word_windows
 from eval.bench.retrieval import (
     COLUMNS,
@@ -20,6 +19,7 @@ from eval.bench.retrieval import (
 )
 from eval.evidence_sets import load_evidence_set
 from eval.statistics import cluster_bootstrap
+from hash_embedder import HashEmbedder
 from rag.errors import ReadError
 from rag.settings import Settings
 from ui.cli import app

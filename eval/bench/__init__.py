@@ -1,1 +1,1 @@
-"""Benchmarks: a card for people, one JSON line for programs."""
+"""Measurements side by side in one run: ours, the peer, the limit."""

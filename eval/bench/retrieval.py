@@ -17,11 +17,12 @@ import numpy.typing as npt
 from eval.bench.bm25_floor import BM25Floor
 from eval.evidence_sets import EvidenceQuestion, EvidenceSet, Span
 from eval.statistics import Interval, cluster_bootstrap
-from ingest.pipeline import ingest_file
+from ingest.pipeline import IngestFailure, ingest_files
+from ingest.sources import SourceToRead
 from rag.answering.context import nearest_passages, retrieved_context
 from rag.errors import ReadError
 from rag.retrieval.embedding import Embedder, FloatArray, Offsets
-from rag.retrieval.lexical_index import LexicalIndex
+from rag.retrieval.lexical_index import open_lexical_index
 from rag.retrieval.reranker import Reranker
 from rag.retrieval.retriever import Hit, Retriever
 from rag.retrieval.vector_index import VectorIndex
@@ -239,33 +240,31 @@ def _library(
     database = Database(settings.resolved_database_url)
     store = DocumentStore(database)
     ingesting = CachedEmbedder(embedder, cache_folder) if cache_folder else embedder
-    documents: dict[str, Document] = {}
-    for number, document in enumerate(evidence.documents, start=1):
-        file = settings.home / "document.txt"
+    sources = []
+    for number, document in enumerate(evidence.documents):
+        file = settings.home / f"document-{number}.txt"
         file.write_text(document.text, encoding="utf-8")
         title = f"{document.title.removesuffix('.txt')}.txt"
-        result = ingest_file(
-            file,
-            store=store,
-            embedder=ingesting,
-            settings=settings,
-            source=document.id,
-            title=title,
-        )
-        if len(store.text(result.document.id)) != len(document.text):
+        sources.append(SourceToRead(file, document.id, title))
+    documents: dict[str, Document] = {}
+    outcomes = ingest_files(sources, store=store, embedder=ingesting, settings=settings)
+    for document, outcome in zip(evidence.documents, outcomes, strict=True):
+        if isinstance(outcome, IngestFailure):
+            raise outcome.error
+        documents[document.id] = outcome.document
+        if len(store.text(outcome.document.id)) != len(document.text):
             raise ReadError(
-                f"{title} has {len(document.text)} characters, its ingested text another number",
+                f"{document.title}: the ingested text is not as long as the set's",
                 hint="its evidence spans would point elsewhere; the set needs plain Unix text",
             )
-        documents[document.id] = result.document
-        progress("ingesting", number, len(evidence.documents))
+        progress("ingesting", len(documents), len(evidence.documents))
     index = VectorIndex(
         OpLog(database, embedder.fingerprint),
         settings.index_dir,
         dim=embedder.dim,
         embedder=embedder.fingerprint,
     )
-    lexical = LexicalIndex(database)
+    lexical = open_lexical_index(database, settings.lexical_dir)
     retrievers = {"hybrid": Retriever(store, index, lexical, embedder)}
     if reranker:
         retrievers["reranked"] = Retriever(store, index, lexical, embedder, reranker)

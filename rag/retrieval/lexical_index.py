@@ -1,20 +1,84 @@
-"""BM25 over the chunks: SQLite's FTS5, kept by triggers in the store's own transactions."""
+"""BM25 over the chunks: the interface, SQLite's FTS5, and the choice between that and tantivy."""
 
+import json
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
 
 from sqlalchemy import text
 
+from rag.errors import StoreError
 from rag.store.database import Database
+from rag.store.oplog import TextLog
+
+# FTS5 weighs every chunk that holds any word of the question: at 90,000 chunks that is 0.1 s, and
+# it grows with them (docs/decisions/0010); tantivy skips most.
+LARGEST_FTS5_CHUNKS = 100_000
 
 # Weights of the columns text, heading and scope: a word of the heading says what the chunk is
 # about, though less than the chunk itself; the scope only filters.
 _COLUMN_WEIGHTS = "1.0, 0.5, 0.0"
+# A scope is one more word to look for, which is fastest for a few documents; each further one
+# costs, so that more are looked up by number. The plus keeps SQLite from turning the search round.
+_FEW_DOCUMENTS = 30
+_AMONG_DOCUMENTS = (
+    "AND +rowid IN (SELECT id FROM chunk WHERE document_id IN (SELECT value FROM json_each(:ids)))"
+)
 _WORD = re.compile(r"\w+")
 
 
-class LexicalIndex:
-    """Full-text search in one library."""
+class LexicalIndex(Protocol):
+    """Full-text search in one library: BM25 with English stemming, equal to the store."""
+
+    def search(
+        self, question: str, *, top_k: int, document_ids: Sequence[int] | None = None
+    ) -> list[tuple[int, float]]:
+        """Return up to `top_k` (chunk id, BM25 score, higher is nearer), best first.
+
+        Any word of the question may match; no sign in it is taken for query syntax.
+
+        Args:
+            question: in words.
+            top_k: how many to return at most.
+            document_ids: search only the chunks of these; None searches all.
+        """
+
+    def frequencies(
+        self, words: Sequence[str], *, document_ids: Sequence[int] | None = None
+    ) -> dict[str, int]:
+        """Return for each word how many chunks hold it or another form of it.
+
+        Args:
+            words: single words.
+            document_ids: count only the chunks of these; None counts all.
+        """
+
+    def check(self) -> str | None:
+        """Return what is wrong between the index and the chunks, or None."""
+
+    def rebuild(self) -> None:
+        """Build the index anew from the chunks."""
+
+    def erase_deleted(self) -> None:
+        """Remove what deleted chunks have left in the index's files."""
+
+
+def open_lexical_index(database: Database, folder: Path) -> LexicalIndex:
+    """Return FTS5 for a SQLite library of up to 100,000 chunks, else tantivy in `folder`."""
+    with database.read() as connection:
+        num_chunks = connection.scalar(text("SELECT count(*) FROM chunk")) or 0
+    if database.kind == "sqlite" and num_chunks <= LARGEST_FTS5_CHUNKS:
+        shutil.rmtree(folder, ignore_errors=True)  # nobody would take deleted words out of it
+        return Fts5Index(database)
+    from rag.retrieval.tantivy_index import TantivyIndex
+
+    return TantivyIndex(TextLog(database), folder)
+
+
+class Fts5Index:
+    """SQLite's own full-text rows, kept by triggers in the store's transactions."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -22,45 +86,35 @@ class LexicalIndex:
     def search(
         self, question: str, *, top_k: int, document_ids: Sequence[int] | None = None
     ) -> list[tuple[int, float]]:
-        """Return up to `top_k` (chunk id, BM25 score, higher is nearer), best first.
-
-        Any word of the question may match; FTS5's query syntax in it has no effect.
-        """
+        """Return up to `top_k` (chunk id, BM25 score), best first; see `LexicalIndex`."""
         words = dict.fromkeys(word.lower() for word in _WORD.findall(question))
-        if not words or document_ids == []:
+        if not words or (document_ids is not None and not document_ids):
             return []
-        any_word = " OR ".join(f'"{word}"' for word in words)
-        match = f"{{text heading}} : ({any_word})"
-        if document_ids is not None:
-            scopes = " OR ".join(f'"d{int(i)}"' for i in document_ids)
-            match = f"(scope : ({scopes})) AND ({match})"
+        values, among = _match(words, document_ids)
         query = text(
             f"SELECT rowid, -bm25(chunk_fts, {_COLUMN_WEIGHTS}) AS score FROM chunk_fts"
-            " WHERE chunk_fts MATCH :match ORDER BY score DESC LIMIT :top_k"
+            f" WHERE chunk_fts MATCH :match {among} ORDER BY score DESC LIMIT :top_k"
         )
         with self._database.read() as connection:
-            rows = connection.execute(query, {"match": match, "top_k": top_k}).all()
+            rows = connection.execute(query, {**values, "top_k": top_k}).all()
         return [(row.rowid, float(row.score)) for row in rows]
 
     def frequencies(
         self, words: Sequence[str], *, document_ids: Sequence[int] | None = None
     ) -> dict[str, int]:
-        """Return for each word, stemmed, how many chunks hold it, of these documents or of all."""
-        scope = ""
-        if document_ids is not None:
-            scope = "(scope : (" + " OR ".join(f'"d{int(i)}"' for i in document_ids) + ")) AND "
-        query = text("SELECT count(*) FROM chunk_fts WHERE chunk_fts MATCH :match")
+        """Return for each word how many chunks hold it; see `LexicalIndex`."""
+        if document_ids is not None and not document_ids:
+            return dict.fromkeys(words, 0)
+        found: dict[str, int] = {}
         with self._database.read() as connection:
-            return {
-                word: connection.scalar(query, {"match": f'{scope}({{text heading}} : "{word}")'})
-                or 0
-                for word in words
-            }
+            for word in words:
+                values, among = _match([word], document_ids)
+                query = text(f"SELECT count(*) FROM chunk_fts WHERE chunk_fts MATCH :match {among}")
+                found[word] = connection.scalar(query, values) or 0
+        return found
 
     def check(self) -> str | None:
         """Return what is wrong between the full-text rows and the chunks, or None."""
-        from rag.errors import StoreError
-
         statement = text("INSERT INTO chunk_fts(chunk_fts, rank) VALUES ('integrity-check', 1)")
         try:
             with self._database.write() as connection:
@@ -73,3 +127,18 @@ class LexicalIndex:
         """Build the full-text rows anew from the chunks."""
         with self._database.write() as connection:
             connection.execute(text("INSERT INTO chunk_fts(chunk_fts) VALUES ('rebuild')"))
+
+    def erase_deleted(self) -> None:
+        """Do nothing: the transaction that deletes a chunk takes its words out as well."""
+
+
+def _match(words: Iterable[str], document_ids: Sequence[int] | None) -> tuple[dict[str, str], str]:
+    """Return the query's values and the condition that keeps it among the documents."""
+    any_word = " OR ".join(f'"{word}"' for word in words)
+    values = {"match": f"{{text heading}} : ({any_word})"}
+    if document_ids is None:
+        return values, ""
+    if len(document_ids) <= _FEW_DOCUMENTS:
+        scopes = " OR ".join(f'"d{int(i)}"' for i in document_ids)
+        return {"match": f"(scope : ({scopes})) AND ({values['match']})"}, ""
+    return {**values, "ids": json.dumps([int(i) for i in document_ids])}, _AMONG_DOCUMENTS

@@ -125,7 +125,8 @@ oplog = Table(
     sqlite_autoincrement=True,
 )
 
-# embedder: fingerprint of the active one; oplog_floor: newest entry that the op-log has dropped.
+# library: a name for this database, so that no index of another is taken for its own; embedder:
+# fingerprint of the active one; oplog_floor: newest entry that the op-log has dropped.
 meta = Table(
     "meta",
     metadata,
