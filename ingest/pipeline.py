@@ -173,7 +173,7 @@ def _prepare(
             content,
             title=source.title,
             token_offsets=embedder.token_offsets,
-            max_tokens=embedder.max_tokens,
+            max_tokens=min(settings.chunk_tokens, embedder.max_tokens),
         )
     except BaseException:
         copy.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from rag.errors import ReadError
 from rag.lm.engine import Engine
 from rag.retrieval.embedding import Embedder
 from rag.retrieval.lexical_index import LexicalIndex, open_lexical_index
+from rag.retrieval.reranker import Reranker
 from rag.retrieval.retriever import Retriever
 from rag.retrieval.vector_index import VectorIndex
 from rag.settings import Settings
@@ -78,6 +79,19 @@ class Fathom:
                 self._given_embedder = SentenceTransformerEmbedder(folder, name=name, device=device)
             return self._given_embedder
 
+    @cached_property
+    def reranker(self) -> Reranker | None:
+        """The cross-encoder named in the settings, None by default."""
+        name = self.settings.reranker
+        if name is None:
+            return None
+        from rag.lm.catalog import resolve_model
+        from rag.lm.local_engine import choose_device
+        from rag.retrieval.reranker import CrossEncoderReranker
+
+        folder = resolve_model(name, self.settings)
+        return CrossEncoderReranker(folder, name=name, device=choose_device(self.settings).type)
+
     @property
     def engine(self) -> Engine:
         """The language model; its weights are loaded when it first reads."""
@@ -105,7 +119,7 @@ class Fathom:
 
     @cached_property
     def _service(self) -> AnsweringService:
-        retriever = Retriever(self.store, self.index, self.lexical, self.embedder)
+        retriever = Retriever(self.store, self.index, self.lexical, self.embedder, self.reranker)
         return AnsweringService(self.store, self.receipts, retriever, self.engine, self.settings)
 
     def service(self) -> AnsweringService:
