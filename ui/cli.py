@@ -252,22 +252,51 @@ def delete(
 ) -> None:
     """Delete documents: text, vectors, original file, and their words in past answers.
 
-    With --collection, the collection and every version of its documents.
+    With --collection, the collection with every version of its documents, but for those that
+    another collection holds too.
     """
     fathom = _fathom(load_settings(home=home))
     doomed = [fathom.store.find(reference) for reference in documents or []]
-    if collection:
-        doomed += fathom.store.all(include_superseded=True, collection=collection)
-    if not doomed:
+    if not doomed and collection is None:
         raise typer.BadParameter("name a document, or a --collection")
+    if doomed:
+        fathom.delete(*(document.id for document in doomed))
+    if collection:
+        doomed += fathom.delete_collection(collection)
     for found in doomed:
-        fathom.delete(found.id)
         if as_json:
             _print_json({"deleted": found.id, "title": found.title, "version": found.version})
         else:
             out.print(f"deleted document {found.id} {found.title!r}", markup=False)
-    if collection:
-        fathom.store.dissolve_collection(collection)
+
+
+@app.command(
+    epilog="Examples: FATHOM_EMBEDDER=name fathom reembed  |  fathom reembed --embedder name --json"
+)
+def reembed(
+    embedder: Annotated[
+        str | None,
+        typer.Option("--embedder", help="Catalog name, folder or hub id (FATHOM_EMBEDDER)."),
+    ] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Change the library's embedder: embed all chunks beside the old vectors, then switch.
+
+    The library answers meanwhile. A run that was stopped goes on where it was.
+    """
+    fathom = _fathom(load_settings(home=home, embedder=embedder))
+    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        count = fathom.reembed(
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    name = fathom.embedder.fingerprint
+    if as_json:
+        _print_json({"embedder": name, "chunks_embedded": count})
+    else:
+        out.print(f"{count:,} chunks embedded; the library is searched with {name}", markup=False)
 
 
 @app.command(
