@@ -9,13 +9,16 @@ HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 EXTRA := $(if $(HAS_GPU),gpu,cpu)
 TORCH := torch==2.13.0
 
-.PHONY: run test check setup clean
+.PHONY: run test test-long check setup clean
 
 run: $(STAMPS)/models
 	$(BIN)/fathom ingest --sample
 	$(BIN)/fathom serve
 
 test: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser $(STAMPS)/postgres check
+
+test-long: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser
+	$(BIN)/pytest -m long
 
 check:
 	$(BIN)/ruff check .

@@ -1,37 +1,34 @@
-"""The way of a document: copy, read, chunk, embed, commit."""
+"""The way of a document: copy, read, chunk, embed, commit.
+
+The embedder is what takes time, so it never waits: the next documents are copied, read and chunked
+in other threads while it works, and finished ones are committed in another.
+"""
 
 import errno
 import hashlib
 import os
-import stat
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from ingest.chunking import chunk_text, embedded_text
-from ingest.readers.guard import READERS, can_read, read_guarded
-from rag.errors import (
-    EmptyDocumentError,
-    ReadError,
-    SourceNotFoundError,
-    StorageFullError,
-)
-from rag.retrieval.embedding import Embedder
+from ingest.readers.guard import read_guarded
+from ingest.sources import SourceToRead, open_regular
+from rag.errors import EmptyDocumentError, FathomError, ReadError, StorageFullError
+from rag.retrieval.embedding import Embedder, FloatArray
 from rag.settings import Settings
 from rag.store.documents import DocumentStore, SourceFile
-from rag.types import Document
+from rag.types import CanonicalText, Chunk, Document, IngestProgress
 
 COPY_BYTES = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class IngestProgress:
-    """`done` of `total` units of one stage: reading (files), embedding (chunks)."""
-
-    stage: str
-    done: int
-    total: int
+# Short documents are embedded together until they make this many chunks: a batch of one chunk
+# would leave most of the processor idle.
+GROUP_CHUNKS = 256
+# Documents that may lie read and chunked in memory while others are embedded.
+READ_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,81 +40,112 @@ class IngestResult:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class IngestFailure:
+    """A file that could not be taken, and why; nothing of it was kept."""
+
+    title: str
+    error: FathomError
+
+
 OnProgress = Callable[[IngestProgress], None]
 
 
-def ingest_file(
-    path: Path,
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A document that is read and chunked; its bytes lie at `copy` until it is committed."""
+
+    copy: Path
+    file: SourceFile
+    content: CanonicalText
+    chunks: list[Chunk]
+    collections: tuple[str, ...]
+
+
+def ingest_files(
+    sources: Sequence[SourceToRead | ReadError],
     *,
     store: DocumentStore,
     embedder: Embedder,
     settings: Settings,
-    source: str | None = None,
-    title: str | None = None,
-    on_progress: OnProgress | None = None,
-) -> IngestResult:
-    """Take one file into the library; when this returns it is on disk and searchable.
+    on_progress: OnProgress = lambda _: None,
+) -> Iterator[IngestResult | IngestFailure]:
+    """Take files into the library, yielding what became of each, in order.
 
-    Nothing is kept of a file that fails, and the same file may be given again at any time.
+    When a result is yielded, its document is on disk and searchable. Nothing is kept of a file that
+    fails, and the same files may be given again at any time: what is stored is known, so an ingest
+    that was killed goes on where it was.
 
     Args:
-        path: a regular file.
-        store: where it goes.
-        embedder: what its chunks are embedded with.
+        sources: the files, and in their places the errors of those that could not be found.
+        store: where they go.
+        embedder: what their chunks are embedded with.
         settings: folders and limits.
-        source: the identity whose versions are counted; by default the resolved path.
-        title: the name shown; by default the file's.
         on_progress: called as the work goes on.
 
     Raises:
-        ReadError: if it is missing, empty, encrypted, unreadable or of an unknown format.
-        StorageFullError: if the disk is full.
+        StorageFullError: if the disk is full; what was yielded before is kept.
+        StoreError: if the library cannot be written.
     """
-    title = title or path.name
-    progress = on_progress or (lambda _: None)
+    counter = _Counter(sources, on_progress)
+    waiting = deque(sources)
+    ahead: deque[tuple[SourceToRead | ReadError, Future[_Prepared | IngestResult]]] = deque()
+    committing: deque[Future[IngestResult]] = deque()
+    with (
+        ThreadPoolExecutor(settings.num_readers, "reader") as readers,
+        ThreadPoolExecutor(1, "committer") as committer,
+    ):
+        try:
+            while waiting or ahead:
+                # 1-3. copy, read in a guarded process, chunk: in other threads, ahead of need
+                while waiting and len(ahead) < max(READ_AHEAD, settings.num_readers):
+                    source = waiting.popleft()
+                    task = readers.submit(_prepare, source, store, embedder, settings)
+                    ahead.append((source, task))
+                group: list[_Prepared] = []
+                other: IngestResult | IngestFailure | None = None
+                while ahead and other is None and _num_chunks(group) < GROUP_CHUNKS:
+                    source, task = ahead[0]
+                    if not task.done():
+                        if group:
+                            break
+                        counter.reading(source)
+                    try:
+                        ready = task.result()
+                    except ReadError as error:
+                        other = IngestFailure(getattr(source, "title", ""), error)
+                    else:
+                        if isinstance(ready, _Prepared):
+                            group.append(ready)
+                        else:
+                            other = ready
+                    ahead.popleft()
 
-    # 1. copy the bytes to the content-addressed store; known bytes stop here
-    progress(IngestProgress("reading", 0, 1))
-    original, file = _copy_original(path, source or str(path.resolve()), title, settings)
-    known = store.recall(file)
-    if known:
-        return _known(known, file)
-    try:
-        # 2. read in a guarded process
-        content = read_guarded(original, name=title, settings=settings)
-        progress(IngestProgress("reading", 1, 1))
+                # 4. embed
+                for prepared, vectors in _embed(group, embedder, counter):
+                    # 5. commit in another thread; its end is the acknowledgement
+                    committing.append(
+                        committer.submit(_commit, prepared, vectors, store, embedder, settings)
+                    )
 
-        # 3. chunk on the embedder's tokens
-        chunks = chunk_text(
-            content,
-            title=title,
-            token_offsets=embedder.token_offsets,
-            max_tokens=embedder.max_tokens,
-        )
-
-        # 4. embed
-        progress(IngestProgress("embedding", 0, len(chunks)))
-        vectors = embedder.embed(
-            [embedded_text(title, chunk.heading_path, chunk.text) for chunk in chunks],
-            on_progress=lambda done: progress(IngestProgress("embedding", done, len(chunks))),
-        )
-
-        # 5. one transaction; its commit is the acknowledgement
-        document = store.save(file, content, chunks, vectors, embedder=embedder.fingerprint)
-    except BaseException:
-        if store.by_content(file.content_sha256) is None:
-            original.unlink(missing_ok=True)
-        raise
-    if document.version > 1:
-        message = f"{title}: version {document.version} as document {document.id}"
-        return IngestResult(document, "new-version", f"{message}; older ones stay citable")
-    return IngestResult(document, "added", f"{title}: added as document {document.id}")
+                while committing and (other or committing[0].done()):
+                    yield committing.popleft().result()
+                if other:
+                    counter.skipped(source)
+                    yield other
+            while committing:
+                yield committing.popleft().result()
+        finally:  # a full disk, or a caller that stops: what is under way ends, the rest is dropped
+            _drop(ahead)
 
 
 def delete_document(document: Document, *, store: DocumentStore, settings: Settings) -> None:
-    """Delete a document and its original bytes."""
+    """Delete a document, its original bytes, and its source where that lies in the library."""
     store.delete(document.id)
     original_path(settings, document.content_sha256).unlink(missing_ok=True)
+    source = Path(document.source)
+    if source.is_relative_to(settings.home.resolve()):  # the sample
+        source.unlink(missing_ok=True)
 
 
 def original_path(settings: Settings, content_sha256: str) -> Path:
@@ -125,36 +153,107 @@ def original_path(settings: Settings, content_sha256: str) -> Path:
     return settings.originals_dir / content_sha256[:2] / content_sha256
 
 
-def find_files(paths: list[Path]) -> Iterator[Path | ReadError]:
-    """Yield each file to ingest; folders are walked in order, symbolic links are not followed.
-
-    A path that is missing or holds nothing readable gives its error in its place, so that the
-    other paths are still taken.
-    """
-    for path in paths:
-        if path.is_dir():
-            files = sorted(p for p in _walk(path) if can_read(p))
-            if not files:
-                yield EmptyDocumentError(
-                    f"the folder {path} holds no file that can be read",
-                    hint=f"expected files that end in {' '.join(READERS)}",
-                )
-            yield from files
-        elif not path.exists():
-            yield SourceNotFoundError(
-                f"there is no file {path}", hint="check the spelling; expected a file or a folder"
-            )
-        else:
-            yield path
+# ---- the steps ----------------------------------------------------------------------------------
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = Path(root, name)
-            if not name.startswith(".") and not path.is_symlink():
-                yield path
+def _prepare(
+    source: SourceToRead | ReadError, store: DocumentStore, embedder: Embedder, settings: Settings
+) -> _Prepared | IngestResult:
+    """Copy, read and chunk one file; a known one stops after the copy."""
+    if isinstance(source, ReadError):
+        raise source
+    copy, file = _copy(source, settings)
+    collections = (source.collection,) if source.collection else ()
+    try:
+        if known := store.recall(file, collections=collections):
+            _put_in_place(copy, file, settings)  # a lost or damaged original is whole again
+            return _known(known, file)
+        content = read_guarded(copy, name=source.title, settings=settings)
+        chunks = chunk_text(
+            content,
+            title=source.title,
+            token_offsets=embedder.token_offsets,
+            max_tokens=embedder.max_tokens,
+        )
+    except BaseException:
+        copy.unlink(missing_ok=True)
+        raise
+    return _Prepared(copy, file, content, chunks, collections)
+
+
+def _embed(
+    group: list[_Prepared], embedder: Embedder, counter: "_Counter"
+) -> Iterator[tuple[_Prepared, FloatArray]]:
+    """Yield each document with its vectors, float32 [its chunks, dim], all embedded together."""
+    if not group:
+        return
+    texts = [
+        embedded_text(prepared.file.title, chunk.heading_path, chunk.text)
+        for prepared in group
+        for chunk in prepared.chunks
+    ]
+    counter.embedding(group, 0)
+    vectors = embedder.embed(texts, on_progress=lambda done: counter.embedding(group, done))
+    counter.embedded(group)
+    start = 0
+    for prepared in group:
+        yield prepared, vectors[start : start + len(prepared.chunks)]
+        start += len(prepared.chunks)
+
+
+def _commit(
+    prepared: _Prepared,
+    vectors: FloatArray,
+    store: DocumentStore,
+    embedder: Embedder,
+    settings: Settings,
+) -> IngestResult:
+    """Put the copied bytes in their place and everything else into one transaction."""
+    file = prepared.file
+    try:
+        _put_in_place(prepared.copy, file, settings)
+        document = store.save(
+            file,
+            prepared.content,
+            prepared.chunks,
+            vectors,
+            embedder=embedder.fingerprint,
+            collections=prepared.collections,
+        )
+    except BaseException:
+        prepared.copy.unlink(missing_ok=True)
+        if store.by_content(file.content_sha256) is None:
+            original_path(settings, file.content_sha256).unlink(missing_ok=True)
+        raise
+    if document.source != file.source:  # the same content came under another name meanwhile
+        return _known(document, file)
+    if document.version > 1:
+        message = f"{file.title}: version {document.version} as document {document.id}"
+        return IngestResult(document, "new-version", f"{message}; older ones stay citable")
+    return IngestResult(document, "added", f"{file.title}: added as document {document.id}")
+
+
+def _put_in_place(copy: Path, file: SourceFile, settings: Settings) -> None:
+    original = original_path(settings, file.content_sha256)
+    original.parent.mkdir(exist_ok=True)
+    copy.replace(original)
+
+
+def _drop(
+    ahead: Iterable[tuple[SourceToRead | ReadError, Future[_Prepared | IngestResult]]],
+) -> None:
+    """Call off what was to be read; what is being read already is waited for and thrown away."""
+    for _, task in ahead:
+        task.cancel()
+    for _, task in ahead:
+        if not task.cancelled() and task.exception() is None:
+            left = task.result()
+            if isinstance(left, _Prepared):
+                left.copy.unlink(missing_ok=True)
+
+
+def _num_chunks(group: Iterable[_Prepared]) -> int:
+    return sum(len(prepared.chunks) for prepared in group)
 
 
 def _known(known: Document, file: SourceFile) -> IngestResult:
@@ -164,54 +263,101 @@ def _known(known: Document, file: SourceFile) -> IngestResult:
     return IngestResult(known, "known", message)
 
 
-def _copy_original(
-    path: Path, source: str, title: str, settings: Settings
-) -> tuple[Path, SourceFile]:
-    """Copy the file by its checksum; what is parsed is the copy, which cannot change any more."""
-    settings.originals_dir.mkdir(parents=True, exist_ok=True)
-    temporary = settings.originals_dir / f"incoming-{os.getpid()}-{os.urandom(4).hex()}"
+def _copy(source: SourceToRead, settings: Settings) -> tuple[Path, SourceFile]:
+    """Copy the bytes; what is parsed is the copy, which cannot change any more."""
+    copy = settings.originals_dir / f"incoming-{os.getpid()}-{os.urandom(4).hex()}"
     digest, size = hashlib.sha256(), 0
     try:
-        with _open_regular(path) as reader, temporary.open("wb") as writer:
-            if os.fstat(reader.fileno()).st_size > settings.max_file_bytes:
-                raise ReadError(
-                    f"{title} is larger than {settings.max_file_bytes // 2**20} MiB",
-                    hint="raise FATHOM_MAX_FILE_BYTES, or split the file",
-                )
+        settings.originals_dir.mkdir(parents=True, exist_ok=True)
+        with open_regular(source.path) as reader, copy.open("wb") as writer:
             while block := reader.read(COPY_BYTES):
-                digest.update(block)
                 size += len(block)
+                if size > settings.max_file_bytes:
+                    raise ReadError(
+                        f"{source.title} is larger than {settings.max_file_bytes // 2**20} MiB",
+                        hint="raise FATHOM_MAX_FILE_BYTES, or split the file",
+                    )
+                digest.update(block)
                 writer.write(block)
             writer.flush()
             os.fsync(writer.fileno())
         if size == 0:
             raise EmptyDocumentError(
-                f"{title} is empty (0 bytes)", hint="give a file that holds text"
+                f"{source.title} is empty (0 bytes)", hint="give a file that holds text"
             )
-        file = SourceFile(source, title, digest.hexdigest(), size)
-        original = original_path(settings, file.content_sha256)
-        original.parent.mkdir(exist_ok=True)
-        temporary.replace(original)
-    except OSError as error:
+    except BaseException as error:
+        copy.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(
-                f"the disk is full: {title} could not be copied; nothing was kept of it",
+                f"the disk is full: {source.title} could not be copied; nothing was kept of it",
                 hint="free some space or give another --home, then run the same command again",
             ) from error
         raise ReadError(
-            f"{path} cannot be read: {error.strerror}", hint="check its permissions"
+            f"{source.title} cannot be read: {error.strerror}", hint="check its permissions"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return original, file
+    return copy, SourceFile(source.source, source.title, digest.hexdigest(), size)
 
 
-def _open_regular(path: Path) -> BinaryIO:
-    """Open a regular file; a pipe, a device or a folder is refused."""
-    if not path.exists():
-        raise SourceNotFoundError(f"there is no file {path}", hint="check the spelling")
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise SourceNotFoundError(
-            f"{path} is not a regular file", hint="give a file, or a folder of files"
+class _Counter:
+    """Turns what the steps report into IngestProgress."""
+
+    def __init__(
+        self, sources: Iterable[SourceToRead | ReadError], on_progress: OnProgress
+    ) -> None:
+        found = [source for source in sources if isinstance(source, SourceToRead)]
+        self._total_bytes = sum(_num_bytes(source) for source in found)
+        self._num_files = len(found)
+        self._on_progress = on_progress
+        self._begun = time.monotonic()
+        self._files = self._pages = self._chunks = self._bytes = 0
+        self._skipped_bytes = 0  # they cost no embedding, so they say nothing of the time left
+
+    def reading(self, source: SourceToRead | ReadError) -> None:
+        if isinstance(source, SourceToRead):
+            self._tell("reading", source.title, 0, 0, 0)
+
+    def skipped(self, source: SourceToRead | ReadError) -> None:
+        if isinstance(source, SourceToRead):
+            self._files += 1
+            self._skipped_bytes += _num_bytes(source)
+
+    def embedding(self, group: list[_Prepared], done: int) -> None:
+        share = done / max(1, _num_chunks(group))
+        pages = sum(len(prepared.content.pages) for prepared in group)
+        num_bytes = sum(prepared.file.num_bytes for prepared in group)
+        title = group[0].file.title
+        self._tell("embedding", title, done, round(share * pages), round(share * num_bytes))
+
+    def embedded(self, group: list[_Prepared]) -> None:
+        self._files += len(group)
+        self._chunks += _num_chunks(group)
+        self._pages += sum(len(prepared.content.pages) for prepared in group)
+        self._bytes += sum(prepared.file.num_bytes for prepared in group)
+
+    def _tell(self, stage: str, title: str, chunks: int, pages: int, num_bytes: int) -> None:
+        seconds = max(time.monotonic() - self._begun, 1e-6)
+        done = self._bytes + num_bytes
+        left = max(0, self._total_bytes - self._skipped_bytes - done)
+        self._on_progress(
+            IngestProgress(
+                stage=stage,
+                title=title,
+                files_done=self._files,
+                num_files=self._num_files,
+                pages=self._pages + pages,
+                chunks=self._chunks + chunks,
+                fraction=min(1.0, (done + self._skipped_bytes) / max(1, self._total_bytes)),
+                pages_per_second=(self._pages + pages) / seconds,
+                chunks_per_second=(self._chunks + chunks) / seconds,
+                seconds_left=seconds * left / done if done else None,
+            )
         )
-    return path.open("rb")
+
+
+def _num_bytes(source: SourceToRead) -> int:
+    try:
+        return source.path.stat().st_size
+    except OSError:
+        return 0

@@ -75,11 +75,19 @@ class Settings(BaseSettings):
         default=60.0, gt=0, description="Longest acceptable prefill for reading a whole document."
     )
 
+    num_readers: int = Field(
+        default_factory=lambda: max(1, min(4, (os.cpu_count() or 1) // 2)),
+        ge=1,
+        description="Files parsed at once while others are embedded, each in its own process.",
+    )
     reader_memory_bytes: int = Field(
-        default=4096 * MIB, ge=256 * MIB, description="Address space of the process that parses."
+        default=2048 * MIB, ge=256 * MIB, description="Address space of the process that parses."
     )
     reader_timeout_seconds: float = Field(
         default=300.0, gt=0, description="CPU and wall-clock limit for parsing one file."
+    )
+    reader_output_bytes: int = Field(
+        default=256 * MIB, ge=MIB, description="Most text that one file may hold, in bytes."
     )
     max_file_bytes: int = Field(
         default=512 * MIB, ge=1, description="Largest file that is ingested, in bytes."

@@ -156,6 +156,27 @@ class ContextPassage:
     passage: Passage
 
 
+@dataclass(frozen=True, slots=True)
+class IngestProgress:
+    """How far an ingest has come.
+
+    `fraction` is the share of the bytes given that are embedded, from 0 to 1. `pages` and `chunks`
+    count what is embedded, of documents that were not known; rates are per second since the start.
+    `seconds_left` is None until something is embedded.
+    """
+
+    stage: str  # reading | embedding
+    title: str
+    files_done: int
+    num_files: int
+    pages: int
+    chunks: int
+    fraction: float
+    pages_per_second: float
+    chunks_per_second: float
+    seconds_left: float | None
+
+
 # ---- routes -----------------------------------------------------------------------------------
 
 

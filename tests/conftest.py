@@ -4,16 +4,13 @@ from rag.runtime import prepare_process
 
 prepare_process()
 
-import hashlib  # noqa: E402 - the process is prepared before anything heavy is imported
-import re  # noqa: E402
-from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-import numpy as np  # noqa: E402
-import numpy.typing as npt  # noqa: E402
 import pytest  # noqa: E402
 
+from hash_embedder import HashEmbedder as HashEmbedder  # noqa: E402
 from postgres_server import PostgresServer, find_binaries, running_server  # noqa: E402
 from rag.lm.local_engine import LocalEngine  # noqa: E402
 from rag.settings import Settings  # noqa: E402
@@ -39,30 +36,6 @@ The harbour fee is 35 crowns a night. Children under ten pay nothing.
 
 The north beacon flashes green every four seconds. The south beacon is red.
 """
-
-
-class HashEmbedder:
-    """Words hashed into 64 buckets: texts that share words are near each other."""
-
-    fingerprint = "hash-64"
-    dim = 64
-    max_tokens = 64
-
-    def token_offsets(self, text: str) -> list[tuple[int, int]]:
-        return [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)]
-
-    def embed(
-        self, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None
-    ) -> npt.NDArray[np.float32]:
-        vectors = np.full((len(texts), self.dim), 1e-3, dtype=np.float32)
-        for row, text in enumerate(texts):
-            for word in re.findall(r"\w+", text.lower()):
-                digest = hashlib.sha256(word.encode()).digest()
-                vectors[row, digest[0] % self.dim] += 1.0
-            if on_progress:
-                on_progress(row + 1)
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.asarray(vectors / norms, dtype=np.float32)
 
 
 @pytest.fixture

@@ -138,24 +138,39 @@ def test_context_keeps_the_budget_and_the_order_of_the_text(small_fathom: Fathom
 
 
 @pytest.mark.parametrize(
-    ("answer", "quote"),
+    ("question", "answer", "quote"),
     [
-        ("The fee is 35 crowns.", "The harbour fee is 35 crowns a night."),
-        ("35 crowns a night [1]", "The harbour fee is 35 crowns a night."),
-        ("It flashes green. [1]", "The north beacon flashes green every four seconds."),
-        ("channel 14", "A berth is booked by radio on channel 14."),
+        (QUESTION, "The fee is 35 crowns.", "The harbour fee is 35 crowns a night."),
+        (QUESTION, "35 crowns a night [1]", "The harbour fee is 35 crowns a night."),
+        (
+            "What does the north beacon do?",
+            "It flashes green. [1]",
+            "The north beacon flashes green every four seconds.",
+        ),
+        (
+            "How is a berth booked?",
+            "channel 14",
+            "A berth is booked by radio on channel 14.",
+        ),
+        ("Summarise it.", "channel 14", "A berth is booked by radio on channel 14."),
     ],
 )
 def test_statements_are_cited_by_the_sentence_that_supports_them(
-    small_fathom: Fathom, answer: str, quote: str
+    small_fathom: Fathom, question: str, answer: str, quote: str
 ) -> None:
     context = full_context(small_fathom.documents(), store=small_fathom.store, count_tokens=len)
-    cited = resolve_citations(answer, QUESTION, context.passages, small_fathom.store)
+    cited = resolve_citations(answer, question, context.passages, small_fathom.store)
     (citation,) = cited.citations
     assert citation.quote == quote == HANDBOOK[citation.start : citation.end]
     assert citation.verified
     assert cited.text.endswith("[1]")
     assert cited.num_unverified == 0
+
+
+def test_words_borrowed_from_beside_the_point_are_no_support(small_fathom: Fathom) -> None:
+    context = full_context(small_fathom.documents(), store=small_fathom.store, count_tokens=len)
+    cited = resolve_citations("It is green.", QUESTION, context.passages, small_fathom.store)
+    assert cited.text == f"It is green. {UNVERIFIED}"
 
 
 def test_statements_without_support_are_marked(small_fathom: Fathom) -> None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -231,6 +232,17 @@ def page_url(small_fathom: Fathom) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_a_foreign_host_name_gets_nothing(page_url: str) -> None:
+    asked = urllib.request.Request(f"{page_url}/config", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(asked, timeout=10)
+    with caught.value as refused:
+        assert refused.code == 400
+    own = urllib.request.Request(f"{page_url}/config", headers={"Host": "localhost:80"})
+    with urllib.request.urlopen(own, timeout=10) as answer:
+        assert answer.status == 200
 
 
 @pytest.mark.browser

@@ -120,7 +120,9 @@ def test_list_plan_and_doctor_speak_json(home: Path) -> None:
     plan = json.loads(fathom(home, "plan", "--json").stdout)
     assert plan["route"] == "full"
     assert plan["longest_context_tokens"] == 8192
-    checks = [json.loads(line) for line in fathom(home, "doctor", "--json").stdout.splitlines()]
+    lines = [json.loads(line) for line in fathom(home, "doctor", "--json").stdout.splitlines()]
+    *checks, last = lines
+    assert last == {"consistent": True, "failed": []}
     assert [c["name"] for c in checks if not c["passed"]] == []
     assert len(checks) >= 9
 
@@ -140,7 +142,7 @@ def test_bad_input_is_told(home: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     _error(fathom(home, "ingest", str(tmp_path / "none.pdf")), "there is no file")
     _error(fathom(home, "ingest", str(tmp_path / "empty.txt")), "empty.txt is empty")
-    _error(fathom(home, "ingest", str(tmp_path / "folder")), "no file that can be read")
+    _error(fathom(home, "ingest", str(tmp_path / "folder")), "holds no file")
     _error(fathom(home, "ask", "x", FATHOM_MODEL="gpt-9"), "gpt-9", "smollm2-135m")
     _error(fathom(tmp_path / "new", "ask", "x"), "no document to ask about", "fathom ingest")
     _error(fathom(home, "list", FATHOM_COLOUR="red"), "FATHOM_COLOUR")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import INGEST_DOCS, HashEmbedder
 from ingest.chunking import chunk_text, heading_path
-from ingest.pipeline import find_files, original_path
+from ingest.pipeline import original_path
 from ingest.readers.text import decode, markdown_headings, underlined_titles
 from ingest.sample import write_sample
 from rag.errors import (
@@ -145,20 +145,6 @@ def test_bad_files_are_refused_and_leave_nothing(library: Fathom, tmp_path: Path
     assert "fake.pdf" in str(_failing(library, fake))
     assert isinstance(_failing(library, office), UnsupportedFormatError)
     assert isinstance(_failing(library, tmp_path), SourceNotFoundError)
-
-
-def test_folder_without_readable_files_says_so(tmp_path: Path) -> None:
-    (tmp_path / "x.bin").write_bytes(b"1")
-    (found,) = find_files([tmp_path])
-    assert isinstance(found, EmptyDocumentError)
-
-
-def test_symbolic_links_in_a_folder_are_not_followed(tmp_path: Path, handbook: Path) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "link.md").symlink_to(handbook)
-    (folder / "real.md").write_text("x")
-    assert list(find_files([folder])) == [folder / "real.md"]
 
 
 def test_a_full_disk_is_told_and_nothing_is_half_written(

@@ -1,6 +1,7 @@
 """Predictions of the cache, positions and cost, and the local engine, on tiny random models."""
 
 import time
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -25,6 +26,8 @@ from rag.lm.local_engine import LocalEngine
 from rag.lm.positions import PositionVerdict, position_limit, position_verdict
 from rag.lm.prefill_cost import PrefillRate, prefill_flops, prefill_seconds
 from rag.lm.spec import VERIFIED_FAMILIES, LayerSpec, ModelSpec, PositionRange
+from rag.store.calibrations import CalibrationStore
+from rag.store.database import Database
 
 WINDOW = 16
 VOCAB_SIZE = 320
@@ -367,6 +370,29 @@ def test_what_the_engine_says_of_itself() -> None:
     begun = time.perf_counter()
     engine.predicted_prefill_seconds(4096)
     assert time.perf_counter() - begun < 0.1  # measured once
+
+
+def test_the_prefill_rate_is_remembered_and_mended(tmp_path: Path) -> None:
+    remembered = CalibrationStore(Database(f"sqlite:///{tmp_path / 'library.sqlite'}"))
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    first = LocalEngine(model, tokenizer, name="tiny", calibrations=remembered)
+    seconds = first.predicted_prefill_seconds(4096)
+
+    def never() -> Any:  # noqa: ANN401
+        raise AssertionError("the weights are not needed to remember")
+
+    later = LocalEngine(
+        never, tokenizer, name="tiny", config=model.config, dtype_bytes=4, calibrations=remembered
+    )
+    assert later.predicted_prefill_seconds(4096) == seconds
+
+    key = later._rate_key()
+    remembered.save(key, remembered.load(key) | {"flops_per_second": 1.0})  # a far slower machine
+    slow = LocalEngine(model, tokenizer, name="tiny", calibrations=remembered)
+    assert slow.predicted_prefill_seconds(4096) > 1000 * seconds
+    run(slow, prompt(600), limit=1)
+    assert slow.predicted_prefill_seconds(4096) < 1000 * seconds
+    assert remembered.load(key)["measured_tokens"] == 600
 
 
 def test_weights_are_read_on_first_use() -> None:

@@ -4,14 +4,17 @@ import ipaddress
 import logging
 import os
 import socket
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rag.errors import ServeError
+from rag.errors import FathomError, ServeError
 from ui.assembly import Fathom
 from ui.tabs.chat import build_chat
 from ui.tabs.library import build_library
@@ -41,6 +44,8 @@ _HEADERS = [
     (b"referrer-policy", b"no-referrer"),
 ]
 MAX_WAITING = 32
+# A page elsewhere whose name was made to point here must not read the documents (DNS rebinding).
+_OWN_NAMES = ["127.0.0.1", "localhost", "::1", "[::1]"]
 
 _CSS = """
 .gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto; }
@@ -109,6 +114,7 @@ def build_app(fathom: Fathom) -> FastAPI:
     def health() -> dict[str, bool]:
         return {"ok": True}
 
+    api.add_middleware(TrustedHostMiddleware, allowed_hosts=_OWN_NAMES, www_redirect=False)
     api.add_middleware(_ContentPolicy)
     theme = gr.themes.Soft(
         primary_hue="teal",
@@ -143,8 +149,16 @@ def build_app(fathom: Fathom) -> FastAPI:
     return app
 
 
-def serve(fathom: Fathom, host: str, port: int) -> None:
-    """Serve the page until the process is stopped.
+def serve(
+    fathom: Fathom, host: str, port: int, *, on_ready: Callable[[], None] = lambda: None
+) -> None:
+    """Serve the page until the process is stopped; the models are loaded meanwhile.
+
+    Args:
+        fathom: the library.
+        host: an address of this machine's own.
+        port: a free port.
+        on_ready: called once the address is taken and the page can be asked for.
 
     Raises:
         ServeError: if the address is not this machine's own, or the port is in use.
@@ -169,7 +183,18 @@ def serve(fathom: Fathom, host: str, port: int) -> None:
                 hint=f"stop the other program, or choose another: fathom serve --port {port + 1}",
             ) from error
         config = uvicorn.Config(build_app(fathom), log_level="warning", lifespan="on")
+        listener.listen(config.backlog)  # who connects from here on is waited on
+        on_ready()
+        threading.Thread(target=_warm_up, args=[fathom], daemon=True).start()
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _warm_up(fathom: Fathom) -> None:
+    """Load both models, so that the first question does not wait for them."""
+    try:
+        fathom.warm_up()
+    except FathomError as error:  # the first question shows it too
+        logger.warning("%s; %s", error.message, error.hint)
 
 
 class _ContentPolicy:

@@ -1,23 +1,32 @@
 """Fathom put together: settings to a library and a service. The only place that builds both."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from ingest.pipeline import IngestProgress, IngestResult, delete_document, ingest_file
+from ingest.originals import ingesting
+from ingest.pipeline import (
+    IngestFailure,
+    IngestResult,
+    delete_document,
+    ingest_files,
+)
+from ingest.sources import SourceToRead
 from rag.answering.service import AnsweringService
+from rag.errors import ReadError
 from rag.lm.engine import Engine
 from rag.retrieval.embedding import Embedder
 from rag.retrieval.lexical_index import LexicalIndex, open_lexical_index
 from rag.retrieval.retriever import Retriever
 from rag.retrieval.vector_index import VectorIndex
 from rag.settings import Settings
+from rag.store.calibrations import CalibrationStore
 from rag.store.database import Database
 from rag.store.documents import DocumentStore
 from rag.store.oplog import OpLog
 from rag.store.receipts import ReceiptStore
-from rag.types import Document
+from rag.types import Document, IngestProgress
 
 
 class Fathom:
@@ -76,7 +85,11 @@ class Fathom:
             if self._given_engine is None:
                 from rag.lm.local_engine import LocalEngine
 
-                self._given_engine = LocalEngine.load(self.settings.model, self.settings)
+                self._given_engine = LocalEngine.load(
+                    self.settings.model,
+                    self.settings,
+                    calibrations=CalibrationStore(self.database),
+                )
             return self._given_engine
 
     @cached_property
@@ -100,6 +113,12 @@ class Fathom:
         with self._building:
             return self._service
 
+    def warm_up(self) -> None:
+        """Load both models and measure the prefill rate, which the first question needs."""
+        self.service()
+        self.engine.warm_up()
+        self.engine.predicted_prefill_seconds(1)
+
     def documents(self) -> list[Document]:
         """Return the latest version of every document."""
         return self.store.all()
@@ -108,29 +127,38 @@ class Fathom:
         """Return characters `[start, end)` of a document."""
         return self.store.text(document_id, start, end)
 
-    def ingest(
+    def ingest_files(
         self,
-        path: Path,
+        sources: Sequence[SourceToRead | ReadError],
         *,
-        source: str | None = None,
-        title: str | None = None,
-        on_progress: Callable[[IngestProgress], None] | None = None,
-    ) -> IngestResult:
-        """Take one file into the library; see `ingest.pipeline.ingest_file`."""
-        return ingest_file(
-            path,
-            store=self.store,
-            embedder=self.embedder,
-            settings=self.settings,
-            source=source,
-            title=title,
-            on_progress=on_progress,
-        )
+        on_progress: Callable[[IngestProgress], None] = lambda _: None,
+    ) -> Iterator[IngestResult | IngestFailure]:
+        """Take files into the library and the index; see `ingest.pipeline.ingest_files`."""
+        with ingesting(self.settings):
+            yield from ingest_files(
+                sources,
+                store=self.store,
+                embedder=self.embedder,
+                settings=self.settings,
+                on_progress=on_progress,
+            )
+            self.index.catch_up()
+
+    def ingest(self, path: Path, *, source: str | None = None) -> IngestResult:
+        """Take one file into the library; `source` is its identity, by default its path.
+
+        Raises:
+            ReadError: if it cannot be read; nothing of it was kept.
+        """
+        named = SourceToRead(path, source or str(path.resolve()), path.name)
+        (outcome,) = self.ingest_files([named])
+        if isinstance(outcome, IngestFailure):
+            raise outcome.error
+        return outcome
 
     def delete(self, document_id: int) -> None:
         """Delete a document from the store, the originals, the index and its snapshots."""
         document = self.store.find(str(document_id))
         delete_document(document, store=self.store, settings=self.settings)
-        self.index.catch_up()
-        self.index.snapshot(keep=1)
         self.lexical.erase_deleted()
+        self.index.snapshot(keep=1, wait=True)

@@ -5,11 +5,14 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Never
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,10 +23,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from rag.errors import FathomError, StorageFullError
+from rag.errors import FathomError
 from rag.runtime import prepare_process
 from rag.settings import Settings, load_settings
 from rag.types import Route
+from ui.formatting import progress_words
 
 app = typer.Typer(
     name="fathom",
@@ -33,7 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 models_app = typer.Typer(help="List and fetch models.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed and quality on this machine.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
@@ -46,6 +52,9 @@ Model = Annotated[
 Documents = Annotated[
     list[str] | None,
     typer.Option("--document", "-d", help="Number or title; may be repeated. Default: all."),
+]
+CollectionOption = Annotated[
+    str | None, typer.Option("--collection", "-c", help="Only the documents of this collection.")
 ]
 RouteOption = Annotated[
     Route | None, typer.Option("--route", help="Ask for a route; the gates still hold.")
@@ -75,62 +84,88 @@ def main() -> None:
 
 
 @app.command(
-    epilog="Examples: fathom ingest report.pdf notes/  |  fathom ingest --sample",
+    epilog="Examples: fathom ingest report.pdf notes/  |  fathom ingest 'contracts/*.docx' -c deals"
+    "  |  curl -s URL | fathom ingest - --name page.html  |  fathom ingest --sample",
 )
 def ingest(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Files and folders.")] = None,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(help="Files, folders, quoted globs, - for stdin; with --fetch also URLs."),
+    ] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Ingest the language reference in this Python.")
+    ] = False,
+    collection: Annotated[
+        str | None,
+        typer.Option("--collection", "-c", help="Group of documents that they join."),
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--name", help="File name of what comes from stdin.")
+    ] = "stdin.txt",
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Allow the network, for the http(s) URLs given.")
     ] = False,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Read files into the library. The same file may be given again: it is known."""
-    from ingest.pipeline import find_files
+    from ingest.pipeline import IngestFailure
     from ingest.sample import write_sample
+    from ingest.sources import find_sources
 
-    fathom = _fathom(load_settings(home=home))
+    settings = load_settings(home=home)
     wanted = list(paths or [])
     if sample:
-        wanted.append(write_sample(fathom.settings.home / "samples"))
+        wanted.append(str(write_sample(settings.home / "samples")))
     if not wanted:
         raise typer.BadParameter("give a file or a folder, or --sample")
+    fathom = _fathom(settings)
     failures = 0
-    for file in find_files(wanted):
-        try:
-            if isinstance(file, FathomError):
-                raise file
-            with _ingest_progress(file.name) as on_progress:
-                result = fathom.ingest(file, on_progress=on_progress)
-        except StorageFullError:
-            raise
-        except FathomError as error:
-            failures += 1
-            _show_error(error)
-            continue
-        if as_json:
-            _print_json(
-                {"outcome": result.outcome, "message": result.message}
-                | {"document": result.document.to_json()}
+    with TemporaryDirectory() as downloads, _ingest_progress() as on_progress:
+        sources = list(
+            find_sources(
+                wanted,
+                settings=settings,
+                downloads=Path(downloads),
+                stdin_name=name,
+                allow_network=fetch,
             )
-            continue
-        out.print(result.message, markup=False)
-        for warning in result.document.warnings:
-            err.print(f"  warning: {warning}", markup=False)
-    fathom.index.catch_up()
-    fathom.index.snapshot()
+        )
+        if collection:
+            sources = [_joining(source, collection) for source in sources]
+        errors = [source for source in sources if isinstance(source, FathomError)]
+        if len(errors) == len(sources):  # said at once: no model is loaded for them
+            for error in errors:
+                _show_error(error)
+            raise typer.Exit(1)
+        for outcome in fathom.ingest_files(sources, on_progress=on_progress):
+            if isinstance(outcome, IngestFailure):
+                failures += 1
+                _show_error(outcome.error)
+            elif as_json:
+                _print_json(
+                    {"outcome": outcome.outcome, "message": outcome.message}
+                    | {"document": outcome.document.to_json()}
+                )
+            else:
+                out.print(outcome.message, markup=False)
+                for warning in outcome.document.warnings:
+                    err.print(f"  warning: {warning}", markup=False)
     if failures:
+        err.print(f"{failures} of {len(sources)} could not be read; the others are in the library")
         raise typer.Exit(1)
 
 
 @app.command("list", epilog="Examples: fathom list  |  fathom list --all --json")
 def list_documents(
     every: Annotated[bool, typer.Option("--all", help="Superseded versions too.")] = False,
+    collection: CollectionOption = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """List the documents."""
-    documents = _fathom(load_settings(home=home)).store.all(include_superseded=every)
+    store = _fathom(load_settings(home=home)).store
+    documents = store.all(include_superseded=every, collection=collection)
     if as_json:
         for document in documents:
             _print_json(document.to_json())
@@ -138,11 +173,54 @@ def list_documents(
     if not documents:
         err.print("the library is empty; add a document with: fathom ingest PATH")
         return
-    table = Table("no.", "title", "version", "pages", "chunks", "characters", "added", box=None)
+    columns = ("no.", "title", "version", "pages", "chunks", "characters", "added", "collections")
+    table = Table(*columns, box=None)
     for d in documents:
         numbers = (str(d.version), str(d.num_pages or "-"), f"{d.num_chunks:,}", f"{d.num_chars:,}")
-        table.add_row(str(d.id), d.title, *numbers, d.created_at[:10])
+        table.add_row(
+            str(d.id),
+            escape(d.title),
+            *numbers,
+            d.created_at[:10],
+            escape(", ".join(d.collections)),
+        )
     out.print(table)
+
+
+@app.command(
+    epilog="Examples: fathom collections  |  fathom collections --add deals -d 3 -d 4"
+    "  |  fathom collections --dissolve deals"
+)
+def collections(
+    add: Annotated[
+        str | None, typer.Option("--add", help="Put the documents given into this collection.")
+    ] = None,
+    remove: Annotated[
+        str | None, typer.Option("--remove", help="Take the documents given out of it.")
+    ] = None,
+    dissolve: Annotated[
+        str | None, typer.Option("--dissolve", help="Delete a collection, not its documents.")
+    ] = None,
+    documents: Documents = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """List the collections, and change what is in them."""
+    fathom = _fathom(load_settings(home=home))
+    ids = _document_ids(fathom, documents)
+    if (add or remove) and not ids:
+        raise typer.BadParameter("name the documents with --document")
+    if add:
+        fathom.store.add_to_collection(add, ids)
+    if remove:
+        fathom.store.remove_from_collection(remove, ids)
+    if dissolve:
+        fathom.store.dissolve_collection(dissolve)
+    for found in fathom.store.collections():
+        if as_json:
+            _print_json(found.to_json())
+        else:
+            out.print(f"{found.num_documents:>6}  {found.name}", markup=False)
 
 
 @app.command(epilog="Examples: fathom text 1  |  fathom text report.pdf --start 0 --end 500")
@@ -165,20 +243,31 @@ def text(
         sys.stdout.write(content + "\n")
 
 
-@app.command(epilog="Examples: fathom delete 3  |  fathom delete report.pdf --json")
+@app.command(epilog="Examples: fathom delete 3  |  fathom delete -c deals --json")
 def delete(
-    document: Annotated[str, typer.Argument(help="Number or title.")],
+    documents: Annotated[list[str] | None, typer.Argument(help="Numbers or titles.")] = None,
+    collection: CollectionOption = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Delete a document: its text, vectors, original file, and its words in past answers."""
+    """Delete documents: text, vectors, original file, and their words in past answers.
+
+    With --collection, the collection and every version of its documents.
+    """
     fathom = _fathom(load_settings(home=home))
-    found = fathom.store.find(document)
-    fathom.delete(found.id)
-    if as_json:
-        _print_json({"deleted": found.id, "title": found.title, "version": found.version})
-    else:
-        out.print(f"deleted document {found.id} {found.title!r}", markup=False)
+    doomed = [fathom.store.find(reference) for reference in documents or []]
+    if collection:
+        doomed += fathom.store.all(include_superseded=True, collection=collection)
+    if not doomed:
+        raise typer.BadParameter("name a document, or a --collection")
+    for found in doomed:
+        fathom.delete(found.id)
+        if as_json:
+            _print_json({"deleted": found.id, "title": found.title, "version": found.version})
+        else:
+            out.print(f"deleted document {found.id} {found.title!r}", markup=False)
+    if collection:
+        fathom.store.dissolve_collection(collection)
 
 
 @app.command(
@@ -187,6 +276,7 @@ def delete(
 def ask(
     question: Annotated[str, typer.Argument(help="In words.")],
     documents: Documents = None,
+    collection: CollectionOption = None,
     route: RouteOption = None,
     model: Model = None,
     home: Home = None,
@@ -200,7 +290,7 @@ def ask(
     if not question.strip():
         raise typer.BadParameter("the question is empty")
     fathom = _fathom(load_settings(home=home, model=model))
-    ids = _document_ids(fathom, documents)
+    ids = _document_ids(fathom, documents, collection)
     answer = None
     with err.status("loading the model") as status:
         for event in fathom.service().stream(question, document_ids=ids, route=route):
@@ -223,6 +313,7 @@ def ask(
 def plan(
     question: Annotated[str, typer.Argument(help="A question, if there is one.")] = "",
     documents: Documents = None,
+    collection: CollectionOption = None,
     route: RouteOption = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Load the weights and time a prefill, too.")
@@ -235,7 +326,7 @@ def plan(
     from rag.routing.gates import describe
 
     fathom = _fathom(load_settings(home=home, model=model))
-    ids = _document_ids(fathom, documents)
+    ids = _document_ids(fathom, documents, collection)
     service = fathom.service()
     planned = service.plan(question, service.documents(ids), route=route, calibrate=measure)
     decision = planned.decision
@@ -280,7 +371,7 @@ def receipt(
 @app.command(epilog="Examples: fathom doctor  |  fathom doctor --repair")
 def doctor(
     repair: Annotated[
-        bool, typer.Option("--repair", help="Rebuild what derives from the store.")
+        bool, typer.Option("--repair", help="Mend what can be mended from what is right.")
     ] = False,
     home: Home = None,
     as_json: Json = False,
@@ -291,7 +382,8 @@ def doctor(
 
     fathom = _fathom(load_settings(home=home))
     if repair:
-        mend(fathom)
+        for done in mend(fathom):
+            err.print(f"  {done}", markup=False)
     failures = []
     for check in examine(fathom):
         if not check.passed:
@@ -302,6 +394,11 @@ def doctor(
             out.print(
                 f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}", markup=False
             )
+    consistent = all(check.about != "library" for check in failures)
+    if as_json:
+        _print_json({"consistent": consistent, "failed": [check.name for check in failures]})
+    else:
+        out.print("the library is consistent" if consistent else "the library is NOT consistent")
     if failures:
         if any(check.repairable for check in failures) and not repair:
             err.print("hint: fathom doctor --repair")
@@ -320,11 +417,15 @@ def serve(
     from ui.app import serve as serve_page
 
     settings = load_settings(home=home, model=model, host=host, port=port)
-    url = f"http://{settings.host}:{settings.port}"
-    if as_json:
-        _print_json({"url": url})
-    err.print(f"Fathom is at {url} (stop it with Ctrl-C)")
-    serve_page(_fathom(settings), settings.host, settings.port)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{settings.port}"
+
+    def on_ready() -> None:
+        if as_json:
+            _print_json({"url": url})
+        err.print(f"Fathom is at {url} (stop it with Ctrl-C)")
+
+    serve_page(_fathom(settings), settings.host, settings.port, on_ready=on_ready)
 
 
 @models_app.command("list", epilog="Examples: fathom models list  |  fathom models list --json")
@@ -355,8 +456,14 @@ def models_fetch(
     from rag.lm.catalog import fetch_model
 
     settings = load_settings()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     for name in names:
-        with _progress() as progress:
+        with Progress(*columns, console=err, transient=True) as progress:
             task = progress.add_task(name, total=None)
 
             def on_progress(
@@ -371,41 +478,83 @@ def models_fetch(
             out.print(f"{name} is here", markup=False)
 
 
+@bench_app.command(
+    "ingest", epilog="Examples: fathom bench ingest  |  fathom bench ingest report.pdf --json"
+)
+def bench_ingest_verb(
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Files and folders; by default the sample.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Runs of ours and the peer, in turn.", min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Ingest into a temporary library, beside plain sentence-transformers on the same chunks."""
+    from eval.bench.ingest import bench_ingest, card, plain_sentence_transformers
+    from ingest.sample import write_sample
+    from ingest.sources import find_sources
+    from rag.lm.catalog import resolve_model
+    from rag.lm.local_engine import choose_device
+
+    settings = load_settings()
+    with TemporaryDirectory() as folder:
+        wanted = paths or [str(write_sample(Path(folder)))]
+        found = list(find_sources(wanted, settings=settings, downloads=Path(folder)))
+        for source in found:
+            if isinstance(source, FathomError):
+                _show_error(source)
+        embedder = _fathom(settings).embedder
+        embedder.embed(["warm up"])
+        model = resolve_model(settings.embedder, settings)
+        device = choose_device(settings).type
+        with err.status("ingesting, then the peer"):
+            bench = bench_ingest(
+                [source for source in found if not isinstance(source, FathomError)],
+                embedder,
+                plain_sentence_transformers(model, device=device),
+                settings,
+                rounds=rounds,
+            )
+    if not as_json:
+        out.print(card(bench), markup=False)
+    _print_json(bench.to_json() | {"embedder": embedder.fingerprint, "device": device})
+
+
 def _fathom(settings: Settings) -> Any:  # noqa: ANN401 - imported late: --help must be instant
     from ui.assembly import Fathom
 
     return Fathom(settings)
 
 
-def _document_ids(fathom: Any, references: list[str] | None) -> list[int] | None:  # noqa: ANN401
-    return [fathom.store.find(r).id for r in references] if references else None
+def _joining(source: Any, collection: str) -> Any:  # noqa: ANN401 - a SourceToRead or its error
+    return source if isinstance(source, FathomError) else replace(source, collection=collection)
+
+
+def _document_ids(
+    fathom: Any,  # noqa: ANN401
+    references: list[str] | None,
+    collection: str | None = None,
+) -> list[int] | None:
+    ids = [fathom.store.find(reference).id for reference in references or []]
+    if collection:
+        ids += [document.id for document in fathom.store.all(collection=collection)]
+    return ids if references or collection else None
 
 
 @contextmanager
-def _ingest_progress(name: str) -> Iterator[Any]:
-    with _progress() as progress:
-        task = progress.add_task(name, total=None)
+def _ingest_progress() -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("", total=1.0, figures="")
 
         def on_progress(event: Any) -> None:  # noqa: ANN401 - an IngestProgress
             progress.update(
                 task,
-                description=f"{event.stage} {name}",
-                completed=event.done,
-                total=event.total or None,
+                description=f"{event.stage} {event.title}",
+                completed=event.fraction,
+                figures=progress_words(event),
             )
 
         yield on_progress
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-    )
 
 
 def _print_json(value: dict[str, Any]) -> None:

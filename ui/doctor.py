@@ -1,26 +1,40 @@
-"""Does everything agree? Checks of the installation, the store and what derives from it."""
+"""Does everything agree? Finds what is wrong in the installation and the library, and mends it."""
 
 import hashlib
+import os
 import platform
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ingest.originals import is_ingesting
 from ingest.pipeline import original_path
+from ingest.reindex import embed_chunks, reread_document
 from rag.errors import FathomError
 from rag.runtime import check_one_faiss
+from rag.store.integrity import StoreIntegrity
+from rag.store.oplog import OpLog
+from rag.types import Document
 from ui.assembly import Fathom
 
 FIRST_SOUND_SQLITE = (3, 51, 3)
+PROBLEMS_SHOWN = 5
+CHUNKS_PER_REPAIR = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at; `repairable` says that `--repair` mends it."""
+    """One thing that was looked at; `repairable` says that `--repair` mends it.
+
+    `about` is "installation" or "library"; the library is consistent if all of its checks pass.
+    """
 
     name: str
+    about: str
     passed: bool
     detail: str
     repairable: bool = False
@@ -30,99 +44,311 @@ class Check:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One inconsistency: what it is, and what mends it; None where only a person can."""
+
+    detail: str
+    mend: Callable[[], object] | None
+
+
 def examine(fathom: Fathom) -> Iterator[Check]:
-    """Yield every check in turn; nothing is changed."""
+    """Yield every check in turn; the library is not changed."""
     yield from _installation(fathom)
-    yield _database(fathom)
-    yield _texts(fathom)
-    yield _originals(fathom)
-    wrong = fathom.lexical.check()
-    yield Check("lexical index", wrong is None, wrong or "equals the chunks", repairable=True)
-    yield from _vectors(fathom)
+    yield from examine_library(fathom)
 
 
-def repair(fathom: Fathom) -> None:
-    """Rebuild what derives from the store, and remove files that belong to no document."""
-    fathom.lexical.rebuild()
-    fathom.index.rebuild()
-    known = {d.content_sha256 for d in fathom.store.all(include_superseded=True)}
-    for path in fathom.settings.originals_dir.glob("*/*"):
-        if path.name not in known:
-            path.unlink()
+def examine_library(fathom: Fathom) -> Iterator[Check]:
+    """Yield the checks of the library alone: store, lexical index, FAISS and files agree."""
+    for name, find, fine in _LIBRARY:
+        problems = _problems(find, fathom)
+        shown = list(islice(problems, PROBLEMS_SHOWN))
+        num_more = sum(1 for _ in problems)
+        details = [problem.detail for problem in shown] + [f"and {num_more} more"] * bool(num_more)
+        repairable = any(problem.mend is not None for problem in shown)
+        detail = "; ".join(details) or fine(fathom)
+        yield Check(name, "library", not shown, detail, repairable)
+
+
+def repair(fathom: Fathom) -> Iterator[str]:
+    """Mend what can be mended from what is right; yield a sentence for each thing done.
+
+    Two rounds, because one repair can lay open the next: a document that was read anew has new
+    vectors, which the index has to follow.
+    """
+    for _ in range(2):
+        for name, find, _fine in _LIBRARY:
+            tried: list[Callable[[], object]] = []
+            for problem in list(_problems(find, fathom)):
+                if problem.mend is None or problem.mend in tried:
+                    continue  # one rebuilding mends all that it concerns
+                tried.append(problem.mend)
+                try:
+                    problem.mend()
+                except FathomError as error:
+                    yield f"{name}: {problem.detail}; not mended: {error.message}"
+                else:
+                    yield f"{name}: {problem.detail}; mended"
+    fathom.database.erase_deleted()
+    fathom.lexical.erase_deleted()
+
+
+def _problems(find: Callable[[Fathom], Iterator[Problem]], fathom: Fathom) -> Iterator[Problem]:
+    """Yield the problems; one that keeps the rest from being looked for is the last."""
+    try:
+        yield from find(fathom)
+    except FathomError as error:
+        yield Problem(f"{error.message}; {error.hint}", None)
+
+
+# ---- the installation -------------------------------------------------------------------------
 
 
 def _installation(fathom: Fathom) -> Iterator[Check]:
-    yield Check("python", True, f"{platform.python_version()} on {platform.machine()}")
+    about = "installation"
+    yield Check("python", about, True, f"{platform.python_version()} on {platform.machine()}")
     try:
-        yield Check("faiss", True, check_one_faiss())
+        yield Check("faiss", about, True, check_one_faiss())
     except FathomError as error:
-        yield Check("faiss", False, f"{error.message}; {error.hint}")
+        yield Check("faiss", about, False, f"{error.message}; {error.hint}")
     kind, version = fathom.database.kind, fathom.database.server_version
     sound = kind != "sqlite" or version >= FIRST_SOUND_SQLITE
     caution = "" if sound else ": before 3.51.3, keep to one process that writes"
-    yield Check(kind, True, f"{'.'.join(map(str, version))}{caution}")
+    yield Check(kind, about, True, f"{'.'.join(map(str, version))}{caution}")
     from rag.lm.catalog import resolve_model
 
     for use, name in (("embedder", fathom.settings.embedder), ("model", fathom.settings.model)):
         try:
             resolve_model(name, fathom.settings)
-            yield Check(use, True, f"{name} is here")
+            yield Check(use, about, True, f"{name} is here")
         except FathomError as error:
-            yield Check(use, False, f"{error.message}; {error.hint}")
+            yield Check(use, about, False, f"{error.message}; {error.hint}")
 
 
-def _database(fathom: Fathom) -> Check:
+# ---- the store --------------------------------------------------------------------------------
+
+
+def _database(fathom: Fathom) -> Iterator[Problem]:
     wrong = fathom.database.integrity_problem()
-    return Check("database", wrong is None, wrong or "ok")
+    if wrong and "fts" not in wrong:  # newer SQLite checks the full-text rows along with it
+        yield Problem(f"{wrong}: restore a backup, or ingest into a new --home", None)
 
 
-def _texts(fathom: Fathom) -> Check:
-    wrong = []
-    documents = fathom.store.all(include_superseded=True)
-    for document in documents:
-        text = fathom.store.text(document.id)
-        chunks = fathom.store.chunks_of(document.id)
-        torn = len(chunks) != document.num_chunks or len(text) != document.num_chars
-        if torn or any(text[c.chunk.start : c.chunk.end] != c.chunk.text for c in chunks):
-            wrong.append(str(document.id))
-    detail = f"documents {', '.join(wrong)} differ from their chunks: delete and ingest them anew"
-    return Check("texts", not wrong, detail if wrong else f"{len(documents)} documents are whole")
+def _rows(fathom: Fathom) -> Iterator[Problem]:
+    integrity = StoreIntegrity(fathom.database)
+    for name in integrity.missing_triggers():
+        yield Problem(f"the trigger {name} is missing", integrity.restore_triggers)
+    for table, number in integrity.orphans().items():
+        yield Problem(
+            f"{number} rows of {table} belong to nothing that exists", integrity.delete_orphans
+        )
+    for number in integrity.nameless():
+        yield Problem(
+            f"no name stands for document {number}", partial(integrity.restore_name, number)
+        )
+    beyond = integrity.log_floor_beyond_end()
+    if beyond:
+        floor, last = beyond
+        yield Problem(
+            f"the op-log's floor {floor} lies beyond its last entry {last}",
+            integrity.lower_log_floor,
+        )
 
 
-def _originals(fathom: Fathom) -> Check:
-    known = {d.content_sha256: d.id for d in fathom.store.all(include_superseded=True)}
-    problems = []
-    for sha256, number in known.items():
-        path = original_path(fathom.settings, sha256)
-        if not path.is_file():
-            problems.append(f"document {number} has lost its original file")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            problems.append(f"the original file of document {number} has changed")
-    strays = [p for p in fathom.settings.originals_dir.glob("*/*") if p.name not in known]
-    if strays:
-        problems.append(f"{len(strays)} files belong to no document")
-    detail = "; ".join(problems) or f"{len(known)} files have their checksums"
-    return Check("original files", not problems, detail, repairable=bool(strays))
+def _lexical(fathom: Fathom) -> Iterator[Problem]:
+    integrity = StoreIntegrity(fathom.database)
+
+    def mend_scopes() -> None:
+        integrity.restore_scopes()
+        fathom.lexical.rebuild()
+
+    for number in integrity.wrong_scopes():
+        yield Problem(f"chunks of document {number} are searched as another's", mend_scopes)
+    wrong = fathom.lexical.check()
+    if wrong:
+        yield Problem(f"differs from the chunks: {wrong}", fathom.lexical.rebuild)
 
 
-def _vectors(fathom: Fathom) -> Iterator[Check]:
-    try:
-        index = fathom.index
-    except FathomError as error:
-        yield Check("vector index", False, f"{error.message}; {error.hint}")
+def _originals(fathom: Fathom) -> Iterator[Problem]:
+    settings = fathom.settings
+    known = set()
+    for document in fathom.store.all(include_superseded=True):
+        path = original_path(settings, document.content_sha256)
+        known.add(path)
+        if _sha256(path) != document.content_sha256:
+            yield _lost_original(document, path)
+    if is_ingesting(settings):
+        return  # what another process is copying now belongs to no document yet
+    for path in settings.originals_dir.rglob("*"):
+        if not path.is_dir() and path not in known:
+            yield Problem(f"{path.relative_to(settings.home)} belongs to no document", path.unlink)
+
+
+def _lost_original(document: Document, path: Path) -> Problem:
+    what = "has changed" if path.exists() else "is missing"
+    detail = f"the original file of document {document.id} {document.title!r} {what}"
+    source = Path(document.source)
+    if _sha256(source) != document.content_sha256:
+        return Problem(f"{detail}: give the same file to fathom ingest again", None)
+
+    def copy_back() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"incoming-{os.getpid()}")
+        shutil.copyfile(source, temporary)
+        temporary.replace(path)
+
+    return Problem(detail, copy_back)
+
+
+def _texts(fathom: Fathom) -> Iterator[Problem]:
+    for document in fathom.store.all(include_superseded=True):
+        wrong = _wrong_with(document, fathom)
+        if wrong is None:
+            continue
+        detail = f"document {document.id} {document.title!r}: {wrong}"
+        original = original_path(fathom.settings, document.content_sha256)
+        if _sha256(original) != document.content_sha256:
+            advice = f"fathom delete {document.id}, then fathom ingest the file"
+            yield Problem(f"{detail}; its original is gone: {advice}", None)
+            continue
+        yield Problem(
+            f"{detail}; to be read anew from its original",
+            partial(_read_anew, document, fathom),
+        )
+
+
+def _read_anew(document: Document, fathom: Fathom) -> None:
+    reread_document(
+        document, store=fathom.store, embedder=fathom.embedder, settings=fathom.settings
+    )
+
+
+def _wrong_with(document: Document, fathom: Fathom) -> str | None:
+    """Return what of a document's own parts does not fit together, or None."""
+    text = fathom.store.text(document.id)
+    if len(text) != document.num_chars:
+        return f"its text has {len(text):,} characters instead of {document.num_chars:,}"
+    chunks = [stored.chunk for stored in fathom.store.chunks_of(document.id)]
+    if len(chunks) != document.num_chunks:
+        return f"it has {len(chunks):,} chunks instead of {document.num_chunks:,}"
+    for ordinal, chunk in enumerate(chunks):
+        if chunk.ordinal != ordinal:
+            return f"its chunk {ordinal} is missing"
+        if text[chunk.start : chunk.end] != chunk.text:
+            return f"its chunk {ordinal} is not the text at {chunk.start}"
+    pages = fathom.store.pages(document.id)
+    if [page.number for page in pages] != list(range(1, document.num_pages + 1)):
+        return f"it has {len(pages):,} pages instead of {document.num_pages:,}"
+    starts = [section.start for section in fathom.store.sections(document.id)]
+    ends = [page.end for page in pages]
+    if max([0, *starts, *ends]) > len(text):
+        return "its pages or sections lie beyond its text"
+    return None
+
+
+def _receipts(fathom: Fathom) -> Iterator[Problem]:
+    for receipt, number in fathom.receipts.quoting_the_deleted():
+        yield Problem(
+            f"receipt {receipt} still has words of document {number}, which was deleted",
+            partial(fathom.receipts.redact_deleted, number),
+        )
+
+
+# ---- vectors and index ------------------------------------------------------------------------
+
+
+def _vectors(fathom: Fathom) -> Iterator[Problem]:
+    embedder = fathom.embedder
+    active = fathom.store.active_embedder()
+    if active not in (None, embedder.fingerprint):
+        advice = f"set FATHOM_EMBEDDER back, or re-embed the library with {embedder.fingerprint}"
+        yield Problem(f"the library is searched with {active}: {advice}", None)
         return
-    bad = index.bad_snapshots()
-    detail = "; ".join(bad) or "checksums are right"
-    yield Check("index snapshots", not bad, detail, repairable=True)
+    bad = StoreIntegrity(fathom.database).bad_vectors(embedder.fingerprint, embedder.dim)
+    while part := list(islice(bad, CHUNKS_PER_REPAIR)):
+        shown = ", ".join(f"chunk {chunk_id} {wrong}" for chunk_id, wrong in part[:3])
+        more = f" and {len(part) - 3} others" if len(part) > 3 else ""
+        ids = [chunk_id for chunk_id, _ in part]
+        yield Problem(shown + more, partial(_embed_anew, ids, fathom))
+
+
+def _vectors_in_words(fathom: Fathom) -> str:
+    others = StoreIntegrity(fathom.database).num_vectors_of_others(fathom.embedder.fingerprint)
+    beside = f"; {others:,} of an unfinished re-embedding lie beside them" if others else ""
+    return f"every chunk has one, of unit length{beside}"
+
+
+def _embed_anew(chunk_ids: list[int], fathom: Fathom) -> None:
+    chunks = list(fathom.store.chunks(chunk_ids).values())
+    vectors = embed_chunks(fathom.store, fathom.embedder, chunks)
+    ids, name = [stored.id for stored in chunks], fathom.embedder.fingerprint
+    fathom.store.add_vectors(name, ids, vectors)
+    OpLog(fathom.database, name).announce(changed=ids, gone=[])
+
+
+def _snapshots(fathom: Fathom) -> Iterator[Problem]:
+    for complaint in fathom.index.bad_snapshots():
+        yield Problem(complaint, fathom.index.rebuild)
+
+
+def _index(fathom: Fathom) -> Iterator[Problem]:
+    index = fathom.index
     index.catch_up()
-    documents = [d.id for d in fathom.store.all(include_superseded=True)]
-    stored, indexed = set(fathom.store.chunk_ids(documents)), index.ids()
-    if stored != indexed:
-        missing, foreign = len(stored - indexed), len(indexed - stored)
-        detail = f"{missing} chunks are missing, {foreign} are not in the store"
-        yield Check("vector index", False, detail, repairable=True)
+    differences = index.differences()
+
+    def mend() -> None:
+        log = OpLog(fathom.database, fathom.embedder.fingerprint)
+        log.announce(changed=differences.wrong, gone=differences.foreign)  # for other processes
+        index.rebuild()
+
+    if differences.wrong:
+        number = len(differences.wrong)
+        yield Problem(f"{number} vectors are missing or differ from the stored ones", mend)
+    if differences.foreign:
+        yield Problem(f"{len(differences.foreign)} vectors belong to no chunk", mend)
+
+
+def _index_in_words(fathom: Fathom) -> str:
+    index = fathom.index
+    recall = "exact" if index.recall_at_10 is None else f"recall@10 {index.recall_at_10:.3f}"
+    return f"{index.num_vectors:,} vectors equal the stored ones; {index.kind}, {recall}"
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def _leftovers(fathom: Fathom) -> Iterator[Problem]:
+    home = fathom.settings.home
+    if is_ingesting(fathom.settings):
         return
-    lengths = [float(np.linalg.norm(index.vector(i))) for i in sorted(indexed)[:1000]]
-    unit = all(abs(length - 1) < 1e-3 for length in lengths)
-    detail = f"{len(indexed)} vectors equal the chunks"
-    yield Check("vector index", unit, detail if unit else "vectors are not of unit length", True)
+    sources = {document.source for document in fathom.store.all(include_superseded=True)}
+    for folder in ("tmp", "samples"):
+        for path in (home / folder).rglob("*"):
+            if not path.is_dir() and str(path.resolve()) not in sources:
+                yield Problem(f"{path.relative_to(home)} was left over", path.unlink)
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+_Find = Callable[[Fathom], Iterator[Problem]]
+_Fine = Callable[[Fathom], str]
+
+# In this order: what is mended above is right for what comes below.
+_LIBRARY: tuple[tuple[str, _Find, _Fine], ...] = (
+    ("database", _database, lambda _: "its structure is sound"),
+    ("rows", _rows, lambda _: "each belongs to something, every document has a name"),
+    ("lexical index", _lexical, lambda _: "equals the chunks"),
+    ("original files", _originals, lambda _: "have their checksums, and none is too many"),
+    ("texts", _texts, lambda f: f"{f.store.num_chunks():,} chunks are the text at their places"),
+    ("receipts", _receipts, lambda _: "quote no deleted document"),
+    ("vectors", _vectors, _vectors_in_words),
+    ("index snapshots", _snapshots, lambda _: "their checksums are right"),
+    ("vector index", _index, _index_in_words),
+    ("leftover files", _leftovers, lambda _: "there are none"),
+)

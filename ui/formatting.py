@@ -1,8 +1,9 @@
 """Answers and receipts in words, for the page (HTML) and for the terminal (plain text). Pure."""
 
 import re
+from datetime import timedelta
 
-from rag.types import Answer, Citation, Gate, KVBytes, Receipt, Seconds
+from rag.types import Answer, Citation, Gate, IngestProgress, KVBytes, Receipt, Seconds
 
 _MARKER = re.compile(r"\[(\d{1,3}|unverified)\]")
 # Everything that Markdown, HTML or a bare address could be made of.
@@ -20,6 +21,18 @@ def amount(value: float | None, unit: str) -> str:
     if unit == "seconds":
         return f"{value:,.1f} s"
     return f"{value:,.0f} {unit}"
+
+
+def progress_words(event: IngestProgress) -> str:
+    """Return how far an ingest has come, its rates and the time left."""
+    parts = [f"{event.files_done} of {event.num_files} files"]
+    if event.chunks:
+        parts.append(f"{event.chunks:,} chunks, {event.chunks_per_second:.1f} a second")
+    if event.pages:
+        parts.append(f"{event.pages:,} pages, {event.pages_per_second:.1f} a second")
+    if event.seconds_left is not None:
+        parts.append(f"{timedelta(seconds=round(event.seconds_left))} left")
+    return "; ".join(parts)
 
 
 def place(citation: Citation) -> str:

@@ -1,64 +1,108 @@
 """The guarded process: set the limits, read one file, print one JSON object."""
 
+import contextlib
 import json
+import re
 import resource
+import signal
 import sys
-from dataclasses import asdict
+from dataclasses import astuple
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rag.errors import ReaderFailedError, ReadError
+from ingest.readers.formats import FORMATS, format_of_name, sniff
+from rag.errors import ReaderFailedError, ReadError, UnsupportedFormatError
 from rag.types import CanonicalText
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def main(request_json: str) -> None:
     """Answer one request of `guard.read_guarded` on stdout."""
     request = json.loads(request_json)
+    _set_limits(request)
+    try:
+        output = _as_json(_read(Path(request["path"]), request["name"]), request)
+    except ReadError as error:
+        output = _failure(error, request)
+    except MemoryError:
+        output = _failure(_too_large(request), request)
+    except RecursionError:
+        output = _failure(
+            _damaged(f"{request['name']} could not be read: it is nested too deeply"), request
+        )
+    except Exception as error:  # any parser's own error: it is told, and this process ends
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        output = _failure(_damaged(f"{request['name']} could not be read: {told}"), request)
+    with contextlib.suppress(MemoryError):
+        _write(output)
+
+
+def _read(path: Path, name: str) -> CanonicalText:
+    chosen = format_of_name(name) or sniff(path)
+    if chosen is None:
+        raise UnsupportedFormatError(
+            f"no reader for {name!r}: its suffix is unknown and its content is no text",
+            hint=f"convert it to one of: {' '.join(FORMATS)}",
+        )
+    read = getattr(import_module(f"ingest.readers.{chosen.module}"), chosen.function)
+    content: CanonicalText = read(path, chosen.media_type)
+    return content
+
+
+def _as_json(content: CanonicalText, request: dict[str, Any]) -> bytes:
+    # half a surrogate pair cannot be stored; one sign for one keeps every offset
+    text = content.text if content.text.isascii() else _SURROGATE.sub("�", content.text)
+    answer = {
+        "text": text.replace("\x00", "�"),
+        "media_type": content.media_type,
+        "pages": [astuple(page) for page in content.pages],
+        "sections": [astuple(section) for section in content.sections],
+        "warnings": content.warnings,
+    }
+    output = json.dumps(answer, ensure_ascii=False).encode("utf-8", errors="replace")
+    if len(output) > request["output_bytes"]:
+        raise ReaderFailedError(
+            f"{request['name']} holds more than {request['output_bytes'] // 2**20} MiB of text",
+            hint="split the file, or raise FATHOM_READER_OUTPUT_BYTES",
+        )
+    return output
+
+
+def _write(output: bytes) -> None:
+    # what a parser printed stands above; the answer is the last line
+    sys.stdout.buffer.write(b"\n" + output + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _failure(error: ReadError, request: dict[str, Any]) -> bytes:
+    # the readers see the stored copy, whose name is its checksum
+    message = error.message.replace(Path(request["path"]).name, request["name"])
+    answer = {"error": type(error).__name__, "message": message, "hint": error.hint}
+    return json.dumps(answer).encode()
+
+
+def _too_large(request: dict[str, Any]) -> ReaderFailedError:
+    return ReaderFailedError(
+        f"{request['name']} needs more than {request['memory_bytes'] // 2**20} MiB to be read",
+        hint="raise FATHOM_READER_MEMORY_BYTES, or split the file",
+    )
+
+
+def _damaged(message: str) -> ReaderFailedError:
+    return ReaderFailedError(
+        message, hint="the file is damaged or not what its name says; save it anew"
+    )
+
+
+def _set_limits(request: dict[str, Any]) -> None:
     _limit(resource.RLIMIT_AS, request["memory_bytes"])
     _limit(resource.RLIMIT_CPU, request["cpu_seconds"])
     _limit(resource.RLIMIT_CORE, 0)
-    try:
-        answer = asdict(_read(request["reader"], Path(request["path"])))
-    except ReadError as error:
-        answer = _failure(error, request)
-    except MemoryError:
-        mebibytes = request["memory_bytes"] // 2**20
-        answer = _failure(
-            ReaderFailedError(
-                f"{request['name']} needs more than {mebibytes} MiB to be read",
-                hint="raise FATHOM_READER_MEMORY_BYTES, or split the file",
-            ),
-            request,
-        )
-    except Exception as error:  # any parser's own error: it is told, and this process ends
-        answer = _failure(
-            ReaderFailedError(
-                f"{request['name']} could not be read: {type(error).__name__}: {error}",
-                hint="the file is damaged or not what its name says; save it anew",
-            ),
-            request,
-        )
-    sys.stdout.write(json.dumps(answer) + "\n")
-
-
-def _read(reader: str, path: Path) -> CanonicalText:
-    if reader == "pdf":
-        from ingest.readers.pdf import read_pdf
-
-        return read_pdf(path)
-    if reader == "html":
-        from ingest.readers.web import read_html
-
-        return read_html(path)
-    from ingest.readers.text import read_markdown, read_text
-
-    return read_markdown(path) if reader == "markdown" else read_text(path)
-
-
-def _failure(error: ReadError, request: dict[str, Any]) -> dict[str, str]:
-    # the readers see the stored copy, whose name is its checksum
-    message = error.message.replace(Path(request["path"]).name, request["name"])
-    return {"error": type(error).__name__, "message": message, "hint": error.hint}
+    # an error of write() is told; the signal would only end the process
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _limit(resource.RLIMIT_FSIZE, request["output_bytes"] + 2**16)
 
 
 def _limit(kind: int, value: int) -> None:

@@ -3,7 +3,8 @@
 A small model's own markers are hints, not proof. Each statement is matched with the sentences it
 was shown; the one that shares most of its weighty words becomes the quotation, cut from the stored
 text by its offsets, so it is verbatim by construction, and it is read again to prove it. A
-statement that no sentence supports is marked.
+statement that no sentence supports is marked; so is one whose words stand only where the text
+speaks of something else than the question.
 """
 
 import math
@@ -19,6 +20,9 @@ from rag.types import Citation, ContextPassage
 UNVERIFIED = "[unverified]"
 # Share of a statement's weighty words that its quotation must hold: docs/decisions/0006.
 MIN_SUPPORT = 0.5
+# Share of the question's weighty words that must stand in the quotation or beside it. Measured on
+# 1,174 dev questions of SQuAD 2.0: 1.6% of the true sentences fall below, 86% of borrowed ones.
+MIN_RELEVANCE = 0.25
 MAX_QUOTE_CHARS = 600
 
 _MARKER = re.compile(r"\s*\[(\d{1,3})\]")
@@ -48,6 +52,7 @@ class _Sentence:
     start: int  # in the document
     end: int
     words: frozenset[str]
+    words_around: frozenset[str]  # its own, and those of the sentence before and after
 
 
 def resolve_citations(
@@ -90,6 +95,26 @@ def resolve_citations(
     return CitedText(" ".join(parts), tuple(citations), unverified)
 
 
+def nearest_citation(
+    question: str, passages: Sequence[ContextPassage], store: DocumentStore
+) -> Citation | None:
+    """Return the sentence shown that shares most of the question's weighty words, as marker 1.
+
+    It is for a person whose question was not answered; None if the passages speak of other things.
+    """
+    sentences = [s for passage in passages for s in _sentences(passage)]
+    weights = _inverse_frequencies(sentences)
+    asked_about = frozenset(_words(question)) & weights.keys()
+
+    def shared(sentence: _Sentence) -> float:
+        beside = _weight(asked_about & sentence.words_around, weights)
+        return _weight(asked_about & sentence.words, weights) + beside / 2
+
+    relevant = [s for s in sentences if _is_relevant(s, asked_about, weights)]
+    best = max(relevant, key=shared, default=None) if asked_about else None
+    return _citation(1, best, store) if best else None
+
+
 def split_sentences(text: str) -> list[str]:
     """Return the sentences of a text, stripped; a marker after the full stop stays with it."""
     pieces: list[str] = []
@@ -105,16 +130,21 @@ def split_sentences(text: str) -> list[str]:
 
 def _sentences(numbered: ContextPassage) -> list[_Sentence]:
     passage = numbered.passage
-    found = []
+    spans: list[tuple[int, int]] = []
+    words: list[frozenset[str]] = [frozenset()]
     for match in _SENTENCE.finditer(_lines_joined(passage.text)):
         raw = match.group()
         start = match.start() + len(raw) - len(raw.lstrip())
         end = match.start() + len(raw.rstrip())
-        if 0 < end - start <= MAX_QUOTE_CHARS:
-            words = frozenset(_words(passage.text[start:end]))
-            if words:
-                found.append(_Sentence(numbered, passage.start + start, passage.start + end, words))
-    return found
+        if found := frozenset(_words(passage.text[start:end])):
+            spans.append((passage.start + start, passage.start + end))
+            words.append(found)
+    words.append(frozenset())
+    return [
+        _Sentence(numbered, start, end, words[n], words[n - 1] | words[n] | words[n + 1])
+        for n, (start, end) in enumerate(spans, start=1)
+        if end - start <= MAX_QUOTE_CHARS
+    ]
 
 
 def _lines_joined(text: str) -> str:
@@ -133,10 +163,11 @@ def _best_support(
     # what the answer says beyond the question is what must be proved
     own = words - question_words or words
     total = _weight(own, weights)
+    asked_about = question_words & weights.keys()  # "summarise" stands in no text
     best, best_score = None, 0.0
     for sentence in sentences:
         support = _weight(own & sentence.words, weights) / total
-        if support < MIN_SUPPORT:
+        if support < MIN_SUPPORT or not _is_relevant(sentence, asked_about, weights):
             continue
         context = _weight(question_words & sentence.words, weights)
         context /= _weight(question_words, weights) or 1.0
@@ -144,6 +175,13 @@ def _best_support(
         if score > best_score:
             best, best_score = sentence, score
     return best
+
+
+def _is_relevant(
+    sentence: _Sentence, asked_about: frozenset[str], weights: dict[str, float]
+) -> bool:
+    least = MIN_RELEVANCE * _weight(asked_about, weights)
+    return _weight(asked_about & sentence.words_around, weights) >= least
 
 
 def _quotation(

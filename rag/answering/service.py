@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
 
-from rag.answering.citations import resolve_citations
+from rag.answering.citations import nearest_citation, resolve_citations
 from rag.answering.context import Context, full_context, retrieved_context
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
 from rag.errors import EmptyLibraryError
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 # A document this many times longer than the model's context is not tokenised with the template
 # around it to be told that it does not fit; its own exact count is enough.
 FAR_TOO_LONG = 2
+
+# What stands before the quotation of an answer that has no other.
+NEAREST = "The nearest sentence found:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +153,17 @@ class AnsweringService:
         text = "".join(written).strip()
         cited = resolve_citations(text, question, plan.context.passages, self._store)
         abstained = not cited.text or is_refusal(text)
+        shown, citations = cited.text, cited.citations
+        if abstained or not citations:
+            shown, citations = CANNOT_ANSWER if abstained else cited.text, ()
+            if nearest := nearest_citation(question, plan.context.passages, self._store):
+                shown, citations = f"{shown} {NEAREST} [1]", (nearest,)
 
         # 8. store the receipt
         answer = Answer(
-            answer=CANNOT_ANSWER if abstained else cited.text,
+            answer=shown,
             abstained=abstained,
-            citations=() if abstained else cited.citations,
+            citations=citations,
             receipt=Receipt(
                 id=uuid.uuid4().hex[:12],
                 route=plan.decision.route,

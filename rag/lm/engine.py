@@ -80,6 +80,9 @@ class Engine(Protocol):
     def free_bytes(self) -> int:
         """Return the bytes of device memory that are free now."""
 
+    def warm_up(self) -> None:
+        """Get ready now, so that the first request does not wait for it."""
+
     def predicted_prefill_seconds(self, num_tokens: int) -> float:
         """Return the seconds that prefilling `num_tokens` takes here, from a measured rate."""
 

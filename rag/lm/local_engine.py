@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from threading import Event, Lock
@@ -25,6 +27,7 @@ from rag.lm.prefill_cost import (
 )
 from rag.lm.spec import ModelSpec
 from rag.settings import Settings
+from rag.store.calibrations import CalibrationStore
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 _RATE_TOKENS = 256
 _RATE_RUNS = 2
+# A rate that a real prefill misses by more than this share is replaced by what that one showed.
+_RATE_DRIFT = 0.25
 # The end of a turn in ChatML; converted models may name only <|endoftext|> as their end.
 _TURN_END = "<|im_end|>"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -51,6 +56,7 @@ class LocalEngine:
         name: str,
         config: PreTrainedConfig | None = None,
         dtype_bytes: int | None = None,
+        calibrations: CalibrationStore | None = None,
     ) -> None:
         """Wrap a model that is loaded, or one that a function will load.
 
@@ -60,6 +66,7 @@ class LocalEngine:
             name: what receipts call the model.
             config: the model's config; by default the model's own.
             dtype_bytes: bytes of one element of the weights; by default those of `config.dtype`.
+            calibrations: where the prefill rate is remembered; by default each process measures.
 
         Raises:
             UnsupportedModelError: if its cache cannot be predicted exactly.
@@ -76,16 +83,20 @@ class LocalEngine:
         self._spec = ModelSpec.from_config(config, dtype_bytes=dtype_bytes)
         self._tokenizer_id = _fingerprint(tokenizer)
         self._device_type = "cpu" if self._model is None else str(self._model.device.type)
+        self._calibrations = calibrations
         self._rate: PrefillRate | None = None
         self._lock = Lock()
 
     @classmethod
-    def load(cls, name: str, settings: Settings) -> LocalEngine:
+    def load(
+        cls, name: str, settings: Settings, *, calibrations: CalibrationStore | None = None
+    ) -> LocalEngine:
         """Return the engine of a model that has been fetched; its weights are not read yet.
 
         Args:
             name: a catalog name, a folder, a hub id in the local cache, or auto.
             settings: device, threads and the folder of fetched models.
+            calibrations: where the prefill rate is remembered from one process to the next.
 
         Raises:
             UnknownModelError: if nothing is called so.
@@ -120,6 +131,7 @@ class LocalEngine:
             name=resolve_model_name(name, settings),
             config=config,
             dtype_bytes=dtype.itemsize,
+            calibrations=calibrations,
         )
         engine._device_type = device.type
         return engine
@@ -174,14 +186,20 @@ class LocalEngine:
         free = _free_gpu_bytes() if self._device_type == "cuda" else _free_memory_bytes()
         return max(0, free - pending)
 
+    def warm_up(self) -> None:
+        """Read the weights now, so that the first request does not wait for them."""
+        with self._lock:
+            self._loaded_model()
+
     def predicted_prefill_seconds(self, num_tokens: int) -> float:
         """Return the seconds that prefilling `num_tokens` takes here, from a measured rate.
 
-        The first call loads the weights and times three short prefills.
+        Where no rate is remembered for this model on this device, the first call loads the weights
+        and times three short prefills.
         """
         if self._rate is None:
             with self._lock:
-                self._rate = self._rate or self._measure_rate()
+                self._rate = self._rate or self._remembered_rate() or self._measure_rate()
         return prefill_seconds(self._spec, self._rate, num_tokens)
 
     def generate(
@@ -233,6 +251,8 @@ class LocalEngine:
             if piece := text.flush():
                 yield TextPiece(piece)
 
+        if cache.get_seq_length() >= len(prompt_ids):
+            self._correct_rate(len(prompt_ids), prefill)
         ended = new_tokens > 0 and (next_id in end_ids or new_tokens == max_new_tokens)
         yield GenerationDone(
             prompt_tokens=len(prompt_ids),
@@ -267,7 +287,36 @@ class LocalEngine:
         num_tokens = min(_RATE_TOKENS, self._spec.max_positions or _RATE_TOKENS)
         ids = [index % self._spec.vocab_size for index in range(num_tokens)]
         seconds = [self._step(ids, self._new_cache())[1] for _ in range(1 + _RATE_RUNS)][1:]
-        return PrefillRate(prefill_flops(self._spec, num_tokens) / median(seconds), num_tokens)
+        return self._remember_rate(num_tokens, median(seconds))
+
+    def _remembered_rate(self) -> PrefillRate | None:
+        found = self._calibrations.load(self._rate_key()) if self._calibrations else None
+        return PrefillRate(**found) if found else None
+
+    def _remember_rate(self, num_tokens: int, seconds: float) -> PrefillRate:
+        rate = PrefillRate(prefill_flops(self._spec, num_tokens) / seconds, num_tokens)
+        if self._calibrations:
+            self._calibrations.save(self._rate_key(), asdict(rate))
+        return rate
+
+    def _correct_rate(self, num_tokens: int, seconds: float) -> None:
+        """Replace a rate that a real prefill shows to be off: the machine is not what it was."""
+        if self._rate is None or num_tokens < min(_RATE_TOKENS, self._rate.measured_tokens):
+            return
+        predicted = prefill_seconds(self._spec, self._rate, num_tokens)
+        if abs(seconds - predicted) > _RATE_DRIFT * predicted:
+            self._rate = self._remember_rate(num_tokens, seconds)
+
+    def _rate_key(self) -> str:
+        """Return what a prefill rate depends on: model, element size, attention and device."""
+        import torch
+
+        if self._device_type == "cuda":
+            device = torch.cuda.get_device_name()
+        else:
+            device = f"{platform.node()} {torch.backends.cpu.get_cpu_capability()}"
+            device += f" {torch.get_num_threads()} threads"
+        return f"prefill rate: {self._name}, {self._spec.dtype_bytes} bytes, sdpa, {device}"
 
     def _loaded_model(self) -> Any:  # noqa: ANN401
         """Return the model, reading its weights on first use; call it with the lock held."""

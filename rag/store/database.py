@@ -124,6 +124,24 @@ class Database:
         with self.read() as connection:
             return self._kind.integrity_problem(connection)
 
+    def last_number(self, connection: Connection, table: Table) -> int:
+        """Return the newest number that the table has ever given to a row, 0 if none."""
+        return self._kind.last_number(connection, table.name)
+
+    def missing_triggers(self, connection: Connection) -> list[str]:
+        """Return those of the triggers on the chunks that are not there."""
+        there = set(connection.exec_driver_sql(self._kind.TRIGGERS).scalars())
+        return [name for name in ("chunk_added", "chunk_deleted") if name not in there]
+
+    def restore_triggers(self, connection: Connection) -> None:
+        """Create the missing triggers on the chunks again, as the migrations make them."""
+        from rag.store.migrations.versions import m0001_first_schema as made_by
+
+        statements = made_by.SQLITE_DERIVED if self.kind == "sqlite" else made_by.POSTGRESQL_DERIVED
+        for name in self.missing_triggers(connection):
+            (create,) = [s for s in statements if s.startswith(f"CREATE TRIGGER {name} ")]
+            connection.exec_driver_sql(create)
+
     def _migrate(self) -> None:
         with self.read() as connection:
             if _schema_version(connection) == SCHEMA_VERSION:
@@ -183,6 +201,8 @@ def _kind_of(url: str) -> "_SQLite | _PostgreSQL":
 class _SQLite:
     """One file: write-ahead log, every commit synced, freed bytes overwritten."""
 
+    TRIGGERS = "SELECT name FROM sqlite_master WHERE type = 'trigger'"
+
     def __init__(self, url: URL) -> None:
         self._url = url
 
@@ -225,9 +245,13 @@ class _SQLite:
         if busy:
             logger.warning(
                 "deleted text is still in the write-ahead log: another process has been reading"
-                " for %d s; the next deletion empties it",
+                " for %d s; the next deletion or fathom doctor --repair empties it",
                 WAIT_SECONDS,
             )
+
+    def last_number(self, connection: Connection, table: str) -> int:
+        query = "SELECT seq FROM sqlite_sequence WHERE name = ?"
+        return int(connection.exec_driver_sql(query, (table,)).scalar() or 0)
 
     def integrity_problem(self, connection: Connection) -> str | None:
         result = str(connection.exec_driver_sql("PRAGMA integrity_check").scalar())
@@ -259,6 +283,8 @@ class _SQLite:
 
 class _PostgreSQL:
     """A server. Durable by its own defaults (fsync and synchronous_commit are on)."""
+
+    TRIGGERS = "SELECT tgname FROM pg_trigger WHERE tgrelid = 'chunk'::regclass"
 
     def __init__(self, url: URL) -> None:
         self._url = url
@@ -320,6 +346,11 @@ class _PostgreSQL:
             connection.exec_driver_sql(f"VACUUM {names}")
         finally:
             driver.autocommit = False
+
+    def last_number(self, connection: Connection, table: str) -> int:
+        (column,) = (c.name for c in metadata.tables[table].primary_key)
+        query = "SELECT pg_sequence_last_value(pg_get_serial_sequence(%(t)s, %(c)s)::regclass)"
+        return int(connection.exec_driver_sql(query, {"t": table, "c": column}).scalar() or 0)
 
     def integrity_problem(self, connection: Connection) -> str | None:
         invalid = connection.exec_driver_sql(

@@ -20,6 +20,7 @@ from sqlalchemy import (
     insert,
     select,
     true,
+    update,
 )
 
 from rag.errors import DocumentNotFoundError, EmbedderMismatchError, StoreError
@@ -251,6 +252,43 @@ class DocumentStore:
             _join_collections(connection, names, [document_id])
             return _documents(connection, document.c.id == document_id)[0]
 
+    def replace(
+        self,
+        document_id: int,
+        content: CanonicalText,
+        chunks: Sequence[Chunk],
+        vectors: FloatArray,
+        *,
+        embedder: str,
+    ) -> None:
+        """Put newly read text, chunks and vectors in the place of a document's own.
+
+        Its number, names and version stay. One transaction, as `save`.
+
+        Raises:
+            DocumentNotFoundError: if it was deleted meanwhile.
+            EmbedderMismatchError: if the library's vectors come from another embedder.
+        """
+        values = {
+            "media_type": content.media_type,
+            "num_chars": len(content.text),
+            "num_pages": len(content.pages),
+            "num_chunks": len(chunks),
+            "warnings": json.dumps(content.warnings),
+        }
+        with self._database.write() as connection:
+            if not _existing(connection, [document_id]):
+                raise DocumentNotFoundError(
+                    f"no document {document_id}", hint="it was deleted meanwhile"
+                )
+            _claim_embedder(connection, embedder)
+            for table in (chunk, document_text, page, section, token_count):
+                connection.execute(delete(table).where(table.c.document_id == document_id))
+            connection.execute(update(document).where(document.c.id == document_id).values(values))
+            _insert_parts(connection, document_id, content, chunks, vectors, embedder)
+            self._database.erase_deleted_words(connection)
+        self._database.erase_deleted()
+
     def delete(self, document_id: int) -> None:
         """Delete one document, its chunks, vectors, lexical rows, and the answers' quotations.
 
@@ -367,7 +405,7 @@ class DocumentStore:
         """Store vectors of another embedder beside those in use: float32 [len(chunk_ids), dim].
 
         Chunks that were deleted meanwhile are left out. The op-log says nothing of them: an index
-        of that embedder begins with `OpLog.everything` once the embedder is active.
+        of that embedder begins with `OpLog.vectors` once the embedder is active.
         """
         assert len(chunk_ids) == len(vectors)
         with self._database.write() as connection:

@@ -1,22 +1,24 @@
 """The op-log: what a derived index replays to catch up with the store."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ColumnElement, Connection, delete, func, select, true
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, true
 
+from rag.errors import EmbedderMismatchError, StoreError
 from rag.store.database import ROWS_PER_FETCH, Database, upsert
 from rag.store.schema import chunk, chunk_vector, meta, oplog
 
 FloatArray = npt.NDArray[np.float32]
+PAGE = 5_000  # entries or vectors in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """The net effect of the log after a position: ids to remove, then vectors to add.
+    """The net effect of a stretch of the log: ids to remove, then vectors to add.
 
     `vectors` is float32 [len(added), dim]. Both steps may be applied twice without harm.
     """
@@ -60,55 +62,89 @@ class OpLog:
         self._database = database
         self._embedder = embedder
 
+    def library(self) -> str:
+        """Return the name that this database alone has."""
+        with self._database.read() as connection:
+            return _library(connection)
+
     def last_seq(self) -> int:
         """Return the position of the newest entry."""
         with self._database.read() as connection:
             return _last_seq(connection)
 
-    def changes_since(self, seq: int) -> Changes | None:
-        """Return what happened after `seq`, or None if the log no longer reaches back that far."""
-        later = select(oplog.c.seq, oplog.c.chunk_id).where(oplog.c.seq > seq)
-        added_later = select(oplog.c.chunk_id).where(oplog.c.seq > seq, oplog.c.op == "add")
+    def require_active(self) -> None:
+        """Raise EmbedderMismatchError if the library is searched with another embedder by now."""
         with self._database.read() as connection:
-            if seq < _floor(connection):
-                return None
-            entries = connection.execute(later.order_by(oplog.c.seq)).all()
-            # a number is never given twice: a chunk that was added and is there was not deleted
-            added, vectors = self._vectors(connection, chunk_vector.c.chunk_id.in_(added_later))
-        removed = sorted({entry.chunk_id for entry in entries})
-        return Changes(entries[-1].seq if entries else seq, removed, added, vectors)
+            active = connection.scalar(select(meta.c.value).where(meta.c.key == "embedder"))
+        if active not in (None, self._embedder):
+            raise EmbedderMismatchError(
+                f"the library is searched with {active} now; this process embeds with"
+                f" {self._embedder}",
+                hint="set FATHOM_EMBEDDER to it and start again, or re-embed the library",
+            )
 
-    def everything(self) -> Changes:
-        """Return all chunks as one change, from one consistent snapshot."""
-        with self._database.read() as connection:
-            seq = _last_seq(connection)
-            added, vectors = self._vectors(connection, true())
-        return Changes(seq, [], added, vectors)
+    def changes_since(self, seq: int, *, limit: int = PAGE) -> Changes | None:
+        """Return what the next `limit` entries after `seq` did, as of now.
 
-    def _vectors(
-        self, connection: Connection, which: ColumnElement[bool]
-    ) -> tuple[list[int], FloatArray]:
-        """Return chunk ids and float32 [len(ids), dim]; rows are streamed into the one matrix."""
-        wanted = (chunk_vector.c.embedder == self._embedder, which)
-        count = select(func.count()).select_from(chunk_vector).where(*wanted)
-        query = select(chunk_vector.c.chunk_id, chunk_vector.c.vector).where(*wanted)
-        num_vectors = connection.scalar(count) or 0
-        ids: list[int] = []
-        vectors = np.empty((num_vectors, 0), dtype=np.float32)
-        rows = connection.execute(
-            query.order_by(chunk_vector.c.chunk_id),
-            execution_options={"yield_per": ROWS_PER_FETCH},
+        Changes that end at `seq` are empty: there is nothing more. None means that the log no
+        longer reaches back that far, or never came as far: the database was put back.
+        """
+        ours = chunk_vector.c.embedder == self._embedder
+        with_vector = oplog.outerjoin(
+            chunk_vector, (chunk_vector.c.chunk_id == oplog.c.chunk_id) & ours
         )
-        for row in rows:
-            vector = np.frombuffer(row.vector, dtype=np.float32)
-            if not ids:
-                vectors = np.empty((num_vectors, len(vector)), dtype=np.float32)
-            vectors[len(ids)] = vector
-            ids.append(row.chunk_id)
-        return ids, vectors
+        query = (
+            select(oplog.c.seq, oplog.c.op, oplog.c.chunk_id, chunk_vector.c.vector)
+            .select_from(with_vector)
+            .where(oplog.c.seq > seq)
+        )
+        with self._database.read() as connection:
+            if not _floor(connection) <= seq <= _last_seq(connection):
+                return None
+            rows = connection.execute(query.order_by(oplog.c.seq).limit(limit)).all()
+        live = {r.chunk_id: r.vector for r in rows if r.op == "add" and r.vector is not None}
+        return Changes(
+            seq=rows[-1].seq if rows else seq,
+            removed=sorted({row.chunk_id for row in rows}),
+            added=list(live),
+            vectors=_stack(list(live.values())),
+        )
+
+    def num_vectors(self) -> int:
+        """Return how many vectors are stored."""
+        query = select(func.count()).select_from(chunk_vector)
+        with self._database.read() as connection:
+            wanted = query.where(chunk_vector.c.embedder == self._embedder)
+            return connection.scalar(wanted) or 0
+
+    def vectors(self) -> Iterator[tuple[list[int], FloatArray]]:
+        """Yield all stored vectors in pages: chunk ids in order, float32 [len(ids), dim].
+
+        Each page is a transaction of its own, so that a long build holds nothing up. Take
+        `last_seq` before, and apply `changes_since` it afterwards.
+        """
+        last = 0
+        columns = select(chunk_vector.c.chunk_id, chunk_vector.c.vector)
+        query = columns.where(chunk_vector.c.embedder == self._embedder)
+        while True:
+            page = query.where(chunk_vector.c.chunk_id > last)
+            with self._database.read() as connection:
+                rows = connection.execute(page.order_by(chunk_vector.c.chunk_id).limit(PAGE)).all()
+            if not rows:
+                return
+            yield [row.chunk_id for row in rows], _stack([row.vector for row in rows])
+            last = rows[-1].chunk_id
+
+    def announce(self, *, changed: Sequence[int], gone: Sequence[int]) -> None:
+        """Write entries for chunks whose vectors were put right, so that every index follows."""
+        rows = [{"op": "add", "chunk_id": i} for i in changed]
+        rows += [{"op": "del", "chunk_id": i} for i in gone]
+        if rows:
+            with self._database.write() as connection:
+                connection.execute(insert(oplog), rows)
 
     def truncate(self, seq: int) -> None:
-        """Drop entries up to `seq`; an index that is older must start anew from everything()."""
+        """Drop entries up to `seq`; an index that is older must start anew from `vectors`."""
         with self._database.write() as connection:
             floor = max(seq, _floor(connection))
             connection.execute(delete(oplog).where(oplog.c.seq <= seq))
@@ -124,7 +160,7 @@ class TextLog:
     def library(self) -> str:
         """Return the name that this database alone has."""
         with self._database.read() as connection:
-            return str(connection.scalar(select(meta.c.value).where(meta.c.key == "library")))
+            return _library(connection)
 
     def last_seq(self) -> int:
         """Return the position of the newest entry."""
@@ -168,6 +204,10 @@ def _texts(connection: Connection, which: ColumnElement[bool]) -> Iterator[Chunk
         yield ChunkText(row.id, row.document_id, row.heading, row.text)
 
 
+def _library(connection: Connection) -> str:
+    return str(connection.scalar(select(meta.c.value).where(meta.c.key == "library")))
+
+
 def _floor(connection: Connection) -> int:
     return int(connection.scalar(select(meta.c.value).where(meta.c.key == "oplog_floor")) or 0)
 
@@ -175,3 +215,13 @@ def _floor(connection: Connection) -> int:
 def _last_seq(connection: Connection) -> int:
     newest = connection.scalar(select(func.max(oplog.c.seq)))
     return max(newest or 0, _floor(connection))
+
+
+def _stack(blobs: list[bytes]) -> FloatArray:
+    if not blobs:
+        return np.empty((0, 0), dtype=np.float32)
+    if len({len(blob) for blob in blobs}) > 1:
+        raise StoreError(
+            "stored vectors differ in length", hint="fathom doctor --repair embeds them anew"
+        )
+    return np.stack([np.frombuffer(blob, dtype=np.float32) for blob in blobs])

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from sqlalchemy import Connection, insert, select, update
 
 from rag.errors import DocumentNotFoundError
-from rag.store.database import Database, id_batches
+from rag.store.database import ROWS_PER_FETCH, Database, id_batches
 from rag.store.schema import answer, answer_document, document
 from rag.types import Answer, answer_from_json, storable
 
@@ -57,6 +57,32 @@ class ReceiptStore:
                 f"no receipt {receipt_id!r}", hint="the id stands in every answer's receipt"
             )
         return answer_from_json(json.loads(body))
+
+    def quoting_the_deleted(self) -> list[tuple[str, int]]:
+        """Return (receipt id, document id) where an answer still has words of a deleted one."""
+        found: list[tuple[str, int]] = []
+        with self._database.read() as connection:
+            there = set(connection.scalars(select(document.c.id)))
+            asked: dict[str, set[int]] = {}
+            for row in connection.execute(select(answer_document)):
+                asked.setdefault(row.answer_id, set()).add(row.document_id)
+            rows = connection.execute(
+                select(answer.c.id, answer.c.body), execution_options={"yield_per": ROWS_PER_FETCH}
+            )
+            for row in rows:
+                body = json.loads(row.body)
+                if body["answer"] != REDACTED:
+                    found += [(row.id, d) for d in sorted(asked.get(row.id, set()) - there)]
+                    continue
+                quoted = {c["document"] for c in body["citations"] if c["quote"] != REDACTED}
+                found += [(row.id, d) for d in sorted(quoted - there)]
+        return found
+
+    def redact_deleted(self, document_id: int) -> None:
+        """Take the words of a document that is gone out of the answers."""
+        with self._database.write() as connection:
+            redact(connection, document_id)
+        self._database.erase_deleted()
 
 
 def redact(connection: Connection, document_id: int) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import gradio as gr
 
-from ingest.pipeline import IngestProgress
+from ingest.pipeline import IngestFailure
+from ingest.sources import SourceToRead
 from rag.answering.service import AnswerReady, RouteChosen
 from rag.errors import FathomError
 from rag.lm.engine import PrefillProgress, TextPiece
-from rag.types import Answer, Citation, Route
+from rag.types import Answer, Citation, IngestProgress, Route
 from ui.assembly import Fathom
 from ui.formatting import (
     answer_html,
@@ -22,6 +23,7 @@ from ui.formatting import (
     evidence_html,
     place,
     plain_html,
+    progress_words,
     receipt_html,
 )
 
@@ -95,23 +97,27 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
         )
 
     def add(files: list[str] | None, progress: gr.Progress = gr.Progress()) -> tuple[str, None]:  # noqa: B008 - Gradio finds it by this default
+        paths = [Path(file) for file in files or []]
+        sources = [SourceToRead(path, f"upload:{path.name}", path.name) for path in paths]
+
+        def on_progress(event: IngestProgress) -> None:
+            progress(event.fraction, desc=f"{event.stage} {event.title}: {progress_words(event)}")
+
         notes = []
-        for file in files or []:
-            path = Path(file)
-
-            def on_progress(event: IngestProgress, name: str = path.name) -> None:
-                share = event.done / event.total if event.total else 0.0
-                progress(share, desc=f"{event.stage} {name}")
-
-            try:
-                result = fathom.ingest(path, source=f"upload:{path.name}", on_progress=on_progress)
-                notes.append(plain_html("; ".join((result.message, *result.document.warnings))))
-            except FathomError as error:
-                notes.append(error_html(error.message, error.hint))
-            except Exception:
-                notes.append(_unexpected())
-            finally:
-                path.unlink(missing_ok=True)  # the upload lives in our store only
+        try:
+            for outcome in fathom.ingest_files(sources, on_progress=on_progress):
+                if isinstance(outcome, IngestFailure):
+                    notes.append(error_html(outcome.error.message, outcome.error.hint))
+                else:
+                    said = (outcome.message, *outcome.document.warnings)
+                    notes.append(plain_html("; ".join(said)))
+        except FathomError as error:
+            notes.append(error_html(error.message, error.hint))
+        except Exception:
+            notes.append(_unexpected())
+        finally:
+            for path in paths:
+                path.unlink(missing_ok=True)  # the uploads live in our store only
         return "<br>".join(notes) or _NO_NOTE, None
 
     def begin(question: str, turns: list[Turn], running: str) -> tuple[Any, ...]:

@@ -1,0 +1,185 @@
+"""How fast documents are ingested, beside plain sentence-transformers on the same chunks."""
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ingest.pipeline import IngestFailure, ingest_files
+from ingest.sources import SourceToRead
+from rag.retrieval.embedding import Embedder, FloatArray, Offsets
+from rag.settings import Settings
+from rag.store.database import Database
+from rag.store.documents import DocumentStore
+
+PEER_BATCH_TEXTS = 32  # the default of sentence-transformers
+
+
+@dataclass(frozen=True, slots=True)
+class IngestBench:
+    """One run; seconds are medians of its rounds, wall clock.
+
+    `embedder_seconds` is the part of `seconds` spent inside the embedder, the limit that no ingest
+    with this embedder can beat; `embedder_share` is their ratio. `peer_seconds` is what plain
+    sentence-transformers takes to embed the same texts, without reading or storing any; `ratio` is
+    the median over the rounds of peer to ours. `min_cosine` compares the vectors of both.
+    `peak_bytes` is the largest resident size of this process after ingesting, models included, and
+    `reader_peak_bytes` that of its largest reading process.
+    """
+
+    files: int
+    pages: int
+    chunks: int
+    tokens: int
+    seconds: float
+    embedder_seconds: float
+    peer_seconds: float
+    ratio: float
+    embedder_share: float
+    min_cosine: float
+    peak_bytes: int
+    reader_peak_bytes: int
+
+    @property
+    def pages_per_second(self) -> float:
+        """Pages ingested a second, 0 where the formats have none."""
+        return self.pages / self.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The embedder's tokens ingested a second."""
+        return self.tokens / self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that `fathom bench ingest` prints last."""
+        return {"bench": "ingest", **asdict(self)} | {
+            "pages_per_second": self.pages_per_second,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+def bench_ingest(
+    sources: Sequence[SourceToRead],
+    embedder: Embedder,
+    peer: Callable[[list[str]], npt.NDArray[np.float32]],
+    settings: Settings,
+    *,
+    rounds: int = 1,
+) -> IngestBench:
+    """Ingest the files into a library of their own, then let the peer embed the same texts.
+
+    Args:
+        sources: the files; those that cannot be read are left out of every figure.
+        embedder: ours, warmed up.
+        peer: texts -> float32 [len(texts), dim], unit length; see `plain_sentence_transformers`.
+        settings: limits; the library lies in a temporary folder.
+        rounds: how often both run, in turn.
+    """
+    runs: list[tuple[float, float, float]] = []
+    for _ in range(rounds):
+        timed = _TimedEmbedder(embedder)
+        with tempfile.TemporaryDirectory() as home:
+            own = settings.model_copy(update={"home": Path(home), "database_url": None})
+            database = Database(own.resolved_database_url)
+            begun = time.perf_counter()
+            outcomes = list(
+                ingest_files(sources, store=DocumentStore(database), embedder=timed, settings=own)
+            )
+            seconds = time.perf_counter() - begun
+            database.engine.dispose()
+        peak, reader_peak = _peak_bytes(resource.RUSAGE_SELF), _peak_bytes(resource.RUSAGE_CHILDREN)
+        begun = time.perf_counter()
+        vectors = peer(timed.texts)
+        runs.append((seconds, timed.seconds, time.perf_counter() - begun))
+    documents = [o.document for o in outcomes if not isinstance(o, IngestFailure)]
+    return IngestBench(
+        files=len(documents),
+        pages=sum(document.num_pages for document in documents),
+        chunks=len(timed.texts),
+        tokens=sum(len(embedder.token_offsets(text)) for text in timed.texts),
+        seconds=median(ours for ours, _, _ in runs),
+        embedder_seconds=median(inside for _, inside, _ in runs),
+        peer_seconds=median(peers for _, _, peers in runs),
+        ratio=median(peers / ours for ours, _, peers in runs),
+        embedder_share=median(inside / ours for ours, inside, _ in runs),
+        min_cosine=float(np.min(np.sum(vectors * np.concatenate(timed.vectors), axis=1))),
+        peak_bytes=peak,
+        reader_peak_bytes=reader_peak,
+    )
+
+
+def plain_sentence_transformers(
+    folder: Path, *, device: str
+) -> Callable[[list[str]], npt.NDArray[np.float32]]:
+    """Return the peer: `SentenceTransformer.encode` as its documentation shows it."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device=device, local_files_only=True)
+    model.encode(["warm up"])
+
+    def embed(texts: list[str]) -> npt.NDArray[np.float32]:
+        found = model.encode(texts, batch_size=PEER_BATCH_TEXTS, normalize_embeddings=True)
+        return np.asarray(found, dtype=np.float32)
+
+    return embed
+
+
+def card(bench: IngestBench) -> str:
+    """Return the figures for people."""
+    mib = 2**20
+    return "\n".join(
+        (
+            f"{bench.files} files, {bench.pages:,} pages, {bench.chunks:,} chunks,"
+            f" {bench.tokens:,} tokens of the embedder",
+            f"ours      {bench.seconds:8.1f} s  {bench.tokens_per_second:8,.0f} tokens/s"
+            f"  {bench.pages_per_second:6.1f} pages/s, read, chunked, embedded and on disk",
+            f"embedder  {bench.embedder_seconds:8.1f} s  {bench.embedder_share:8.1%} of ours,"
+            " the limit",
+            f"peer      {bench.peer_seconds:8.1f} s"
+            f"  {bench.tokens / bench.peer_seconds:8,.0f} tokens/s, sentence-transformers on the"
+            " same texts, embedded only",
+            f"ratio     {bench.ratio:8.2f}    of the peer's seconds to ours; the vectors' cosine is"
+            f" {bench.min_cosine:.5f} or more",
+            f"memory    {bench.peak_bytes / mib:8,.0f} MiB at most, models included;"
+            f" largest reader {bench.reader_peak_bytes / mib:,.0f} MiB",
+        )
+    )
+
+
+class _TimedEmbedder:
+    """An embedder that counts the seconds it is busy, and keeps what went through it."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._embedder = embedder
+        self.fingerprint = embedder.fingerprint
+        self.dim = embedder.dim
+        self.max_tokens = embedder.max_tokens
+        self.seconds = 0.0
+        self.texts: list[str] = []
+        self.vectors: list[FloatArray] = []
+
+    def token_offsets(self, text: str) -> Offsets:
+        return self._embedder.token_offsets(text)
+
+    def embed(
+        self, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None
+    ) -> FloatArray:
+        begun = time.perf_counter()
+        vectors = self._embedder.embed(texts, on_progress=on_progress)
+        self.seconds += time.perf_counter() - begun
+        self.texts += texts
+        self.vectors.append(vectors)
+        return vectors
+
+
+def _peak_bytes(who: int) -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(who).ru_maxrss * unit
