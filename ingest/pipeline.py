@@ -139,13 +139,22 @@ def ingest_files(
             _drop(ahead)
 
 
-def delete_document(document: Document, *, store: DocumentStore, settings: Settings) -> None:
-    """Delete a document, its original bytes, and its source where that lies in the library."""
-    store.delete(document.id)
-    original_path(settings, document.content_sha256).unlink(missing_ok=True)
-    source = Path(document.source)
-    if source.is_relative_to(settings.home.resolve()):  # the sample
-        source.unlink(missing_ok=True)
+def delete_documents(
+    documents: Sequence[Document], *, store: DocumentStore, settings: Settings
+) -> None:
+    """Delete documents, their original bytes, and their sources where those lie in the library."""
+    for document in documents:
+        store.delete(document.id)
+    remove_originals(documents, settings)
+
+
+def remove_originals(documents: Sequence[Document], settings: Settings) -> None:
+    """Remove the files of documents that the store holds no more."""
+    for document in documents:
+        original_path(settings, document.content_sha256).unlink(missing_ok=True)
+        source = Path(document.source)
+        if source.is_relative_to(settings.home.resolve()):  # the sample
+            source.unlink(missing_ok=True)
 
 
 def original_path(settings: Settings, content_sha256: str) -> Path:
@@ -173,7 +182,7 @@ def _prepare(
             content,
             title=source.title,
             token_offsets=embedder.token_offsets,
-            max_tokens=embedder.max_tokens,
+            max_tokens=min(settings.chunk_tokens, embedder.max_tokens),
         )
     except BaseException:
         copy.unlink(missing_ok=True)
@@ -257,7 +266,8 @@ def _num_chunks(group: Iterable[_Prepared]) -> int:
 
 
 def _known(known: Document, file: SourceFile) -> IngestResult:
-    where = "" if known.source == file.source else f", ingested from {known.source}"
+    same_name = known.source == file.source
+    where = f", version {known.version}" if same_name else f", ingested from {known.source}"
     message = f"{file.title}: same content as document {known.id} {known.title!r}{where}"
     return IngestResult(known, "known", message)
 

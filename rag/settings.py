@@ -49,11 +49,20 @@ class Settings(BaseSettings):
     embedder: str = Field(
         default="all-minilm-l6-v2", description="Embedder: catalog name, folder or hub id."
     )
+    reranker: str | None = Field(
+        default=None,
+        description="Cross-encoder that reorders what was found: folder or hub id; default none.",
+    )
     device: str = Field(default="auto", description="cuda, cpu, or auto (cuda where there is one).")
     num_threads: int | None = Field(
         default=None, ge=1, description="CPU threads of torch; by default torch's own choice."
     )
 
+    chunk_tokens: int = Field(
+        default=128,
+        ge=32,
+        description="Longest chunk, in the embedder's tokens: small enough to be found.",
+    )
     retrieval_tokens: int = Field(
         default=1024,
         ge=64,

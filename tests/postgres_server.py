@@ -32,7 +32,9 @@ class PostgresServer:
         self._fsync = "on" if durable else "off"
         self.data = folder / "data"
         # PostgreSQL refuses to run as root; Debian's package comes with a user for it
-        self.user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
+        names = {entry.pw_name for entry in pwd.getpwall()}
+        unprivileged = "postgres" if "postgres" in names else "nobody"
+        self.user = unprivileged if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]

@@ -4,6 +4,7 @@ import re
 import time
 import tracemalloc
 from bisect import bisect_right
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def contents(draw: st.DrawFn) -> CanonicalText:
     cuts = sorted(draw(st.sets(offsets, max_size=4)) | {0, len(text)}) if text else [0, 0]
     pages = tuple(
         Page(n, draw(st.none() | st.just(f"p{n}")), a, b)
-        for n, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False), 1)
+        for n, (a, b) in enumerate(pairwise(cuts), 1)
     )
     sections = tuple(
         Section(draw(st.integers(1, 4)), draw(st.text("ab 日", min_size=1, max_size=60)), start)

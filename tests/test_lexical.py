@@ -114,6 +114,21 @@ def test_headings_are_searched_and_count_less(pair: tuple[DocumentStore, Lexical
     assert _found(store, index, "fee") == ["fees fees here", "thirty-five crowns"]
 
 
+def test_chunks_that_hold_a_word_are_counted_in_any_form_and_scope(
+    pair: tuple[DocumentStore, LexicalIndex],
+) -> None:
+    store, index = pair
+    first = save(
+        store, "a", ["Berths are booked.", "A berth is free.", "The quay."], heading="Fees"
+    )
+    many = [save(store, f"b{n}", ["One berth."]).id for n in range(31)]
+    assert index.frequencies(["berth", "fees", "unicorn"]) == {"berth": 33, "fees": 3, "unicorn": 0}
+    among = index.frequencies(["berths", "fee"], document_ids=[first.id])
+    assert among == {"berths": 2, "fee": 3}
+    assert index.frequencies(["berth"], document_ids=many) == {"berth": 31}
+    assert index.frequencies(["berth"], document_ids=[]) == {"berth": 0}
+
+
 def test_search_follows_the_store(pair: tuple[DocumentStore, LexicalIndex]) -> None:
     store, index = pair
     first = save(store, "a", ["harbour one"])

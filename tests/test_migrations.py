@@ -10,6 +10,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from rag.errors import StoreError
+from rag.retrieval.lexical_index import Fts5Index
 from rag.store.database import Database
 from rag.store.documents import DocumentStore
 from rag.store.oplog import OpLog
@@ -60,7 +61,11 @@ def test_a_library_of_the_first_schema_is_brought_up_to_date(
     assert ids == [1, 2, 3, 4]
     assert vectors.tolist() == [[1.0] * 4, [2.0] * 4, [2.0] * 4, [3.0] * 4]
     assert log.last_seq() == 8
+    full_text = Fts5Index(database)
+    assert {i for i, _ in full_text.search("harbour fee", top_k=9)} == {1, 2, 3, 4}
     store.delete(2)
+    assert {i for i, _ in full_text.search("harbour fee", top_k=9)} == {1, 2}
+    assert full_text.check() is None
     ((ids, _),) = log.vectors()
     assert ids == [1, 2]
     assert database.integrity_problem() is None

@@ -1,13 +1,34 @@
 """Two searches become one ranking, within the documents asked about."""
 
+import math
 import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from rag.retrieval.retriever import reciprocal_rank_fusion
+from hash_embedder import HashEmbedder
+from ingest.chunking import embedded_text
+from rag.answering.context import nearest_passages
+from rag.errors import ModelError
+from rag.retrieval.embedding import SentenceTransformerEmbedder
+from rag.retrieval.lexical_score import TITLE_WEIGHT, Candidate, lexical_scores, question_words
+from rag.retrieval.reranker import CrossEncoderReranker
+from rag.retrieval.retriever import NEIGHBOUR_WEIGHT, Hit
 from rag.retrieval.vector_index import VectorIndex
 from ui.assembly import Fathom
+
+EMBEDDER = HashEmbedder()
+
+
+def _candidate(text: str, title: str = "") -> Candidate:
+    return Candidate(text, heading="", title=title)
+
+
+def _retrieve(fathom: Fathom, question: str) -> list[Hit]:
+    retriever = fathom.service()._retriever
+    return retriever.retrieve(question, fathom.documents(), num_candidates=10)
 
 
 def _agrees(index: VectorIndex, fathom: Fathom) -> bool:
@@ -21,10 +42,181 @@ def _add(fathom: Fathom, folder: Path, name: str, text: str) -> int:
     return fathom.ingest(path).document.id
 
 
-def test_reciprocal_rank_fusion_by_hand() -> None:
-    fused = reciprocal_rank_fusion([[1, 2], [2, 3]])
-    assert list(fused) == [2, 1, 3]
-    assert fused[2] == pytest.approx(1 / 62 + 1 / 61)
+def test_lexical_scores_by_hand() -> None:
+    # Three chunks of two words; "berth" is in one of them, "fee" in two, both once where they are.
+    candidates = [_candidate("berth fee"), _candidate("a fee"), _candidate("the quay")]
+    scores = lexical_scores(
+        ["berth", "fee"], candidates, frequencies={"berth": 1, "fee": 2}, num_chunks=3
+    )
+    idf_berth, idf_fee = math.log(1 + 2.5 / 1.5), math.log(1 + 1.5 / 2.5)
+    once = 1 / (1 + 1.2)
+    assert scores[0] == pytest.approx(once)
+    assert scores[1] == pytest.approx(once * idf_fee / (idf_berth + idf_fee))
+    assert scores[2] == 0.0
+
+
+def test_a_question_whose_rare_words_are_nowhere_scores_low() -> None:
+    candidates = [_candidate("the fee of a berth")]
+    known = lexical_scores(["fee"], candidates, frequencies={"fee": 1}, num_chunks=9)
+    with_unknown = lexical_scores(
+        ["fee", "unicorn"], candidates, frequencies={"fee": 1}, num_chunks=9
+    )
+    assert with_unknown[0] < 0.5 * known[0]
+
+
+def test_words_of_the_title_weigh_less() -> None:
+    name, matter = (
+        _candidate("Acme Corporation", title="Acme.txt"),
+        _candidate("net loss", title="Acme.txt"),
+    )
+    frequencies = {"acme": 1, "loss": 1}
+    scores = lexical_scores(["acme", "loss"], [name, matter], frequencies=frequencies, num_chunks=9)
+    assert scores[0] == pytest.approx(TITLE_WEIGHT * scores[1])
+
+
+def test_questions_are_cleaned_of_grammar_but_never_empty() -> None:
+    assert question_words("What is the fee, and when is the fee due?") == ["fee", "due"]
+    assert question_words("Who is he?") == ["who", "is", "he"]
+
+
+def test_frequencies_count_stems_among_the_documents(small_fathom: Fathom, tmp_path: Path) -> None:
+    other = _add(small_fathom, tmp_path, "other.txt", "A beacon. Beacons shine.")
+    lexical = small_fathom.lexical
+    assert lexical.frequencies(["beacons"]) == {"beacons": 2}
+    assert lexical.frequencies(["beacons", "berth"], document_ids=[other]) == {
+        "beacons": 1,
+        "berth": 0,
+    }
+
+
+def test_hits_carry_the_evidence_of_both_searches(small_fathom: Fathom) -> None:
+    hits = _retrieve(small_fathom, "What does the harbour fee cost a night?")
+    assert "35 crowns" in hits[0].chunk.chunk.text
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    (document,) = small_fathom.documents()
+    query = EMBEDDER.embed(["What does the harbour fee cost a night?"])[0]
+    for hit in hits:
+        chunk = hit.chunk.chunk
+        seen = EMBEDDER.embed([embedded_text(document.title, chunk.heading_path, chunk.text)])[0]
+        assert hit.cosine == pytest.approx(float(seen @ query), abs=1e-5)
+        assert 0.0 <= hit.lexical <= 1.0
+    by_ordinal = {hit.chunk.chunk.ordinal: hit.cosine + hit.lexical for hit in hits}
+    for hit in hits:
+        around = [by_ordinal.get(hit.chunk.chunk.ordinal + step, 0.0) for step in (-1, 1)]
+        own = by_ordinal[hit.chunk.chunk.ordinal]
+        assert hit.score == pytest.approx(own + NEIGHBOUR_WEIGHT * sum(around))
+
+
+def test_equal_chunks_are_one_hit_and_other_numbers_are_not(
+    library: Fathom, tmp_path: Path
+) -> None:
+    sections = ["The fee is 35 crowns.", "The fee is 36 crowns.", "the  fee is\n35 crowns"]
+    text = "\n\n".join(f"# Part {n}\n\n{section}" for n, section in enumerate(sections))
+    _add(library, tmp_path, "fees.md", text.replace("# Part 2", "# Part 0"))
+    found = [hit.chunk.chunk.text for hit in _retrieve(library, "fee crowns")]
+    assert len(found) == 2
+    assert any("36" in text for text in found)
+
+
+def test_nothing_asked_about_gives_no_hits(library: Fathom) -> None:
+    assert _retrieve(library, "fee") == []
+
+
+def test_the_nearest_passages_show_each_chunk_once(small_fathom: Fathom) -> None:
+    hits = _retrieve(small_fathom, "beacon fee berth")
+    documents = small_fathom.documents()
+    passages = list(nearest_passages(hits, documents, store=small_fathom.store))
+    shown = [n for passage in passages for n in passage.chunk_ordinals]
+    assert sorted(shown) == list(range(documents[0].num_chunks))
+    assert hits[0].chunk.chunk.ordinal in passages[0].chunk_ordinals
+    for passage in passages:
+        assert passage.text == small_fathom.store.text(1, passage.start, passage.end)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a random cross-encoder."""
+    return _save_bert(tmp_path_factory.mktemp("bert"), num_labels=1)
+
+
+def _save_bert(folder: Path, *, num_labels: int) -> Path:
+    """Save a seeded random BERT classifier and a tokenizer of bytes."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    alphabet = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={s: n for n, s in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=128,
+    )
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=len(alphabet),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    config.num_labels = num_labels
+    model: Any = BertForSequenceClassification(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_reranker_orders_the_hits_by_its_own_scores(
+    small_fathom: Fathom, tiny_bert: Path
+) -> None:
+    reranker = CrossEncoderReranker(tiny_bert, name="tiny-bert")
+    question = "harbour fee"
+    plain = _retrieve(small_fathom, question)
+    fathom = Fathom(
+        small_fathom.settings.model_copy(update={"reranker": str(tiny_bert)}),
+        embedder=EMBEDDER,
+        engine=small_fathom.engine,
+    )
+    hits = _retrieve(fathom, question)
+    texts = [hit.chunk.chunk.text for hit in hits]
+    assert sorted(texts) == sorted(hit.chunk.chunk.text for hit in plain)
+    assert [hit.score for hit in hits] == pytest.approx(
+        sorted(reranker.scores(question, texts), reverse=True), abs=1e-5
+    )
+    assert len({hit.score for hit in hits}) == len(hits)
+    assert reranker.scores(question, []) == []
+
+
+def test_a_folder_that_is_no_reranker_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no-model"):
+        CrossEncoderReranker(tmp_path / "nothing", name="no-model")
+    classifier = _save_bert(tmp_path, num_labels=3)
+    with pytest.raises(ModelError, match="3 labels"):
+        CrossEncoderReranker(classifier, name="classifier")
+
+
+def test_a_text_has_the_same_vector_in_any_batch(tiny_bert: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    SentenceTransformer(str(tiny_bert), device="cpu", local_files_only=True).save(str(tmp_path))
+    embedder = SentenceTransformerEmbedder(tmp_path, name="tiny")
+    texts = ["The fee is 35 crowns a night." * n for n in (1, 2, 3)] + ["Berth seven"] * 40
+    together = embedder.embed(texts)
+    alone = np.concatenate([embedder.embed([text]) for text in texts])
+    assert np.linalg.norm(together, axis=1) == pytest.approx(np.ones(len(texts)), abs=1e-3)
+    assert float((together * alone).sum(axis=1).min()) >= 0.9999
 
 
 def test_search_stays_within_the_documents_asked(small_fathom: Fathom, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,6 +20,25 @@ from rag.errors import (
     UnsupportedFormatError,
 )
 from rag.settings import Settings
+
+
+def find(
+    names: Sequence[str | Path],
+    *,
+    settings: Settings,
+    stdin_name: str = "stdin.txt",
+    allow_network: bool = False,
+    allow_private_addresses: bool = False,
+) -> Iterator[SourceToRead | ReadError]:
+    settings.home.mkdir(exist_ok=True)
+    return find_sources(
+        names,
+        settings=settings,
+        downloads=settings.home,
+        stdin_name=stdin_name,
+        allow_network=allow_network,
+        allow_private_addresses=allow_private_addresses,
+    )
 
 
 @pytest.fixture
@@ -51,14 +70,14 @@ def _error(sources_found: Iterator[SourceToRead | ReadError]) -> ReadError:
 def test_a_repository_is_one_collection_in_order_of_its_paths(
     repository: Path, settings: Settings
 ) -> None:
-    found = _found(find_sources([repository], settings=settings))
+    found = _found(find([repository], settings=settings))
     assert [s.title for s in found] == ["LICENSE", "README.md", "docs/fees.md", "src/main.py"]
     assert {s.collection for s in found} == {"harbour"}
     assert found[2].source == str(repository / "docs/fees.md")
 
 
 def test_a_file_named_by_itself_has_no_collection(repository: Path, settings: Settings) -> None:
-    (source,) = _found(find_sources([repository / "README.md"], settings=settings))
+    (source,) = _found(find([repository / "README.md"], settings=settings))
     assert (source.title, source.collection) == ("README.md", None)
 
 
@@ -66,7 +85,7 @@ def test_a_binary_file_in_a_folder_is_told_and_the_others_are_taken(
     repository: Path, settings: Settings
 ) -> None:
     (repository / "logo.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
-    found = list(find_sources([repository], settings=settings))
+    found = list(find([repository], settings=settings))
     errors = [f for f in found if isinstance(f, ReadError)]
     assert len(found) == 5
     assert isinstance(errors[0], UnsupportedFormatError)
@@ -78,13 +97,11 @@ def test_symbolic_links_are_refused_with_the_reason(repository: Path, settings: 
     outside.write_text("secret")
     (repository / "link.md").symlink_to(outside)
     (repository / "folder").symlink_to(repository.parent)
-    found = list(find_sources([repository], settings=settings))
+    found = list(find([repository], settings=settings))
     errors = [f.message for f in found if isinstance(f, ReadError)]
     assert len(errors) == 2
     assert all("symbolic link" in message for message in errors)
-    assert (
-        "symbolic link" in _error(find_sources([repository / "link.md"], settings=settings)).message
-    )
+    assert "symbolic link" in _error(find([repository / "link.md"], settings=settings)).message
     with pytest.raises(SourceNotFoundError, match="symbolic link"):
         open_regular(repository / "link.md")
 
@@ -94,7 +111,7 @@ def test_pipes_and_devices_are_refused_without_waiting(tmp_path: Path, settings:
     for path in (tmp_path / "pipe.txt", Path("/dev/zero")):
         with pytest.raises(SourceNotFoundError, match="not a regular file"):
             open_regular(path)
-        assert isinstance(_error(find_sources([path], settings=settings)), SourceNotFoundError)
+        assert isinstance(_error(find([path], settings=settings)), SourceNotFoundError)
 
 
 def test_what_is_missing_or_empty_is_told_in_its_place(
@@ -102,7 +119,7 @@ def test_what_is_missing_or_empty_is_told_in_its_place(
 ) -> None:
     (tmp_path / "empty").mkdir()
     names = [tmp_path / "gone.txt", repository / "README.md", tmp_path / "empty"]
-    first, second, third = find_sources(names, settings=settings)
+    first, second, third = find(names, settings=settings)
     assert isinstance(first, SourceNotFoundError)
     assert isinstance(second, SourceToRead)
     assert isinstance(third, EmptyDocumentError)
@@ -111,15 +128,12 @@ def test_what_is_missing_or_empty_is_told_in_its_place(
 def test_a_quoted_glob_is_expanded_but_an_existing_name_is_not(
     repository: Path, settings: Settings
 ) -> None:
-    found = _found(find_sources([f"{repository}/**/*.m[dp]"], settings=settings))
+    found = _found(find([f"{repository}/**/*.m[dp]"], settings=settings))
     assert [s.title for s in found] == ["README.md", "docs/fees.md"]
     (repository / "a[1].md").write_text("x")
-    (odd,) = _found(find_sources([repository / "a[1].md"], settings=settings))
+    (odd,) = _found(find([repository / "a[1].md"], settings=settings))
     assert odd.title == "a[1].md"
-    assert (
-        "no file matches"
-        in _error(find_sources([f"{repository}/*.zip"], settings=settings)).message
-    )
+    assert "no file matches" in _error(find([f"{repository}/*.zip"], settings=settings)).message
 
 
 class _Stdin:
@@ -131,22 +145,22 @@ def test_standard_input_is_read_under_the_name_given(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", _Stdin(b"# Fees\n\n35 crowns"))
-    for source in find_sources(["-"], settings=settings, stdin_name="fees.md"):
-        assert isinstance(source, SourceToRead)
-        content = read_guarded(source.path, name=source.title, settings=settings)
-        assert [s.title for s in content.sections] == ["Fees"]
-        assert source.source == "stdin:fees.md"
-    assert not source.path.exists(), "what was piped in does not stay behind"
+    (source,) = _found(find(["-"], settings=settings, stdin_name="fees.md"))
+    content = read_guarded(source.path, name=source.title, settings=settings)
+    assert [s.title for s in content.sections] == ["Fees"]
+    assert source.source == "stdin:fees.md"
+    assert source.path.parent == settings.home, "what was piped in lies where the caller said"
     monkeypatch.setattr(sys, "stdin", _Stdin(b"x" * 100))
     small = settings.model_copy(update={"max_file_bytes": 10})
-    assert "larger than" in _error(find_sources(["-"], settings=small)).message
+    assert "larger than" in _error(find(["-"], settings=small)).message
 
 
 class _Harbour(BaseHTTPRequestHandler):
     """Serves a page, redirects, and answers that go wrong."""
 
     def do_GET(self) -> None:
-        port = self.server.server_address[1]
+        assert isinstance(self.server, ThreadingHTTPServer)
+        port = self.server.server_port
         targets = {
             "/old": "/fees",
             "/loop": "/loop",
@@ -174,7 +188,7 @@ class _Harbour(BaseHTTPRequestHandler):
         else:
             self.send_error(404)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its signature
+    def log_message(self, format: str, *args: object) -> None:
         """Keep the test's output quiet."""
 
 
@@ -191,9 +205,7 @@ def server() -> Iterator[str]:
 
 
 def _web(address: str, settings: Settings) -> Iterator[SourceToRead | ReadError]:
-    return find_sources(
-        [address], settings=settings, allow_network=True, allow_private_addresses=True
-    )
+    return find([address], settings=settings, allow_network=True, allow_private_addresses=True)
 
 
 @pytest.mark.parametrize("path", ["/fees", "/old", "/away"])
@@ -206,11 +218,11 @@ def test_a_page_is_fetched_and_read_by_its_type(server: str, settings: Settings,
         assert content.text.startswith("Fees\n\n35 crowns at ")
         port = server.rsplit(":", 1)[1]
         assert content.text.endswith(f"{'localhost' if path == '/away' else '127.0.0.1'}:{port}")
-    assert not source.path.exists()
+        assert source.path.parent == settings.home
 
 
 def test_the_network_is_used_only_when_asked_for(server: str, settings: Settings) -> None:
-    error = _error(find_sources([f"{server}/fees"], settings=settings))
+    error = _error(find([f"{server}/fees"], settings=settings))
     assert "network is not allowed" in error.message
 
 
@@ -228,7 +240,7 @@ def test_the_network_is_used_only_when_asked_for(server: str, settings: Settings
     ],
 )
 def test_private_addresses_are_refused(settings: Settings, host: str) -> None:
-    found = find_sources([f"http://{host}:9/fees"], settings=settings, allow_network=True)
+    found = find([f"http://{host}:9/fees"], settings=settings, allow_network=True)
     assert "private address" in _error(found).message
 
 

@@ -1,5 +1,6 @@
 """The store, on SQLite and on PostgreSQL: identity, versions, collections, deletion."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def store(database: Database) -> DocumentStore:
 
 
 def _file(source: str, content: str) -> SourceFile:
-    return SourceFile(source, Path(source).name, f"{content:0>64}"[-64:], len(content))
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    return SourceFile(source, Path(source).name, sha256, len(content))
 
 
 def _save(
@@ -270,6 +272,50 @@ def test_processes_that_open_and_write_at_once_make_each_document_once(database_
     with store._database.read() as connection:
         logged = connection.exec_driver_sql("SELECT chunk_id FROM oplog ORDER BY seq").scalars()
         assert sorted(logged) == sorted(store.chunk_ids(range(1, 1000)))
+    store._database.close()
+
+
+KILLED = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from test_store import _take
+from rag.store.database import Database
+from rag.store.documents import DocumentStore
+store = DocumentStore(Database(sys.argv[3]))
+for number in range(100_000):
+    document = _take(store, f"/{number}.txt", f"content {number} " + "word " * 40)
+    if number % 3 == 0:
+        store.delete(document.id)
+    print(number, flush=True)
+"""
+
+
+def test_a_killed_writer_loses_nothing_acknowledged(database_url: str) -> None:
+    here = Path(__file__).resolve()
+    arguments = [str(here.parents[1]), str(here.parent), database_url]
+    store = DocumentStore(Database(database_url))
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, *arguments], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        acknowledged = [int(process.stdout.readline()) for _ in range(15)]
+        process.kill()
+        acknowledged += [int(line) for line in process.stdout.read().split()]
+        process.stdout.close()
+        process.wait()
+        for number in acknowledged[:-1]:
+            if number % 3:
+                assert store.text(store.find(f"/{number}.txt").id).startswith(f"content {number} ")
+        documents = store.all(include_superseded=True)
+        assert len({d.content_sha256 for d in documents}) == len(documents)
+        assert all(len(store.chunks_of(d.id)) == d.num_chunks for d in documents)
+        log = OpLog(store._database, EMBEDDER)
+        stored = [number for ids, _ in log.vectors() for number in ids]
+        assert sorted(stored) == sorted(store.chunk_ids([d.id for d in documents]))
+        replayed = log.changes_since(0)
+        assert replayed is not None
+        assert sorted(replayed.added) == sorted(stored)
     store._database.close()
 
 

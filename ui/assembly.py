@@ -9,15 +9,18 @@ from ingest.originals import ingesting
 from ingest.pipeline import (
     IngestFailure,
     IngestResult,
-    delete_document,
+    delete_documents,
     ingest_files,
+    remove_originals,
 )
+from ingest.reindex import reembed_library
 from ingest.sources import SourceToRead
 from rag.answering.service import AnsweringService
 from rag.errors import ReadError
 from rag.lm.engine import Engine
 from rag.retrieval.embedding import Embedder
 from rag.retrieval.lexical_index import LexicalIndex, open_lexical_index
+from rag.retrieval.reranker import Reranker
 from rag.retrieval.retriever import Retriever
 from rag.retrieval.vector_index import VectorIndex
 from rag.settings import Settings
@@ -78,6 +81,19 @@ class Fathom:
                 self._given_embedder = SentenceTransformerEmbedder(folder, name=name, device=device)
             return self._given_embedder
 
+    @cached_property
+    def reranker(self) -> Reranker | None:
+        """The cross-encoder named in the settings, None by default."""
+        name = self.settings.reranker
+        if name is None:
+            return None
+        from rag.lm.catalog import resolve_model
+        from rag.lm.local_engine import choose_device
+        from rag.retrieval.reranker import CrossEncoderReranker
+
+        folder = resolve_model(name, self.settings)
+        return CrossEncoderReranker(folder, name=name, device=choose_device(self.settings).type)
+
     @property
     def engine(self) -> Engine:
         """The language model; its weights are loaded when it first reads."""
@@ -105,7 +121,7 @@ class Fathom:
 
     @cached_property
     def _service(self) -> AnsweringService:
-        retriever = Retriever(self.store, self.index, self.lexical, self.embedder)
+        retriever = Retriever(self.store, self.index, self.lexical, self.embedder, self.reranker)
         return AnsweringService(self.store, self.receipts, retriever, self.engine, self.settings)
 
     def service(self) -> AnsweringService:
@@ -134,6 +150,7 @@ class Fathom:
         on_progress: Callable[[IngestProgress], None] = lambda _: None,
     ) -> Iterator[IngestResult | IngestFailure]:
         """Take files into the library and the index; see `ingest.pipeline.ingest_files`."""
+        self.index.catch_up()  # says at once where the library has another embedder
         with ingesting(self.settings):
             yield from ingest_files(
                 sources,
@@ -156,9 +173,26 @@ class Fathom:
             raise outcome.error
         return outcome
 
-    def delete(self, document_id: int) -> None:
-        """Delete a document from the store, the originals, the index and its snapshots."""
-        document = self.store.find(str(document_id))
-        delete_document(document, store=self.store, settings=self.settings)
+    def delete(self, *document_ids: int) -> None:
+        """Delete documents from the store, the originals, the indexes and their snapshots."""
+        documents = [self.store.find(str(number)) for number in document_ids]
+        delete_documents(documents, store=self.store, settings=self.settings)
+        self._erase_deleted()
+
+    def delete_collection(self, name: str) -> list[Document]:
+        """Delete a collection with every version of its documents, and return those deleted.
+
+        A document that another collection holds as well stays.
+        """
+        documents = self.store.delete_collection(name)
+        remove_originals(documents, self.settings)
+        self._erase_deleted()
+        return documents
+
+    def reembed(self, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+        """Change the library to the embedder of the settings; return the chunks embedded."""
+        return reembed_library(self.database, self.embedder, self.settings, on_progress=on_progress)
+
+    def _erase_deleted(self) -> None:
         self.lexical.erase_deleted()
         self.index.snapshot(keep=1, wait=True)

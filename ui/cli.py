@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -252,22 +252,51 @@ def delete(
 ) -> None:
     """Delete documents: text, vectors, original file, and their words in past answers.
 
-    With --collection, the collection and every version of its documents.
+    With --collection, the collection with every version of its documents, but for those that
+    another collection holds too.
     """
     fathom = _fathom(load_settings(home=home))
     doomed = [fathom.store.find(reference) for reference in documents or []]
-    if collection:
-        doomed += fathom.store.all(include_superseded=True, collection=collection)
-    if not doomed:
+    if not doomed and collection is None:
         raise typer.BadParameter("name a document, or a --collection")
+    if doomed:
+        fathom.delete(*(document.id for document in doomed))
+    if collection:
+        doomed += fathom.delete_collection(collection)
     for found in doomed:
-        fathom.delete(found.id)
         if as_json:
             _print_json({"deleted": found.id, "title": found.title, "version": found.version})
         else:
             out.print(f"deleted document {found.id} {found.title!r}", markup=False)
-    if collection:
-        fathom.store.dissolve_collection(collection)
+
+
+@app.command(
+    epilog="Examples: FATHOM_EMBEDDER=name fathom reembed  |  fathom reembed --embedder name --json"
+)
+def reembed(
+    embedder: Annotated[
+        str | None,
+        typer.Option("--embedder", help="Catalog name, folder or hub id (FATHOM_EMBEDDER)."),
+    ] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Change the library's embedder: embed all chunks beside the old vectors, then switch.
+
+    The library answers meanwhile. A run that was stopped goes on where it was.
+    """
+    fathom = _fathom(load_settings(home=home, embedder=embedder))
+    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        count = fathom.reembed(
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    name = fathom.embedder.fingerprint
+    if as_json:
+        _print_json({"embedder": name, "chunks_embedded": count})
+    else:
+        out.print(f"{count:,} chunks embedded; the library is searched with {name}", markup=False)
 
 
 @app.command(
@@ -428,6 +457,57 @@ def serve(
     serve_page(_fathom(settings), settings.host, settings.port, on_ready=on_ready)
 
 
+@bench_app.command(
+    "retrieval",
+    epilog="Examples: fathom bench retrieval --data sets --split dev"
+    "  |  fathom bench retrieval --data sets --set covidqa --limit 50 --json",
+)
+def bench_retrieval_verb(
+    data: Annotated[Path, typer.Option("--data", help="Folder that holds a folder for each set.")],
+    split: Annotated[str, typer.Option(help="dev (to tune on) or test (to report).")] = "dev",
+    only: Annotated[
+        list[str] | None, typer.Option("--set", help="A set's name; may be repeated. Default: all.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each set; default: all.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the chunks' vectors between runs.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how often the evidence is found, beside a BM25 floor on the same questions."""
+    from eval.bench.retrieval import bench_retrieval, card
+    from eval.evidence_sets import SETS, load_evidence_set
+
+    settings = load_settings()
+    fathom = _fathom(settings)
+    reports = []
+    for name in only or list(SETS):
+        evidence = load_evidence_set(data, name, split, limit=limit)
+        with _stages(name) as on_progress:
+            report = bench_retrieval(
+                evidence,
+                embedder=fathom.embedder,
+                settings=settings,
+                reranker=fathom.reranker,
+                cache_folder=cache,
+                on_progress=on_progress,
+            )
+        reports.append(report)
+        (err if as_json else out).print(card(report), markup=False)
+    line = {
+        "bench": "retrieval",
+        "split": split,
+        "embedder": fathom.embedder.fingerprint,
+        "reranker": settings.reranker,
+        "chunk_tokens": settings.chunk_tokens,
+        "num_candidates": settings.num_candidates,
+        "sets": [report.to_json() for report in reports],
+    }
+    _print_json(line)
+
+
 @models_app.command("list", epilog="Examples: fathom models list  |  fathom models list --json")
 def models_list(as_json: Json = False) -> None:
     """List the catalog, and which of it is here."""
@@ -553,6 +633,26 @@ def _ingest_progress() -> Iterator[Any]:
                 completed=event.fraction,
                 figures=progress_words(event),
             )
+
+        yield on_progress
+
+
+@contextmanager
+def _stages(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar for each stage that the callback is told of."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=err, transient=True) as progress:
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(f"{name}: {stage}", total=total)
+            progress.update(tasks[stage], completed=done)
 
         yield on_progress
 

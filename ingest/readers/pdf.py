@@ -63,7 +63,8 @@ def _open(path: Path) -> tuple[pypdfium2.PdfDocument, list[str]]:
     # qpdf finds the objects without the cross-reference table and writes a new one
     repaired = io.BytesIO()
     try:
-        with pikepdf.open(path) as broken:
+        # qpdf passes over an object that ends with the file
+        with pikepdf.open(io.BytesIO(path.read_bytes() + b"\n%%EOF\n")) as broken:
             broken.save(repaired)
         pdf = pypdfium2.PdfDocument(repaired)
         num_pages = len(pdf)

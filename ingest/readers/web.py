@@ -21,7 +21,7 @@ from rag.errors import EncryptedDocumentError, ReaderFailedError
 from rag.types import CanonicalText, Section
 
 _VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
-_NOT_TEXT = frozenset("script style template head noscript iframe object".split())
+_NOT_TEXT = frozenset("script style template head title noscript iframe object".split())
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _BLOCKS = frozenset(
     "address article aside blockquote body center dd details dialog div dl dt fieldset figcaption"

@@ -1,11 +1,11 @@
 """Numbered passages within a token budget, in document order: one type for every route."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from rag.retrieval.retriever import Hit
-from rag.store.documents import HEADING_SEPARATOR, DocumentStore
+from rag.store.documents import HEADING_SEPARATOR, DocumentStore, StoredChunk
 from rag.types import ContextPassage, Document, Page, Passage, Section
 
 
@@ -32,21 +32,17 @@ def retrieved_context(
     """Take the best chunks that fit the budget, join neighbours, and put them in reading order.
 
     Documents keep the order in which they were given. A chunk that does not fit is passed over
-    for a shorter one below it; a text that was already taken is not taken twice.
+    for a shorter one below it.
     """
     by_id = {document.id: document for document in documents}
     order = {document.id: position for position, document in enumerate(documents)}
     taken: list[Hit] = []
-    texts: set[str] = set()
     used = 0
     for hit in hits:
-        chunk = hit.chunk.chunk
-        num_tokens = count_tokens(chunk.text)
-        if chunk.text in texts or used + num_tokens > token_budget:
-            continue
-        taken.append(hit)
-        texts.add(chunk.text)
-        used += num_tokens
+        num_tokens = count_tokens(hit.chunk.chunk.text)
+        if used + num_tokens <= token_budget:
+            taken.append(hit)
+            used += num_tokens
     taken.sort(key=lambda h: (order[h.chunk.document_id], h.chunk.chunk.ordinal))
     groups: list[list[Hit]] = []
     for hit in taken:
@@ -62,6 +58,27 @@ def retrieved_context(
             groups.append([hit])
     passages = [_joined(group, by_id, store) for group in groups]
     return _numbered(passages, count_tokens, num_chunks=len(taken))
+
+
+def nearest_passages(
+    hits: Sequence[Hit], documents: Sequence[Document], *, store: DocumentStore
+) -> Iterator[Passage]:
+    """Yield each hit with the chunk before and the chunk after it, best first.
+
+    What is small enough to be found is often too small to be read. No chunk stands in two
+    passages, and a hit that an earlier passage already shows yields none.
+    """
+    by_id = {document.id: document for document in documents}
+    unread: dict[int, dict[int, StoredChunk]] = {}
+    for hit in hits:
+        document_id, middle = hit.chunk.document_id, hit.chunk.chunk.ordinal
+        if document_id not in unread:
+            unread[document_id] = {c.chunk.ordinal: c for c in store.chunks_of(document_id)}
+        left = unread[document_id]
+        if middle in left:
+            around = [n for n in (middle - 1, middle, middle + 1) if n in left]
+            group = [replace(hit, chunk=left.pop(n)) for n in around]
+            yield _joined(group, by_id, store)
 
 
 def full_context(
@@ -100,7 +117,7 @@ def _joined(group: list[Hit], by_id: dict[int, Document], store: DocumentStore) 
         document=by_id[first.document_id],
         start=start,
         end=end,
-        text=store.text(first.document_id, start, end),
+        text=first.chunk.text if len(group) == 1 else store.text(first.document_id, start, end),
         page=first.chunk.page_first,
         section=HEADING_SEPARATOR.join(first.chunk.heading_path) or None,
         score=max(hit.score for hit in group),

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -45,6 +45,16 @@ class LexicalIndex(Protocol):
             document_ids: search only the chunks of these; None searches all.
         """
 
+    def frequencies(
+        self, words: Sequence[str], *, document_ids: Sequence[int] | None = None
+    ) -> dict[str, int]:
+        """Return for each word how many chunks hold it or another form of it.
+
+        Args:
+            words: single words.
+            document_ids: count only the chunks of these; None counts all.
+        """
+
     def check(self) -> str | None:
         """Return what is wrong between the index and the chunks, or None."""
 
@@ -80,22 +90,28 @@ class Fts5Index:
         words = dict.fromkeys(word.lower() for word in _WORD.findall(question))
         if not words or (document_ids is not None and not document_ids):
             return []
-        any_word = " OR ".join(f'"{word}"' for word in words)
-        values = {"match": f"{{text heading}} : ({any_word})", "top_k": top_k}
-        among = ""
-        if document_ids is not None and len(document_ids) <= _FEW_DOCUMENTS:
-            scopes = " OR ".join(f'"d{int(i)}"' for i in document_ids)
-            values["match"] = f"(scope : ({scopes})) AND ({values['match']})"
-        elif document_ids is not None:
-            values["ids"] = json.dumps([int(i) for i in document_ids])
-            among = _AMONG_DOCUMENTS
+        values, among = _match(words, document_ids)
         query = text(
             f"SELECT rowid, -bm25(chunk_fts, {_COLUMN_WEIGHTS}) AS score FROM chunk_fts"
             f" WHERE chunk_fts MATCH :match {among} ORDER BY score DESC LIMIT :top_k"
         )
         with self._database.read() as connection:
-            rows = connection.execute(query, values).all()
+            rows = connection.execute(query, {**values, "top_k": top_k}).all()
         return [(row.rowid, float(row.score)) for row in rows]
+
+    def frequencies(
+        self, words: Sequence[str], *, document_ids: Sequence[int] | None = None
+    ) -> dict[str, int]:
+        """Return for each word how many chunks hold it; see `LexicalIndex`."""
+        if document_ids is not None and not document_ids:
+            return dict.fromkeys(words, 0)
+        found: dict[str, int] = {}
+        with self._database.read() as connection:
+            for word in words:
+                values, among = _match([word], document_ids)
+                query = text(f"SELECT count(*) FROM chunk_fts WHERE chunk_fts MATCH :match {among}")
+                found[word] = connection.scalar(query, values) or 0
+        return found
 
     def check(self) -> str | None:
         """Return what is wrong between the full-text rows and the chunks, or None."""
@@ -114,3 +130,15 @@ class Fts5Index:
 
     def erase_deleted(self) -> None:
         """Do nothing: the transaction that deletes a chunk takes its words out as well."""
+
+
+def _match(words: Iterable[str], document_ids: Sequence[int] | None) -> tuple[dict[str, str], str]:
+    """Return the query's values and the condition that keeps it among the documents."""
+    any_word = " OR ".join(f'"{word}"' for word in words)
+    values = {"match": f"{{text heading}} : ({any_word})"}
+    if document_ids is None:
+        return values, ""
+    if len(document_ids) <= _FEW_DOCUMENTS:
+        scopes = " OR ".join(f'"d{int(i)}"' for i in document_ids)
+        return {"match": f"(scope : ({scopes})) AND ({values['match']})"}, ""
+    return {**values, "ids": json.dumps([int(i) for i in document_ids])}, _AMONG_DOCUMENTS

@@ -1,35 +1,52 @@
-"""A question to chunks: dense and lexical search, fused by reciprocal rank."""
+"""A question to chunks: dense and lexical candidates, scored alike, optionally reranked."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rag.retrieval.embedding import Embedder
 from rag.retrieval.lexical_index import LexicalIndex
+from rag.retrieval.lexical_score import Candidate, lexical_scores, question_words
+from rag.retrieval.reranker import Reranker
 from rag.retrieval.vector_index import VectorIndex
-from rag.store.documents import DocumentStore, StoredChunk
+from rag.store.documents import HEADING_SEPARATOR, DocumentStore, StoredChunk
 from rag.types import Document
 
-RRF_K = 60  # the paper's constant: how fast a rank's weight falls
+NEIGHBOUR_WEIGHT = 0.2  # tuned with everything else here on dev questions: docs/decisions/0014
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A chunk found for a question; `score` is its fused reciprocal rank, higher is nearer."""
+    """A chunk found for a question, with the evidence for it.
+
+    `cosine` compares meanings, -1 to 1; `lexical` is the share of the question's words that the
+    chunk holds, weighted by their rarity, 0 to 1. `score` orders the hits, higher is nearer: the
+    sum of both, of the chunk and a little of its neighbours, or the reranker's.
+    """
 
     chunk: StoredChunk
     score: float
+    cosine: float
+    lexical: float
 
 
 class Retriever:
     """Finds the chunks nearest to a question."""
 
     def __init__(
-        self, store: DocumentStore, vectors: VectorIndex, lexical: LexicalIndex, embedder: Embedder
+        self,
+        store: DocumentStore,
+        vectors: VectorIndex,
+        lexical: LexicalIndex,
+        embedder: Embedder,
+        reranker: Reranker | None = None,
     ) -> None:
         self._store = store
         self._vectors = vectors
         self._lexical = lexical
         self._embedder = embedder
+        self._reranker = reranker
 
     @property
     def embedder_name(self) -> str:
@@ -41,36 +58,86 @@ class Retriever:
     ) -> list[Hit]:
         """Return the chunks of `documents` nearest to the question, best first.
 
-        Both searches give `num_candidates`; a chunk's score is the sum of 1 / (60 + rank).
-
-        Source: Cormack, Clarke and Büttcher, "Reciprocal Rank Fusion", SIGIR 2009.
+        Each search gives `num_candidates`, to which their neighbours in the text are added; every
+        one gets both scores, whichever search found it. Of chunks with the same words only the
+        best is kept, the first among equals: a file that holds one text several times would fill
+        the list with it. A reranker reorders the best `num_candidates`.
         """
+        # 1. candidates from both indexes
         self._vectors.catch_up()
-        ids = [document.id for document in documents]
-        among = self._store.chunk_ids(ids)
+        by_id = {document.id: document for document in documents}
+        among = self._store.chunk_ids(list(by_id))
         everything = len(among) == self._vectors.num_vectors
+        scope = None if everything else list(by_id)
+        query = self._embedder.embed([question])[0]
+        words = question_words(question)
         dense = self._vectors.search(
-            self._embedder.embed([question])[0],
-            top_k=num_candidates,
-            among=None if everything else among,
+            query, top_k=num_candidates, among=None if everything else among
         )
-        lexical = self._lexical.search(
-            question, top_k=num_candidates, document_ids=None if everything else ids
+        lexical = self._lexical.search(" ".join(words), top_k=num_candidates, document_ids=scope)
+
+        # 2. joined back to the store, so that a deleted chunk cannot be shown; the ids of a
+        # document's chunks follow the text, so the neighbours are one away
+        found = {i for i, _ in dense} | {i for i, _ in lexical}
+        stored = self._store.chunks(sorted({i + step for i in found for step in (-1, 0, 1)}))
+        candidates = [chunk for chunk in stored.values() if chunk.document_id in by_id]
+        if not candidates:
+            return []
+
+        # 3. both scores of each
+        cosines = dict(
+            self._vectors.search(query, top_k=len(candidates), among=[c.id for c in candidates])
         )
-        fused = reciprocal_rank_fusion([[i for i, _ in dense], [i for i, _ in lexical]])
-        stored = self._store.chunks(list(fused))
-        wanted = set(ids)
-        return [  # joined back to the store: a deleted chunk cannot be shown
-            Hit(stored[i], score)
-            for i, score in fused.items()
-            if i in stored and stored[i].document_id in wanted
+        shares = lexical_scores(
+            words,
+            [
+                Candidate(
+                    text=c.chunk.text,
+                    heading=HEADING_SEPARATOR.join(c.chunk.heading_path),
+                    title=by_id[c.document_id].title,
+                )
+                for c in candidates
+            ],
+            frequencies=self._lexical.frequencies(words, document_ids=scope),
+            num_chunks=len(among),
+        )
+        hits = [
+            Hit(stored, cosine + share, cosine, share)
+            for stored, share in zip(candidates, shares, strict=True)
+            if (cosine := cosines.get(stored.id)) is not None
         ]
+        hits = _without_repeats(sorted(_with_neighbours(hits), key=_nearest_first))
+
+        # 4. the reranker reads question and chunk together
+        if self._reranker is None:
+            return hits
+        best = hits[:num_candidates]
+        reranked = self._reranker.scores(question, [hit.chunk.chunk.text for hit in best])
+        best = [replace(hit, score=score) for hit, score in zip(best, reranked, strict=True)]
+        return sorted(best, key=_nearest_first)
 
 
-def reciprocal_rank_fusion(rankings: Sequence[Sequence[int]]) -> dict[int, float]:
-    """Return the summed 1 / (60 + rank) of each id, highest first; rank counts from 1."""
-    scores: dict[int, float] = {}
-    for ranking in rankings:
-        for rank, item in enumerate(ranking, start=1):
-            scores[item] = scores.get(item, 0.0) + 1.0 / (RRF_K + rank)
-    return dict(sorted(scores.items(), key=lambda pair: (-pair[1], pair[0])))
+def _with_neighbours(hits: Sequence[Hit]) -> list[Hit]:
+    """Return the hits with a share of the scores before and after them in the text added."""
+    scores = {(hit.chunk.document_id, hit.chunk.chunk.ordinal): hit.score for hit in hits}
+    summed = []
+    for hit in hits:
+        document_id, ordinal = hit.chunk.document_id, hit.chunk.chunk.ordinal
+        around = sum(scores.get((document_id, ordinal + step), 0.0) for step in (-1, 1))
+        summed.append(replace(hit, score=hit.score + NEIGHBOUR_WEIGHT * around))
+    return summed
+
+
+def _without_repeats(hits: Sequence[Hit]) -> list[Hit]:
+    """Return the first hit with any one row of words.
+
+    The words must be equal: rows of a table may differ in one number only, and say another thing.
+    """
+    first: dict[str, Hit] = {}
+    for hit in hits:
+        first.setdefault(" ".join(_WORD.findall(hit.chunk.chunk.text.lower())), hit)
+    return list(first.values())
+
+
+def _nearest_first(hit: Hit) -> tuple[float, int]:
+    return -hit.score, hit.chunk.id

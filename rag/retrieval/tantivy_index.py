@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tantivy import (
     Document,
@@ -88,27 +89,25 @@ class TantivyIndex:
         terms = list(dict.fromkeys(_analyzer.analyze(question)))
         if not terms or (document_ids is not None and not document_ids):
             return []
-        any_word = Query.boolean_query(
-            [
-                (Occur.Should, clause)
-                for term in terms
-                for clause in (
-                    Query.term_query(_schema, "text", term, "freq"),
-                    Query.boost_query(
-                        Query.term_query(_schema, "heading", term, "freq"), HEADING_WEIGHT
-                    ),
-                )
-            ]
-        )
-        if document_ids is not None:
-            scope = Query.term_set_query(_schema, "document_id", list(document_ids))
-            silent = Query.const_score_query(scope, 0.0)
-            any_word = Query.boolean_query([(Occur.Must, any_word), (Occur.Must, silent)])
+        query = _match(terms, document_ids)
         searcher = self.catch_up().searcher()
-        hits = searcher.search(any_word, max(1, top_k), count=False).hits
+        hits = searcher.search(query, max(1, top_k), count=False).hits
         ids = searcher.fast_field_values("chunk_id", [address for _, address in hits])
         found = [(int(i), float(hit[0])) for i, hit in zip(ids, hits, strict=True) if i is not None]
         return found[:top_k]
+
+    def frequencies(
+        self, words: Sequence[str], *, document_ids: Sequence[int] | None = None
+    ) -> dict[str, int]:
+        """Return for each word how many chunks hold it; see `LexicalIndex`."""
+        found = dict.fromkeys(words, 0)
+        if document_ids is None or document_ids:
+            searcher = self.catch_up().searcher()
+            for word in words:
+                if terms := _analyzer.analyze(word):
+                    result: Any = searcher.search(_match(terms, document_ids), 1)
+                    found[word] = result.count
+        return found
 
     def catch_up(self) -> Index:
         """Apply what the store has done since, and return the index to search.
@@ -253,6 +252,27 @@ class TantivyIndex:
     def _has_deleted(self, folder: str) -> bool:
         meta = json.loads((self._folder / folder / "meta.json").read_text())
         return any(segment["deletes"] for segment in meta["segments"])
+
+
+def _match(terms: Sequence[str], document_ids: Sequence[int] | None) -> Query:
+    """Return the query for chunks that hold any of the terms, among the documents."""
+    any_word = Query.boolean_query(
+        [
+            (Occur.Should, clause)
+            for term in terms
+            for clause in (
+                Query.term_query(_schema, "text", term, "freq"),
+                Query.boost_query(
+                    Query.term_query(_schema, "heading", term, "freq"), HEADING_WEIGHT
+                ),
+            )
+        ]
+    )
+    if document_ids is None:
+        return any_word
+    scope = Query.term_set_query(_schema, "document_id", list(document_ids))
+    silent = Query.const_score_query(scope, 0.0)
+    return Query.boolean_query([(Occur.Must, any_word), (Occur.Must, silent)])
 
 
 def _registered(index: Index) -> Index:

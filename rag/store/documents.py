@@ -698,7 +698,7 @@ def _claim_embedder(connection: Connection, embedder: str) -> None:
     if stored is not None and has_chunks:
         raise EmbedderMismatchError(
             f"the library's vectors come from {stored}; the embedder in use is {embedder}",
-            hint="set FATHOM_EMBEDDER back, or ingest into a new --home",
+            hint="set FATHOM_EMBEDDER back, or change the library: fathom reembed",
         )
     upsert(connection, meta, [{"key": "embedder", "value": embedder}])
 

@@ -80,7 +80,7 @@ class OpLog:
             raise EmbedderMismatchError(
                 f"the library is searched with {active} now; this process embeds with"
                 f" {self._embedder}",
-                hint="set FATHOM_EMBEDDER to it and start again, or re-embed the library",
+                hint="set FATHOM_EMBEDDER to it and start again, or run fathom reembed",
             )
 
     def changes_since(self, seq: int, *, limit: int = PAGE) -> Changes | None:

@@ -1,0 +1,109 @@
+"""How much of a question's words a chunk holds: BM25 as a share of the best that is possible.
+
+An index finds the candidates; this scores them, so that the score means the same whichever index
+found them, and can stand beside a cosine.
+"""
+
+import math
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import Stemmer
+
+K1, B = 1.2, 0.75  # the usual BM25 constants; others were no better: docs/decisions/0014
+HEADING_WEIGHT = 0.5  # a word of the heading says what a chunk is about, if less than its text
+TITLE_WEIGHT = 0.3  # of a word of the question that stands in the document's title
+
+_WORD = re.compile(r"\w+")
+# English words that carry the grammar of a question, not its matter.
+_STOP_WORDS = frozenset(
+    "a about also an and any are as at be been being between by can could did do does during"
+    " for from had has have he her his how i if in into is it its may many might much must no"
+    " not of on or our please shall she should so such than that the their them then there these"
+    " they this those to was we were what when where which who whom whose why will with would"
+    " you your".split()
+)
+_thread = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is scored: a chunk's text, its heading path as one string, its document's title."""
+
+    text: str
+    heading: str
+    title: str
+
+
+def question_words(question: str) -> list[str]:
+    """Return the distinct words of a question that carry matter, in order; all if none does."""
+    words = list(dict.fromkeys(_WORD.findall(question.lower())))
+    return [word for word in words if word not in _STOP_WORDS] or words
+
+
+def lexical_scores(
+    words: Sequence[str],
+    candidates: Sequence[Candidate],
+    *,
+    frequencies: Mapping[str, int],
+    num_chunks: int,
+) -> list[float]:
+    """Return the BM25 score of each candidate over the highest possible one: 0 to 1.
+
+    With f the count of a word in a chunk of length l, L the candidates' mean length, n the chunks
+    that hold the word and N all of them:
+
+        idf = ln(1 + (N - n + 0.5) / (n + 0.5))
+        score = sum idf * f / (f + k1 * (1 - b + b * l / L)) / sum idf
+
+    A question whose rare words are nowhere in the documents thus gets low scores throughout, and
+    a ranking by meaning can overrule them. Words of the document's own title weigh less: they say
+    which document is meant, and within it they lead to whatever repeats its name.
+
+    Args:
+        words: from `question_words`.
+        candidates: the chunks to score.
+        frequencies: word -> number of chunks that hold it, among the documents asked about.
+        num_chunks: number of chunks of these documents.
+
+    Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond",
+    2009, section 3; idf as in Lucene, which is never negative.
+    """
+    stemmed = _stemmer()
+    idf: dict[str, float] = {}
+    for word, stem in zip(words, stemmed(list(words)), strict=True):
+        n = min(frequencies.get(word, 0), num_chunks)
+        idf[stem] = math.log(1 + (num_chunks - n + 0.5) / (n + 0.5))
+    texts = [stemmed(_WORD.findall(candidate.text.lower())) for candidate in candidates]
+    mean_length = sum(map(len, texts)) / max(len(texts), 1) or 1.0
+    weights_of: dict[str, dict[str, float]] = {}
+    scores = []
+    for text, candidate in zip(texts, candidates, strict=True):
+        if candidate.title not in weights_of:
+            in_title = set(stemmed(_WORD.findall(candidate.title.lower())))
+            weights_of[candidate.title] = {
+                stem: weight * (TITLE_WEIGHT if stem in in_title else 1.0)
+                for stem, weight in idf.items()
+            }
+        weights = weights_of[candidate.title]
+        in_text = Counter(text)
+        in_heading = Counter(stemmed(_WORD.findall(candidate.heading.lower())))
+        dampening = K1 * (1 - B + B * len(text) / mean_length)
+        score = 0.0
+        for stem, weight in weights.items():
+            count = in_text[stem] + HEADING_WEIGHT * in_heading[stem]
+            score += weight * count / (count + dampening)
+        best = sum(weights.values())
+        scores.append(score / best if best else 0.0)
+    return scores
+
+
+def _stemmer() -> Callable[[list[str]], list[str]]:
+    """Return this thread's stemmer: one remembers the words it has seen, and is not thread-safe."""
+    if not hasattr(_thread, "stem_words"):
+        _thread.stem_words = Stemmer.Stemmer("porter").stemWords
+    stem_words: Callable[[list[str]], list[str]] = _thread.stem_words
+    return stem_words
