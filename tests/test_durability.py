@@ -456,3 +456,26 @@ def test_words_go_from_the_full_text_index_however_few_are_deleted(
     library.delete(number)
     assert _files_with(library.settings.home, *SECRET_WORDS) == []
     assert consistent(library)
+
+
+@pytest.mark.long
+def test_ten_thousand_chunks_are_deleted_within_a_second(tmp_path: Path) -> None:
+    """Rows, words, vectors, original, index and snapshot: the better of two, for a busy machine."""
+    library = library_at(tmp_path / "home")
+    words = [f"word{n}" for n in range(5_000)]
+    numbers = []
+    for seed in range(3):
+        chance = random.Random(seed)
+        parts = [" ".join(chance.choices(words, k=60)) + "\n" for _ in range(10_000)]
+        path = tmp_path / f"{seed}.txt"
+        path.write_text("".join(parts))
+        numbers.append(library.ingest(path).document)
+    assert min(document.num_chunks for document in numbers) >= 10_000
+    library.index.snapshot()
+    seconds = []
+    for document in numbers[:2]:
+        begun = time.perf_counter()
+        library.delete(document.id)
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) * 10_000 / numbers[0].num_chunks < 1.0
+    assert consistent(library)
