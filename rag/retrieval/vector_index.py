@@ -301,14 +301,21 @@ class VectorIndex:
         self._unsaved = 0
 
     def bad_snapshots(self) -> list[str]:
-        """Return a sentence for each snapshot that would be skipped, and each stray file."""
-        found = []
-        for path in self._snapshots.manifests():
-            try:
-                self._read(path)
-            except (OSError, ValueError, TypeError, RuntimeError) as error:
-                found.append(f"{path.name}: {error}")
-        return found + [f"{path.name}: no snapshot needs it" for path in self._snapshots.strays()]
+        """Return a sentence for each snapshot that would be skipped, and each stray file.
+
+        Nothing is said while another process writes one: what it is at is no stray.
+        """
+        with self._snapshots.lock(wait=False) as held:
+            if not held:
+                return []
+            found = []
+            for path in self._snapshots.manifests():
+                try:
+                    self._read(path)
+                except (OSError, ValueError, TypeError, RuntimeError) as error:
+                    found.append(f"{path.name}: {error}")
+            strays = self._snapshots.strays()
+            return found + [f"{path.name}: no snapshot needs it" for path in strays]
 
     def _load(self) -> None:
         for path in self._snapshots.manifests():
