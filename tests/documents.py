@@ -162,7 +162,7 @@ def write_odt(path: Path) -> Path:
         f'<text:h text:outline-level="2">{HEADINGS[1]}</text:h>'
         f"<text:p>{escape(SENTENCES[1])}</text:p><table:table>{rows}</table:table>"
     )
-    return _write_odf(path, "text", f"<office:text>{body}</office:text>")
+    return write_odf(path, "text", f"<office:text>{body}</office:text>")
 
 
 def write_ods(path: Path) -> Path:
@@ -177,7 +177,7 @@ def write_ods(path: Path) -> Path:
         for row in ROWS
     )
     table = f'<table:table table:name="Ships">{rows}</table:table>'
-    return _write_odf(path, "spreadsheet", f"<office:spreadsheet>{table}</office:spreadsheet>")
+    return write_odf(path, "spreadsheet", f"<office:spreadsheet>{table}</office:spreadsheet>")
 
 
 def write_rtf(path: Path) -> Path:
@@ -287,7 +287,8 @@ def _pdf_file(objects: list[bytes]) -> bytes:
     return bytes(data + b"startxref\n%d\n%%%%EOF\n" % xref)
 
 
-def _write_odf(path: Path, kind: str, body: str) -> Path:
+def write_odf(path: Path, kind: str, body: str) -> Path:
+    """Write an OpenDocument file of that kind around the given body."""
     media_type = f"application/vnd.oasis.opendocument.{kind}"
     spaces = " ".join(
         f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"'

@@ -16,6 +16,7 @@ from documents import (
     pdf_line,
     write_docx,
     write_epub,
+    write_odf,
     write_ods,
     write_odt,
     write_pdf,
@@ -107,6 +108,22 @@ def test_odt_rtf_and_epub_are_read_whole(tmp_path: Path) -> None:
     assert epub.text == HANDBOOK_TEXT
     assert _titles(odt) == _titles(epub) == [(1, HEADINGS[0]), (2, HEADINGS[1])]
     assert _read(write_rtf(tmp_path / "a.rtf")).text == "\n\n".join([*SENTENCES, "Gebühr"])
+
+
+def test_odt_keeps_notes_breaks_and_lists_in_cells(tmp_path: Path) -> None:
+    body = (
+        "<text:p>a<text:line-break/>b<text:tab/>c<text:s/>d<text:note><text:note-citation>1"
+        "</text:note-citation><text:note-body><text:p>note</text:p></text:note-body></text:note> e"
+        "</text:p><text:tracked-changes><text:p>gone</text:p></text:tracked-changes>"
+        "<text:list><text:list-item><text:p>one</text:p><text:list><text:list-item>"
+        "<text:p>nested</text:p></text:list-item></text:list></text:list-item></text:list>"
+        "<table:table><table:table-header-rows><table:table-row><table:table-cell><text:p>x</text:p>"
+        "<text:p>y</text:p></table:table-cell><table:table-cell><text:list><text:list-item>"
+        "<text:p>z</text:p></text:list-item></text:list></table:table-cell></table:table-row>"
+        "</table:table-header-rows></table:table>"
+    )
+    content = _read(write_odf(tmp_path / "a.odt", "text", f"<office:text>{body}</office:text>"))
+    assert content.text == "a\nb\tc d e\n\nnote\n- one\n- nested\n\nx y | - z"
 
 
 def test_an_office_file_with_a_password_says_so(tmp_path: Path) -> None:

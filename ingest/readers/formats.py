@@ -35,7 +35,7 @@ FORMATS: dict[str, Format] = {
     ".docx": Format("word", "read_docx", f"{_OPENXML}.wordprocessingml.document"),
     ".pptx": Format("slides", "read_pptx", f"{_OPENXML}.presentationml.presentation"),
     ".xlsx": Format("office", "read_office", f"{_OPENXML}.spreadsheetml.sheet"),
-    ".odt": Format("office", "read_office", f"{_OPENDOCUMENT}.text"),
+    ".odt": Format("writer", "read_odt", f"{_OPENDOCUMENT}.text"),
     ".ods": Format("office", "read_office", f"{_OPENDOCUMENT}.spreadsheet"),
     ".rtf": RTF,
     ".epub": Format("web", "read_epub", "application/epub+zip"),

@@ -1,4 +1,4 @@
-"""XLSX, ODS, ODT and RTF to canonical text through kreuzberg's document structure."""
+"""XLSX, ODS and RTF to canonical text through kreuzberg's document structure."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from rag.types import CanonicalText
 
 
 def read_office(path: Path, media_type: str) -> CanonicalText:
-    """Read a spreadsheet or a text document; sheets and headings become sections.
+    """Read a spreadsheet or an RTF; sheets and headings become sections.
 
     Raises:
         EncryptedDocumentError: if it needs a password.

@@ -29,6 +29,7 @@ def read_pptx(path: Path, media_type: str) -> CanonicalText:
     pages: list[Page] = []
     sections: list[Section] = []
     hidden: list[str] = []
+    missing: list[str] = []
     start = 0
     with open_archive(path) as archive:
         relations = read_relations(archive, MAIN_PART)
@@ -37,6 +38,7 @@ def read_pptx(path: Path, media_type: str) -> CanonicalText:
             # the relation's id has the same local name as the slide's own
             relation = next((v for k, v in slide_id.attrib.items() if k.endswith("}id")), "")
             if relation not in relations:
+                missing.append(str(number))
                 continue
             part = relations[relation][1]
             root = read_xml(archive, part)
@@ -51,10 +53,12 @@ def read_pptx(path: Path, media_type: str) -> CanonicalText:
             pages.append(Page(number, str(number), start, start + len(text)))
             sections.append(Section(1, title or f"Slide {number}", start))
             start += len(text) + len(PAGE_SEPARATOR)
-    warnings = (f"hidden slides are read with the rest: {', '.join(hidden)}",) if hidden else ()
+    warnings = [f"hidden slides are read with the rest: {', '.join(hidden)}"] if hidden else []
+    if missing:
+        warnings.append(f"slides that it names are missing in the file: {', '.join(missing)}")
     text = PAGE_SEPARATOR.join(texts)
     sections = [section for section in sections if section.start < len(text)]
-    return CanonicalText(text, media_type, tuple(pages), tuple(sections), warnings)
+    return CanonicalText(text, media_type, tuple(pages), tuple(sections), tuple(warnings))
 
 
 def _slide(root: ET.Element) -> tuple[str, list[Block]]:

@@ -66,7 +66,7 @@ def read_epub(path: Path, media_type: str) -> CanonicalText:
     """
     texts: list[str] = []
     sections: list[Section] = []
-    start, num_hidden = 0, 0
+    start, num_hidden, num_missing = 0, 0, 0
     with open_archive(path) as archive:
         names = set(archive.namelist())
         protected = b""
@@ -74,6 +74,7 @@ def read_epub(path: Path, media_type: str) -> CanonicalText:
             protected = read_part(archive, "META-INF/encryption.xml")
         for chapter in _spine(read_xml(archive, _package_part(archive)), _package_part(archive)):
             if chapter not in names:
+                num_missing += 1
                 continue
             if chapter.encode() in protected:
                 raise EncryptedDocumentError(
@@ -92,7 +93,10 @@ def read_epub(path: Path, media_type: str) -> CanonicalText:
             f"{path.name} names no chapter that it holds", hint="the EPUB is damaged; get it anew"
         )
     text = "\n\n".join(texts)
-    return CanonicalText(text, media_type, (), tuple(sections), hidden_warning(num_hidden))
+    warnings = hidden_warning(num_hidden)
+    if num_missing:
+        warnings += (f"{num_missing} chapters that it names are missing in the file",)
+    return CanonicalText(text, media_type, (), tuple(sections), warnings)
 
 
 def html_text(html: str, start: int = 0) -> tuple[str, tuple[Section, ...], int]:

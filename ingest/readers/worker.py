@@ -34,6 +34,7 @@ def main(request_json: str) -> None:
         )
     except Exception as error:  # any parser's own error: it is told, and this process ends
         told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        told = told.replace(f"{type(error).__name__}: " * 2, f"{type(error).__name__}: ")
         output = _failure(_damaged(f"{request['name']} could not be read: {told}"), request)
     with contextlib.suppress(MemoryError):
         _write(output)
