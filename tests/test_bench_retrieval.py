@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,28 @@ def test_the_bench_finds_what_is_there(settings: Settings, tmp_path: Path) -> No
     assert "hybrid - floor" in text
     json.dumps(runs[0].to_json())
     assert not (settings.home / "fathom.sqlite").exists()
+
+
+class ShortestFirst:
+    """A reranker whose order is known."""
+
+    name = "shortest-first"
+
+    def scores(self, question: str, texts: Sequence[str]) -> list[float]:
+        return [-float(len(text)) for text in texts]
+
+
+def test_a_reranker_is_one_more_arm(settings: Settings, tmp_path: Path) -> None:
+    data = _write_set(tmp_path, [_question(1, "harbour fee?", "35 crowns")])
+    report = bench_retrieval(
+        load_evidence_set(data, "covidqa", "dev"),
+        embedder=HashEmbedder(),
+        settings=settings.model_copy(update={"chunk_tokens": 32}),
+        reranker=ShortestFirst(),
+    )
+    assert report.arms[-1].arm == "reranked"
+    assert set(report.arms[-1].ahead_of) == {"floor", "lexical", "dense", "hybrid"}
+    assert "reranked - hybrid" in card(report)
 
 
 def test_known_vectors_are_not_computed_again(tmp_path: Path) -> None:
