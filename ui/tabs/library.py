@@ -9,7 +9,7 @@ from ui.assembly import Fathom
 from ui.formatting import error_html, plain_html
 
 _COLUMNS = ["no.", "title", "version", "pages", "chunks", "characters", "added", "warnings"]
-_WIDTHS = ["5%", "27%", "8%", "7%", "8%", "11%", "11%", "23%"]
+_WIDTHS: list[str | int] = ["5%", "27%", "8%", "7%", "8%", "11%", "11%", "23%"]
 
 
 def build_library(fathom: Fathom, tab: gr.Tab) -> None:
