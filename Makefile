@@ -17,7 +17,7 @@ run: $(STAMPS)/models
 
 test: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser $(STAMPS)/postgres check
 
-test-long: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser
+test-long: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser $(STAMPS)/postgres
 	$(BIN)/pytest -m long
 
 check:
