@@ -377,6 +377,7 @@ def test_doctor_holds_one_document_at_a_time(
         fathom.ingest(path)
 
     def peak_bytes() -> int:
+        fathom.index.snapshot()
         tracemalloc.start()
         assert failing(fathom) == {}
         _, peak = tracemalloc.get_traced_memory()

@@ -324,6 +324,21 @@ def test_a_process_behind_the_logs_floor_starts_anew(lab: Lab, base: Path, tmp_p
     assert _go([late]) == ["[]"]
 
 
+def test_doctor_is_not_misled_by_others_at_work(lab: Lab, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    pid = lab.ask("write", home=str(home), seed=5, ledger=str(tmp_path / "ledger"))
+    try:
+        _wait_for(lambda: (tmp_path / "ledger").is_file())
+        library = library_at(home)
+        for _ in range(12):
+            wrong = {c.name: c.detail for c in examine_library(library) if not c.passed}
+            wrong.pop("original files", None)  # this writer copies them without ingest's lock
+            assert wrong == {}
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        lab.ask("reap", pid=pid)
+
+
 def test_a_reader_never_shows_what_another_process_deletes(
     lab: Lab, base: Path, tmp_path: Path
 ) -> None:

@@ -120,6 +120,16 @@ def test_html_200_000_deep_is_read(settings: Settings, tmp_path: Path) -> None:
     assert read_guarded(path, name="deep.html", settings=settings).text == "the bottom"
 
 
+@pytest.mark.parametrize("piece", ["<!--", "<a ", "<![CDATA[", "</", "<table>", '<a b="', "<h1>"])
+def test_html_full_of_unfinished_pieces_takes_seconds(
+    settings: Settings, tmp_path: Path, piece: str
+) -> None:
+    path = tmp_path / "pieces.html"
+    path.write_text(piece * (200_000 // len(piece)) + "<p>the end</p>")
+    quick = settings.model_copy(update={"reader_timeout_seconds": 15.0})
+    assert "the end" in read_guarded(path, name="pieces.html", settings=quick).text
+
+
 def test_a_deep_docx_is_told(settings: Settings, tmp_path: Path) -> None:
     tag = "w:sdtContent"
     body = f"<{tag}>" * 50_000 + f"</{tag}>" * 50_000

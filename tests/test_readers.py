@@ -151,6 +151,14 @@ def test_html_loses_nothing_that_is_shown() -> None:
     assert hidden == 2
 
 
+def test_html_with_stray_signs_comments_and_scripts_loses_no_text() -> None:
+    text, _, _ = html_text(
+        "<script>var s = '<!--';</script>kept <!-- not --> a < b, c > d <![CDATA[x & <y>]]>"
+        '<a title="1 > 0 < 2">link</a><![if !IE]>!<![endif]> <!-- never closed, still text'
+    )
+    assert text == "kept a < b, c > d x & <y>link! <!-- never closed, still text"
+
+
 def test_tables_for_layout_stay_paragraphs_and_cells_may_hold_tables() -> None:
     layout, sections, _ = html_text("<table><tr><td><h2>H</h2><p>one<p>two</table>")
     assert layout == "H\n\none\n\ntwo"

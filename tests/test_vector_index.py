@@ -5,6 +5,7 @@ import shutil
 import tracemalloc
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,8 +196,12 @@ def test_delta_and_tombstones_change_nothing_that_is_found(shelf: Shelf, plan: I
 
 
 @pytest.mark.parametrize("plan", [FLAT, HALF, TRAINED])
-def test_chosen_documents_are_searched_exactly_and_alone(shelf: Shelf, plan: IndexPlan) -> None:
+@pytest.mark.parametrize("gather_at_most", [0, 10_000])
+def test_chosen_documents_are_searched_exactly_and_alone(
+    shelf: Shelf, plan: IndexPlan, gather_at_most: int
+) -> None:
     """Results and scores among the chosen are the same whatever else is in the library."""
+    plan = replace(plan, gather_at_most=gather_at_most)
     one, two = shelf.add(clustered(80, 1)), shelf.add(clustered(80, 2))
     among = shelf.store.chunk_ids([one, two])
     queries = clustered(20, 3)

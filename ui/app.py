@@ -54,6 +54,7 @@ footer { display: none !important; }
 #brand h1 { font-size: 1.4rem; margin: 0; letter-spacing: -0.01em; }
 #brand p { opacity: .75; margin: .1rem 0 0; }
 #chat { gap: 1.6rem; }
+#documents .wrap { max-height: 40vh; overflow-y: auto; }
 #upload-note { font-size: .85em; opacity: .8; }
 #question textarea { padding: .6rem .8rem; }
 .answer { line-height: 1.65; }

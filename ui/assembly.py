@@ -135,9 +135,9 @@ class Fathom:
         self.engine.warm_up()
         self.engine.predicted_prefill_seconds(1)
 
-    def documents(self) -> list[Document]:
-        """Return the latest version of every document."""
-        return self.store.all()
+    def documents(self, collection: str | None = None) -> list[Document]:
+        """Return the latest version of every document, or of those in a collection."""
+        return self.store.all(collection=collection)
 
     def text(self, document_id: int, start: int, end: int) -> str:
         """Return characters `[start, end)` of a document."""

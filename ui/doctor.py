@@ -14,7 +14,7 @@ from typing import Any
 from ingest.originals import is_ingesting
 from ingest.pipeline import original_path
 from ingest.reindex import embed_chunks, reread_document
-from rag.errors import FathomError
+from rag.errors import DocumentNotFoundError, FathomError
 from rag.runtime import check_one_faiss
 from rag.store.integrity import StoreIntegrity
 from rag.store.oplog import OpLog
@@ -175,7 +175,7 @@ def _originals(fathom: Fathom) -> Iterator[Problem]:
     for document in fathom.store.all(include_superseded=True):
         path = original_path(settings, document.content_sha256)
         known.add(path)
-        if _sha256(path) != document.content_sha256:
+        if _sha256(path) != document.content_sha256 and _is_there(document, fathom):
             yield _lost_original(document, path)
     if is_ingesting(settings):
         return  # what another process is copying now belongs to no document yet
@@ -203,7 +203,7 @@ def _lost_original(document: Document, path: Path) -> Problem:
 def _texts(fathom: Fathom) -> Iterator[Problem]:
     for document in fathom.store.all(include_superseded=True):
         wrong = _wrong_with(document, fathom)
-        if wrong is None:
+        if wrong is None or not _is_there(document, fathom):
             continue
         detail = f"document {document.id} {document.title!r}: {wrong}"
         original = original_path(fathom.settings, document.content_sha256)
@@ -295,6 +295,9 @@ def _index(fathom: Fathom) -> Iterator[Problem]:
     index = fathom.index
     index.catch_up()
     differences = index.differences()
+    if differences.wrong or differences.foreign:  # another process may have written meanwhile
+        index.catch_up()
+        differences = index.differences()
 
     def mend() -> None:
         log = OpLog(fathom.database, fathom.embedder.fingerprint)
@@ -326,6 +329,15 @@ def _leftovers(fathom: Fathom) -> Iterator[Problem]:
         for path in (home / folder).rglob("*"):
             if not path.is_dir() and str(path.resolve()) not in sources:
                 yield Problem(f"{path.relative_to(home)} was left over", path.unlink)
+
+
+def _is_there(document: Document, fathom: Fathom) -> bool:
+    """Whether a document that looks wrong was not just deleted by another process."""
+    try:
+        fathom.store.find(str(document.id))
+    except DocumentNotFoundError:
+        return False
+    return True
 
 
 def _sha256(path: Path) -> str | None:

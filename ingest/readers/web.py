@@ -8,6 +8,7 @@ import codecs
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -45,9 +46,21 @@ _HIDING = re.compile(
     re.I,
 )
 _CHARSET = re.compile(rb"(?:charset|encoding)\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
+_CDATA = "<![cdata["
+_HAZARD = re.compile(r"<!--|<!\[CDATA\[|<(?P<tag>script|style)\b[^<>]*+>", re.I)
+_HAZARD_ENDS = {
+    "<!--": re.compile(r"--!?>"),
+    _CDATA: re.compile(r"\]\]>"),
+    "script": re.compile(r"</script\b[^<>]*+>", re.I),
+    "style": re.compile(r"</style\b[^<>]*+>", re.I),
+}
+_CONDITIONAL = re.compile(r"<!\[(?:if|else|endif)[^<>]{0,200}+>", re.I)
+# a "<" with no ">" before the next "<", quoted values aside, or of another marked section
+_STRAY = re.compile(r"<(?:(?=!\[)|(?!(?:[^<>\"']|\"[^\"]{0,5000}+\"|'[^']{0,5000}+'){1,4000}+>))")
 _BREAK = "\x01"  # a <br>, until white space is collapsed
 _SHORT_CELL_CHARS = 1000
 _MAX_COLSPAN = 100
+_MAX_NESTED_TABLES = 50  # deeper ones add their rows to the innermost of these
 
 
 def read_html(path: Path, media_type: str = "text/html") -> CanonicalText:
@@ -102,7 +115,7 @@ def read_epub(path: Path, media_type: str) -> CanonicalText:
 def html_text(html: str, start: int = 0) -> tuple[str, tuple[Section, ...], int]:
     """Return the text, its sections with offsets from `start`, and the count of what is hidden."""
     parser = _TextParser()
-    parser.feed(html)
+    parser.feed(_without_hazards(html))
     parser.close()
     text, sections = join_blocks(parser.finish(), start)
     return text, sections, parser.num_hidden
@@ -126,6 +139,29 @@ def decode_html(data: bytes) -> tuple[str, tuple[str, ...]]:
         except (LookupError, UnicodeDecodeError):
             pass  # the declaration is wrong
     return decode(data)
+
+
+def _without_hazards(html: str) -> str:
+    """Return HTML in which every `<` begins a whole tag, and no comment or script is left.
+
+    Python's parser looks from every unfinished construct to the end of the text, which takes
+    minutes for a file full of them. Here each kind of end is missed only once.
+    """
+    parts: list[str] = []
+    unclosed: set[str] = set()
+    position = 0
+    while start := _HAZARD.search(html, position):
+        kind = (start["tag"] or start.group()).lower()
+        end = None if kind in unclosed else _HAZARD_ENDS[kind].search(html, start.end())
+        parts.append(html[position : start.start()])
+        position = end.end() if end else start.end()
+        if end is None:
+            unclosed.add(kind)
+            parts.append("" if start["tag"] else escape(start.group()))
+        elif kind == _CDATA:
+            parts.append(escape(html[start.end() : end.start()]))
+    parts.append(html[position:])
+    return _STRAY.sub("&lt;", _CONDITIONAL.sub("", "".join(parts)))
 
 
 @dataclass(slots=True)
@@ -175,7 +211,8 @@ class _TextParser(HTMLParser):
             return
         if tag == "table":
             self._flush()
-            self._tables.append(_Table())
+            if len(self._tables) < _MAX_NESTED_TABLES:
+                self._tables.append(_Table())
         elif tag == "tr" and self._tables:
             self._flush()
             self._tables[-1].rows.append([])
@@ -230,7 +267,8 @@ class _TextParser(HTMLParser):
                 self._hidden_at = None
         elif tag == "table" and self._tables:
             self._flush()
-            self._end_table()
+            if self._num_open["table"] <= len(self._tables):
+                self._end_table()
         elif tag in ("ul", "ol"):
             self._flush()
             self._lists = self._lists[:-1]

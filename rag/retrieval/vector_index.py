@@ -50,6 +50,7 @@ class IndexPlan:
     min_recall: float = 0.95
     fold_share: float = 0.05  # delta and tombstones, as a share of the index
     fold_at_least: int = 1000
+    gather_at_most: int = 500  # so few chosen chunks are fetched, more are selected by a scan
     max_dead: int = 1000  # each search asks for as many more results
 
     def size(self, num_vectors: int) -> IndexSize:
@@ -213,6 +214,9 @@ class VectorIndex:
         with self._lock:
             if among is None:
                 found = self._search_all(question, top_k)
+            elif len(among) <= self._plan.gather_at_most:
+                ids, vectors = self.vectors(among)
+                found = list(zip(ids, (vectors @ query).tolist(), strict=True))
             else:
                 found = self._search_chosen(question, top_k, np.asarray(among, dtype=np.int64))
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:top_k]
@@ -297,14 +301,21 @@ class VectorIndex:
         self._unsaved = 0
 
     def bad_snapshots(self) -> list[str]:
-        """Return a sentence for each snapshot that would be skipped, and each stray file."""
-        found = []
-        for path in self._snapshots.manifests():
-            try:
-                self._read(path)
-            except (OSError, ValueError, TypeError, RuntimeError) as error:
-                found.append(f"{path.name}: {error}")
-        return found + [f"{path.name}: no snapshot needs it" for path in self._snapshots.strays()]
+        """Return a sentence for each snapshot that would be skipped, and each stray file.
+
+        Nothing is said while another process writes one: what it is at is no stray.
+        """
+        with self._snapshots.lock(wait=False) as held:
+            if not held:
+                return []
+            found = []
+            for path in self._snapshots.manifests():
+                try:
+                    self._read(path)
+                except (OSError, ValueError, TypeError, RuntimeError) as error:
+                    found.append(f"{path.name}: {error}")
+            strays = self._snapshots.strays()
+            return found + [f"{path.name}: no snapshot needs it" for path in strays]
 
     def _load(self) -> None:
         for path in self._snapshots.manifests():

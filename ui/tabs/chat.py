@@ -36,7 +36,8 @@ _EMPTY = (
     " the documents were read."
 )
 _NO_DOCUMENT = "### No document yet\nAdd one under Documents, or with `fathom ingest PATH`."
-_NO_NOTE = "PDF, HTML, Markdown or plain text"
+_NO_NOTE = "PDF, office documents, web pages, e-mail, tables, notebooks, text"
+_EVERYTHING = ("all documents", "")  # label and value; a collection's name is never empty
 
 Turn = dict[str, str]
 
@@ -48,6 +49,13 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
     request_id = gr.State("")
     with gr.Row(elem_id="chat"):
         with gr.Column(scale=1, min_width=240, elem_id="side"):
+            collection = gr.Dropdown(
+                [_EVERYTHING],
+                value=_EVERYTHING[1],
+                label="Collection",
+                visible=False,
+                elem_id="collection",
+            )
             picker = gr.CheckboxGroup(
                 [], label="Documents", info="None checked: all of them", elem_id="documents"
             )
@@ -87,11 +95,18 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
             chosen = gr.Radio([], label="Show the place of", visible=False, elem_id="places")
             evidence = gr.HTML(label="Place", elem_id="evidence")
 
-    def documents(checked: list[int]) -> tuple[Any, Any]:
-        known = fathom.documents()
+    def documents(checked: list[int], chosen_collection: str) -> tuple[Any, Any, Any]:
+        names = [found.name for found in fathom.store.collections()]
+        within = chosen_collection if chosen_collection in names else ""
+        known = fathom.documents(within or None)
         choices = [(_document_label(d.title, d.num_pages), d.id) for d in known]
         still_there = [d.id for d in known if d.id in checked]
         return (
+            gr.update(
+                choices=[_EVERYTHING, *((name, name) for name in names)],
+                value=within,
+                visible=bool(names),
+            ),
             gr.update(choices=choices, value=still_there),
             gr.update(placeholder=_EMPTY if known else _NO_DOCUMENT),
         )
@@ -136,16 +151,23 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
         )
 
     def answer(
-        question: str, turns: list[Turn], ids: list[int], route_name: str, number: str
+        question: str,
+        turns: list[Turn],
+        ids: list[int],
+        within: str,
+        route_name: str,
+        number: str,
     ) -> Iterator[tuple[list[Turn], Answer | None]]:
         turns = turns[:-1]  # the one that waits
         written: list[str] = []
         reply: Turn = {"role": "assistant", "content": "<i>Preparing the model …</i>"}
         yield [*turns, reply], None
         try:
+            if within and not ids:
+                ids = [document.id for document in fathom.documents(within)]
             events = fathom.service().stream(
                 question,
-                document_ids=ids or None,
+                document_ids=ids if ids or within else None,
                 route=_ROUTES[route_name],
                 stop=stops[number],
             )
@@ -200,7 +222,7 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
             api_visibility="private",
         ).success(
             answer,
-            [pending, chat, picker, route, request_id],
+            [pending, chat, picker, collection, route, request_id],
             [chat, last_answer],
             concurrency_id="model",
             concurrency_limit=1,
@@ -223,12 +245,19 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
         concurrency_id="ingest",
         concurrency_limit=1,
         api_visibility="private",
-    ).then(documents, [picker], [picker, chat], show_progress="hidden", api_visibility="private")
-    gr.on(
-        [blocks.load, tab.select],  # documents also come and go on the other tab
+    ).then(
         documents,
-        [picker],
-        [picker, chat],
+        [picker, collection],
+        [collection, picker, chat],
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    gr.on(
+        # documents also come and go on the other tab
+        [blocks.load, tab.select, collection.input],
+        documents,
+        [picker, collection],
+        [collection, picker, chat],
         show_progress="hidden",
         api_visibility="private",
     )

@@ -9,11 +9,18 @@ from ui.assembly import Fathom
 from ui.formatting import error_html, plain_html
 
 _COLUMNS = ["no.", "title", "version", "pages", "chunks", "characters", "added", "warnings"]
+_WIDTHS: list[str | int] = ["5%", "27%", "8%", "7%", "8%", "11%", "11%", "23%"]
 
 
 def build_library(fathom: Fathom, tab: gr.Tab) -> None:
     """Lay out the tab inside the running Blocks and wire it."""
-    table = gr.Dataframe(headers=_COLUMNS, interactive=False, wrap=True, label="Documents")
+    table = gr.Dataframe(
+        headers=_COLUMNS,
+        column_widths=_WIDTHS,
+        interactive=False,
+        wrap=True,
+        label="Documents",
+    )
     with gr.Row(elem_id="deleting"):
         doomed = gr.Dropdown([], label="Document to delete", value=None, scale=2)
         sure = gr.Checkbox(
