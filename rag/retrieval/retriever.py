@@ -13,6 +13,7 @@ from rag.store.documents import HEADING_SEPARATOR, DocumentStore, StoredChunk
 from rag.types import Document
 
 NEIGHBOUR_WEIGHT = 0.2  # tuned with everything else here on dev questions: docs/decisions/0014
+SAME_WORDS = 0.9  # share of the words of two chunks that say the same
 _WORD = re.compile(r"\w+")
 
 
@@ -59,7 +60,7 @@ class Retriever:
         """Return the chunks of `documents` nearest to the question, best first.
 
         Each search gives `num_candidates`, to which their neighbours in the text are added; every
-        one gets both scores, whichever search found it. Of chunks with the same words only the
+        one gets both scores, whichever search found it. Of chunks that repeat each other only the
         best is kept, the first among equals: a file that holds one text several times would fill
         the list with it. A reranker reorders the best `num_candidates`.
         """
@@ -129,14 +130,21 @@ def _with_neighbours(hits: Sequence[Hit]) -> list[Hit]:
 
 
 def _without_repeats(hits: Sequence[Hit]) -> list[Hit]:
-    """Return the first hit with any one row of words.
+    """Return the hits without those that repeat one before them.
 
-    The words must be equal: rows of a table may differ in one number only, and say another thing.
+    Two chunks A and B, as sets of words, repeat each other if |A & B| >= 0.9 |A | B| and they hold
+    the same numbers: rows of a table may differ in one number only, and say another thing.
     """
-    first: dict[str, Hit] = {}
+    kept: list[Hit] = []
+    by_numbers: dict[frozenset[str], list[set[str]]] = {}
     for hit in hits:
-        first.setdefault(" ".join(_WORD.findall(hit.chunk.chunk.text.lower())), hit)
-    return list(first.values())
+        words = set(_WORD.findall(hit.chunk.chunk.text.lower()))
+        numbers = frozenset(word for word in words if any(sign.isdigit() for sign in word))
+        alike = by_numbers.setdefault(numbers, [])
+        if not any(len(words & other) >= SAME_WORDS * len(words | other) for other in alike):
+            alike.append(words)
+            kept.append(hit)
+    return kept
 
 
 def _nearest_first(hit: Hit) -> tuple[float, int]:
