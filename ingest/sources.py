@@ -134,7 +134,7 @@ def _from_folder(root: Path) -> Iterator[SourceToRead | ReadError]:
         yield refusal or SourceToRead(path, str(path.resolve()), title, collection)
     if not num_found:
         yield EmptyDocumentError(
-            f"the folder {root} holds no file",
+            f"the folder {root} holds no file that can be read",
             hint="hidden files and the folders of tools, such as .git, are passed over",
         )
 

@@ -109,12 +109,15 @@ def markdown_headings(text: str) -> tuple[Section, ...]:
         line_starts.append(line_starts[-1] + len(line))
     front = _FRONT_MATTER.match(text)
     skipped = front.group().count("\n") if front else 0
-    tokens = MarkdownIt("commonmark").parse(text[line_starts[skipped] :])
+    # only a heading's own words are looked into, so a megabyte of brackets costs nothing
+    markdown = MarkdownIt("commonmark")
+    blocks = MarkdownIt("commonmark").disable("inline").parse(text[line_starts[skipped] :])
     sections = []
-    for opening, content in pairwise(tokens):
+    for opening, content in pairwise(blocks):
         if opening.type != "heading_open" or opening.map is None or not content.content.strip():
             continue
-        title = "".join(c.content for c in content.children or () if c.content).strip()
+        inline = markdown.parseInline(content.content)[0].children or ()
+        title = "".join(piece.content for piece in inline if piece.content).strip()
         start = line_starts[opening.map[0] + skipped]
         sections.append(Section(int(opening.tag[1:]), title or content.content, start))
     return tuple(sections)
