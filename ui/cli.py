@@ -590,7 +590,7 @@ def bench_ingest_verb(
             bench = bench_ingest(
                 [source for source in found if not isinstance(source, FathomError)],
                 embedder,
-                plain_sentence_transformers(model, device=device),
+                lambda: plain_sentence_transformers(model, device=device),
                 settings,
                 rounds=rounds,
             )

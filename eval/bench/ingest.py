@@ -21,6 +21,7 @@ from rag.store.database import Database
 from rag.store.documents import DocumentStore
 
 PEER_BATCH_TEXTS = 32  # the default of sentence-transformers
+Peer = Callable[[list[str]], npt.NDArray[np.float32]]  # texts -> float32 [n, dim], unit length
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,8 @@ class IngestBench:
     with this embedder can beat; `embedder_share` is their ratio. `peer_seconds` is what plain
     sentence-transformers takes to embed the same texts, without reading or storing any; `ratio` is
     the median over the rounds of peer to ours. `min_cosine` compares the vectors of both.
-    `peak_bytes` is the largest resident size of this process after ingesting, models included, and
-    `reader_peak_bytes` that of its largest reading process.
+    `peak_bytes` is the largest resident size of this process until the first ingest was done, the
+    embedder included; the processes that read are apart and have a limit of their own.
     """
 
     files: int
@@ -46,7 +47,6 @@ class IngestBench:
     embedder_share: float
     min_cosine: float
     peak_bytes: int
-    reader_peak_bytes: int
 
     @property
     def pages_per_second(self) -> float:
@@ -69,7 +69,7 @@ class IngestBench:
 def bench_ingest(
     sources: Sequence[SourceToRead],
     embedder: Embedder,
-    peer: Callable[[list[str]], npt.NDArray[np.float32]],
+    load_peer: Callable[[], Peer],
     settings: Settings,
     *,
     rounds: int = 1,
@@ -79,11 +79,12 @@ def bench_ingest(
     Args:
         sources: the files; those that cannot be read are left out of every figure.
         embedder: ours, warmed up.
-        peer: texts -> float32 [len(texts), dim], unit length; see `plain_sentence_transformers`.
+        load_peer: called once the first ingest is done, e.g. with `plain_sentence_transformers`.
         settings: limits; the library lies in a temporary folder.
         rounds: how often both run, in turn.
     """
     runs: list[tuple[float, float, float]] = []
+    peer: Peer | None = None
     for _ in range(rounds):
         timed = _TimedEmbedder(embedder)
         with tempfile.TemporaryDirectory() as home:
@@ -95,7 +96,8 @@ def bench_ingest(
             )
             seconds = time.perf_counter() - begun
             database.engine.dispose()
-        peak, reader_peak = _peak_bytes(resource.RUSAGE_SELF), _peak_bytes(resource.RUSAGE_CHILDREN)
+        if peer is None:
+            peak, peer = _peak_bytes(), load_peer()
         begun = time.perf_counter()
         vectors = peer(timed.texts)
         runs.append((seconds, timed.seconds, time.perf_counter() - begun))
@@ -112,13 +114,10 @@ def bench_ingest(
         embedder_share=median(inside / ours for ours, inside, _ in runs),
         min_cosine=float(np.min(np.sum(vectors * np.concatenate(timed.vectors), axis=1))),
         peak_bytes=peak,
-        reader_peak_bytes=reader_peak,
     )
 
 
-def plain_sentence_transformers(
-    folder: Path, *, device: str
-) -> Callable[[list[str]], npt.NDArray[np.float32]]:
+def plain_sentence_transformers(folder: Path, *, device: str) -> Peer:
     """Return the peer: `SentenceTransformer.encode` as its documentation shows it."""
     from sentence_transformers import SentenceTransformer
 
@@ -134,7 +133,6 @@ def plain_sentence_transformers(
 
 def card(bench: IngestBench) -> str:
     """Return the figures for people."""
-    mib = 2**20
     return "\n".join(
         (
             f"{bench.files} files, {bench.pages:,} pages, {bench.chunks:,} chunks,"
@@ -148,8 +146,7 @@ def card(bench: IngestBench) -> str:
             " same texts, embedded only",
             f"ratio     {bench.ratio:8.2f}    of the peer's seconds to ours; the vectors' cosine is"
             f" {bench.min_cosine:.5f} or more",
-            f"memory    {bench.peak_bytes / mib:8,.0f} MiB at most, models included;"
-            f" largest reader {bench.reader_peak_bytes / mib:,.0f} MiB",
+            f"memory    {bench.peak_bytes / 2**20:8,.0f} MiB resident at most, embedder included",
         )
     )
 
@@ -180,6 +177,6 @@ class _TimedEmbedder:
         return vectors
 
 
-def _peak_bytes(who: int) -> int:
+def _peak_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(who).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
