@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import HANDBOOK, INGEST_DOCS
 from rag.errors import FathomError
 from rag.lm.catalog import resolve_model
 from rag.settings import load_settings
+from ui.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,6 +136,42 @@ def test_a_document_comes_and_goes(home: Path, tmp_path: Path) -> None:
     assert "same content" in fathom(home, "ingest", str(tmp_path)).stdout
     assert "deleted" in fathom(home, "delete", "note.txt").stdout
     _error(fathom(home, "delete", "note.txt"), "no document 'note.txt'", "fathom list")
+
+
+def test_a_fault_of_our_own_is_two_lines_and_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(**flags: object) -> None:
+        raise RuntimeError("the tide is out")
+
+    monkeypatch.setattr("ui.cli.load_settings", broken)
+    monkeypatch.setattr("sys.argv", ["fathom", "list"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "RuntimeError: the tide is out" in shown
+    assert "Traceback" not in shown
+    found = re.search(r"hint: .*; (\S+\.log) has the details", shown)
+    assert found
+    log = Path(found.group(1))
+    assert "in broken" in log.read_text()
+    log.unlink()
+
+
+@needs_models
+def test_a_picture_in_a_folder_is_passed_over_and_named_is_an_error(
+    home: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "repository" / "logo.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
+    (picture.parent / "readme.md").write_text("# Lighthouse\n\nIts lamp is oiled on Mondays.\n")
+    done = fathom(home, "ingest", str(picture.parent))
+    assert done.returncode == 0
+    assert "logo.png" in done.stderr
+    assert "1 of 2 files are of a kind that is not read" in done.stderr
+    assert "readme.md" in fathom(home, "list", "-c", "repository", "--json").stdout
+    _error(fathom(home, "ingest", str(picture)), "logo.png")
 
 
 @needs_models

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import event
 
 from conftest import HashEmbedder
 from ingest.pipeline import GROUP_CHUNKS, IngestFailure, IngestResult, original_path
@@ -143,9 +144,12 @@ def test_a_full_disk_ends_the_ingest_and_keeps_what_was_acknowledged(
     assert isinstance(before, IngestResult)
     with library.database.read() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+
+    def limit(raw: object, _record: object) -> None:
+        raw.execute(f"PRAGMA max_page_count = {pages + 4}")  # type: ignore[attr-defined]
+
+    event.listen(library.database.engine, "connect", limit)
     library.database.engine.dispose()
-    with library.database.engine.connect() as connection:
-        connection.exec_driver_sql(f"PRAGMA max_page_count={pages + 4}")
     acknowledged: list[IngestResult | IngestFailure] = [before]
     with pytest.raises(StorageFullError):
         acknowledged.extend(library.ingest_files(sources[1:]))

@@ -3,11 +3,12 @@
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Annotated, Any, Never
 
 import typer
@@ -23,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from rag.errors import FathomError
+from rag.errors import FathomError, UnsupportedFormatError
 from rag.runtime import prepare_process
 from rag.settings import Settings, load_settings
 from rag.types import Route
@@ -81,6 +82,16 @@ def main() -> None:
                 hint="check free space and permissions of the library's folder (--home)",
             )
         )
+    except Exception as error:  # the edge: a person gets two lines, whoever mends it the traceback
+        with NamedTemporaryFile("w", prefix="fathom-error-", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        _fail(
+            FathomError(
+                f"something unexpected went wrong: {type(error).__name__}: {error}",
+                hint=f"this is a fault in Fathom; {log.name} has the details. What was committed is"
+                " kept: fathom doctor",
+            )
+        )
 
 
 @app.command(
@@ -120,8 +131,10 @@ def ingest(
     if not wanted:
         raise typer.BadParameter("give a file or a folder, or --sample")
     fathom = _fathom(settings)
-    failures = 0
-    with TemporaryDirectory() as downloads, _ingest_progress() as on_progress:
+    failures = passed_over = 0
+    scratch = settings.home / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=scratch) as downloads, _ingest_progress() as on_progress:
         sources = list(
             find_sources(
                 wanted,
@@ -140,8 +153,11 @@ def ingest(
             raise typer.Exit(1)
         for outcome in fathom.ingest_files(sources, on_progress=on_progress):
             if isinstance(outcome, IngestFailure):
-                failures += 1
                 _show_error(outcome.error)
+                # a picture in a folder is no failure; a picture that was named is
+                in_folder = isinstance(outcome.error, UnsupportedFormatError) and not outcome.title
+                passed_over += in_folder
+                failures += not in_folder
             elif as_json:
                 _print_json(
                     {"outcome": outcome.outcome, "message": outcome.message}
@@ -151,6 +167,8 @@ def ingest(
                 out.print(outcome.message, markup=False)
                 for warning in outcome.document.warnings:
                     err.print(f"  warning: {warning}", markup=False)
+    if passed_over:
+        err.print(f"{passed_over} of {len(sources)} files are of a kind that is not read")
     if failures:
         err.print(f"{failures} of {len(sources)} could not be read; the others are in the library")
         raise typer.Exit(1)
