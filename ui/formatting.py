@@ -74,7 +74,7 @@ def citations_html(answer: Answer) -> str:
     if not answer.citations:
         return ""
     items = "".join(
-        f"<li value={c.marker}><blockquote>{plain_html(c.quote)}</blockquote>"
+        f"<li value={c.marker}><blockquote>{plain_html(_one_line(c.quote))}</blockquote>"
         f"<cite>{plain_html(place(c))}"
         f"{'' if c.verified else ' (not verified)'}</cite></li>"
         for c in answer.citations
@@ -175,6 +175,10 @@ def _rest(seconds: Seconds) -> float:
     return max(0.0, seconds.total - seconds.retrieve - seconds.prefill - seconds.decode)
 
 
+def _one_line(quote: str) -> str:
+    return " ".join(quote.split())
+
+
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
@@ -187,8 +191,7 @@ def receipt_text(answer: Answer) -> str:
     receipt, read, seconds = answer.receipt, answer.receipt.read, answer.receipt.seconds
     lines = [answer.answer, ""]
     for c in answer.citations:
-        quote = " ".join(c.quote.split())
-        lines.append(f'[{c.marker}] "{quote}"')
+        lines.append(f'[{c.marker}] "{_one_line(c.quote)}"')
         lines.append(f"    {place(c)}, characters {c.start}-{c.end}")
     if answer.citations:
         lines.append("")
