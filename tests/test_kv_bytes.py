@@ -42,6 +42,22 @@ def test_predicted_cache_bytes_are_those_of_the_real_tensors(family: str) -> Non
     assert spec.num_parameters == sum(weight.numel() for weight in model.parameters())
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_prompt_in_pieces_is_the_prompt_in_one_piece(family: str) -> None:
+    model = tiny_model(family)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.data.normal_(0, 0.15)  # as initialised, attention would hardly matter
+    ids = torch.randint(2, 250, (1, 60), generator=torch.Generator().manual_seed(5))
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        whole = model(input_ids=ids, use_cache=False).logits[0, -1]
+        for piece in torch.split(ids, [20, 20, 19, 1], dim=1):
+            logits = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0, -1]
+    is_same = bool((logits - whole).abs().max() < 1e-3 * whole.abs().max())
+    assert is_same is ModelSpec.from_config(model.config).prefills_in_chunks
+
+
 def test_verified_families_are_those_that_are_verified() -> None:
     assert set(FAMILIES) == VERIFIED_FAMILIES
     assert len(FAMILIES) >= 40

@@ -104,6 +104,10 @@ _OTHER_CACHE = frozenset(
     }
 )
 
+# Families whose answer depends on how the prompt is cut into prefill chunks: their code starts a
+# scan anew for every chunk, or selects other keys. tests/test_kv_bytes.py shows it for all others.
+ONE_PIECE_FAMILIES = frozenset({"bamba", "deepseek_v32", "jamba"})
+
 # Families whose modelling code knows no grouped heads, whatever else their config may hold.
 _UNGROUPED = frozenset(
     {

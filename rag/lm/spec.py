@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rag.errors import UnsupportedModelError
+from rag.lm.layers import ONE_PIECE_FAMILIES, cache_layers, check_shape, unsupported
 from rag.lm.layers import VERIFIED_FAMILIES as VERIFIED_FAMILIES
 from rag.lm.layers import LayerSpec as LayerSpec
-from rag.lm.layers import cache_layers, check_shape, unsupported
 from rag.lm.meta_model import build_meta_model, count_parameters, measured_layers, same_cache
 
 if TYPE_CHECKING:
@@ -112,6 +112,16 @@ class ModelSpec:
         return not any(
             layer.state_elements or layer.float32_state_elements for layer in self.layers
         )
+
+    @property
+    def prefills_in_chunks(self) -> bool:
+        """Whether a prompt that enters in pieces gives the same answer as in one piece.
+
+        Known for the verified families only, and not true of all of them.
+        """
+        if self.model_type in ONE_PIECE_FAMILIES:
+            return False
+        return self.cache_basis == "verified" or self.can_roll_back
 
     @property
     def reach_tokens(self) -> int | None:
