@@ -1,4 +1,4 @@
-"""Predictions of the cache, positions and cost, and the local engine, on tiny random models."""
+"""The cost of a prefill and the local engine, on tiny random models."""
 
 import time
 from pathlib import Path
@@ -11,79 +11,17 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tiny_engine
-from rag.errors import UnsupportedModelError
 from rag.lm.engine import GenerationDone, GenerationStep, Message, PrefillProgress, TextPiece
-from rag.lm.kv_bytes import (
-    UNBOUNDED_TOKENS,
-    kv_cache_bytes,
-    longest_within,
-    measured_kv_bytes,
-)
+from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.local_engine import LocalEngine
-from rag.lm.positions import PositionVerdict, position_limit, position_verdict
 from rag.lm.prefill_cost import PrefillRate, prefill_flops, prefill_seconds
-from rag.lm.spec import VERIFIED_FAMILIES, LayerSpec, ModelSpec, PositionRange
+from rag.lm.spec import LayerSpec, ModelSpec, PositionRange
 from rag.store.calibrations import CalibrationStore
 from rag.store.database import Database
-
-WINDOW = 16
-VOCAB_SIZE = 320
-TINY = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-# Head widths that do not follow from hidden_size, windows, experts: whatever could be got wrong.
-OWN: dict[str, dict[str, Any]] = {
-    "gemma": {"head_dim": 12},
-    "gemma2": {"head_dim": 12, "sliding_window": WINDOW},
-    "gemma3_text": {"head_dim": 12, "sliding_window": WINDOW, "num_hidden_layers": 6},
-    "gpt_oss": {
-        "head_dim": 12,
-        "sliding_window": WINDOW,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    },
-    "mistral": {"sliding_window": WINDOW},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "phi3": {"sliding_window": WINDOW},
-    "qwen2": {
-        "num_hidden_layers": 3,
-        "use_sliding_window": True,
-        "sliding_window": WINDOW,
-        "max_window_layers": 1,
-    },
-    "qwen3": {"head_dim": 12},
-    "qwen3_moe": {
-        "head_dim": 12,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-    },
-    "starcoder2": {"sliding_window": None},
-}
-
-
-def tiny_config(family: str, **changes: Any) -> Any:  # noqa: ANN401
-    return CONFIG_MAPPING[family](**{**TINY, **OWN.get(family, {}), **changes})
-
-
-def tiny_model(family: str, **changes: Any) -> Any:  # noqa: ANN401
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(tiny_config(family, **changes))  # type: ignore[no-untyped-call]
-    return model.float().eval()
+from tiny_families import WINDOW, tiny_model
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -107,144 +45,6 @@ def prompt(num_tokens: int) -> list[int]:
 
 def run(engine: LocalEngine, ids: list[int], limit: int = 12) -> list[GenerationStep]:
     return list(engine.generate(ids, max_new_tokens=limit, stop=Event()))
-
-
-@pytest.mark.parametrize("num_tokens", [WINDOW - 6, 3 * WINDOW + 1])
-@pytest.mark.parametrize("family", sorted(VERIFIED_FAMILIES))
-def test_predicted_cache_bytes_are_those_of_the_real_tensors(family: str, num_tokens: int) -> None:
-    model = tiny_model(family)
-    spec = ModelSpec.from_config(model.config, dtype_bytes=4)
-    cache = DynamicCache(config=model.config)
-    ids = torch.tensor([prompt(num_tokens)])
-    with torch.inference_mode():
-        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-        model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-    assert measured_kv_bytes(cache) == kv_cache_bytes(spec, num_tokens)
-    assert spec.num_parameters == sum(weight.numel() for weight in model.parameters())
-    assert spec.num_layers == model.config.num_hidden_layers
-
-
-def test_the_tiny_models_do_have_windows() -> None:
-    sliding = {
-        family: sum(layer.kind == "sliding" for layer in ModelSpec.from_config(config).layers)
-        for family in ("gemma3_text", "gpt_oss", "mistral", "qwen2", "llama")
-        for config in [tiny_config(family)]
-    }
-    assert sliding == {"gemma3_text": 5, "gpt_oss": 1, "mistral": 2, "qwen2": 2, "llama": 0}
-
-
-@pytest.mark.parametrize("family", ["deepseek_v3", "mamba", "qwen3_next", "bloom", "falcon"])
-def test_families_that_cannot_be_predicted_are_refused(family: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=family) as raised:
-        ModelSpec.from_config(CONFIG_MAPPING[family]())
-    assert "llama" in raised.value.hint
-
-
-def test_an_unknown_rope_is_refused() -> None:
-    config = tiny_config("llama")
-    config.rope_parameters = {"rope_type": "spiral", "rope_theta": 10000.0}
-    with pytest.raises(UnsupportedModelError, match="spiral"):
-        ModelSpec.from_config(config)
-
-
-def test_longest_within_is_the_inverse() -> None:
-    spec = ModelSpec.from_config(tiny_config("gemma3_text"), dtype_bytes=2)
-    for num_tokens in (1, WINDOW - 1, WINDOW, 1000, 123_456):
-        num_bytes = kv_cache_bytes(spec, num_tokens)
-        assert longest_within(spec, num_bytes) == num_tokens
-        assert longest_within(spec, num_bytes - 1) == num_tokens - 1
-    assert longest_within(spec, 0) == 0
-    assert longest_within(spec, -1) == 0
-    windowed = ModelSpec.from_config(tiny_config("mistral"), dtype_bytes=2)
-    assert longest_within(windowed, kv_cache_bytes(windowed, WINDOW)) == UNBOUNDED_TOKENS
-
-
-THETA = {"rope_theta": 10000.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-    **THETA,
-}
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 32768,
-    **THETA,
-}
-LONGROPE = {
-    "rope_type": "longrope",
-    "short_factor": [1.0] * 4,
-    "long_factor": [2.0] * 4,
-    "original_max_position_embeddings": 4096,
-    **THETA,
-}
-
-
-@pytest.mark.parametrize(
-    ("family", "longest", "rope", "limit", "verdicts"),
-    [
-        ("llama", 8192, None, 8192, {8192: "native", 8193: "out-of-range"}),
-        (
-            "llama",
-            8192,
-            {"rope_type": "linear", "factor": 4.0, **THETA},
-            8192,
-            {2048: "native", 2049: "extended", 8193: "out-of-range"},
-        ),
-        (
-            "llama",
-            131072,
-            LLAMA3,
-            131072,
-            {8192: "native", 8193: "extended", 131072: "extended", 131073: "out-of-range"},
-        ),
-        (
-            "qwen2",
-            32768,
-            YARN,
-            131072,
-            {32768: "native", 32769: "extended", 131073: "out-of-range"},
-        ),
-        (
-            "llama",
-            4096,
-            {"rope_type": "dynamic", "factor": 2.0, **THETA},
-            4096,
-            {4096: "native", 4097: "out-of-range"},
-        ),
-        ("phi3", 131072, LONGROPE, 4096, {4096: "native", 4097: "out-of-range"}),
-        ("mistral", 32768, None, 32768, {32768: "native", 32769: "out-of-range"}),
-        ("gemma3_text", 32768, None, 32768, {32768: "native", 32769: "out-of-range"}),
-        ("opt", 2048, None, 2048, {2048: "native", 2049: "impossible"}),
-    ],
-)
-def test_position_verdicts(
-    family: str,
-    longest: int,
-    rope: dict[str, Any] | None,
-    limit: int,
-    verdicts: dict[int, str],
-) -> None:
-    changes: dict[str, Any] = {"max_position_embeddings": longest}
-    if rope is not None:
-        changes["rope_parameters"] = dict(rope)
-    if family == "phi3":
-        changes |= {"original_max_position_embeddings": 4096, "sliding_window": None}
-    if family == "qwen2":
-        changes |= {"use_sliding_window": False}
-    spec = ModelSpec.from_config(tiny_config(family, **changes))
-    assert position_limit(spec) == limit
-    assert {length: str(position_verdict(spec, length)) for length in verdicts} == verdicts
-
-
-def test_a_learned_table_of_gpt2_ends_at_its_last_row() -> None:
-    spec = ModelSpec.from_config(tiny_config("gpt2", max_position_embeddings=1024))
-    assert position_limit(spec) == 1024
-    assert position_verdict(spec, 1024) is PositionVerdict.NATIVE
-    assert position_verdict(spec, 1025) is PositionVerdict.IMPOSSIBLE
 
 
 def test_prefill_operations_by_hand() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TYPE_CHECKING
+from collections import Counter
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
 from rag.lm.spec import LayerSpec, ModelSpec
 
@@ -13,50 +15,112 @@ if TYPE_CHECKING:
 # What `longest_within` answers when no number of tokens fills the cache (all layers slide).
 UNBOUNDED_TOKENS = 2**40
 
+_FLOAT32_BYTES = 4
+# What a cache layer keeps beside what it caches: counters, not tokens.
+_COUNTERS = frozenset({"_sliding_window_tensor", "cumulative_length"})
 
-def kv_cache_bytes(spec: ModelSpec, num_tokens: int) -> int:
+
+class KVDtype(StrEnum):
+    """The number format of cached keys, values and latents.
+
+    Those of llama.cpp (q8_0, q4_0) count the scale of each 32 elements; int8, fp8 and int4 count
+    the elements alone, as a cache with one scale for a whole tensor does.
+    """
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+
+
+# Bytes of 32 elements; every width of a cached head is a multiple of 2, most of 32.
+_BYTES_OF_32 = {
+    KVDtype.FLOAT32: 128,
+    KVDtype.BFLOAT16: 64,
+    KVDtype.FLOAT16: 64,
+    KVDtype.FP8: 32,
+    KVDtype.INT8: 32,
+    KVDtype.INT4: 16,
+    KVDtype.Q8_0: 34,
+    KVDtype.Q4_0: 18,
+}
+
+
+def kv_cache_bytes(spec: ModelSpec, num_tokens: int, *, kv_dtype: KVDtype | None = None) -> int:
     """Return the logical bytes of the cache that holds `num_tokens` tokens of one sequence.
 
     A full layer keeps every token, a sliding layer the last `window - 1`: the newest token of the
-    window is the one being computed. Exact for a cache made by `DynamicCache(config=...)` once a
-    decode step has run; tests compare it with the tensors of the real modelling code.
+    window is the one being computed. A linear layer keeps its state. Exact for a cache made by
+    `DynamicCache(config=...)` once a decode step has run; tests compare it with the tensors of the
+    real modelling code.
+
+    Args:
+        spec: the model's shape.
+        num_tokens: prompt and new tokens of one sequence; 0 or more.
+        kv_dtype: the format of keys and values; by default the model's own. The state of linear
+            layers is kept in its own format whatever this is.
     """
-    return spec.dtype_bytes * sum(
-        (layer.key_elements_per_token + layer.value_elements_per_token)
-        * _kept_tokens(layer, num_tokens)
-        for layer in spec.layers
-    )
+    return sum(_layer_bytes(spec, layer, num_tokens, kv_dtype) for layer in spec.layers)
 
 
-def longest_within(spec: ModelSpec, num_bytes: int) -> int:
+def kv_bytes_by_kind(
+    spec: ModelSpec, num_tokens: int, *, kv_dtype: KVDtype | None = None
+) -> dict[str, int]:
+    """Return the bytes of `kv_cache_bytes` for each kind of layer, in order of appearance."""
+    counted: Counter[str] = Counter()
+    for layer in spec.layers:
+        counted[layer.kind] += _layer_bytes(spec, layer, num_tokens, kv_dtype)
+    return dict(counted)
+
+
+def longest_within(spec: ModelSpec, num_bytes: int, *, kv_dtype: KVDtype | None = None) -> int:
     """Return the most tokens whose cache takes at most `num_bytes`; 0 if not even one fits.
 
-    Where every layer slides the cache stops growing; if it fits then, UNBOUNDED_TOKENS is returned.
+    Where no layer grows without end the cache stops growing; if it fits then, UNBOUNDED_TOKENS is
+    returned.
     """
-    if kv_cache_bytes(spec, UNBOUNDED_TOKENS) <= num_bytes:
+    if kv_cache_bytes(spec, UNBOUNDED_TOKENS, kv_dtype=kv_dtype) <= num_bytes:
         return UNBOUNDED_TOKENS
-    return (
-        bisect_right(
-            range(UNBOUNDED_TOKENS), num_bytes, key=lambda tokens: kv_cache_bytes(spec, tokens)
-        )
-        - 1
-        if num_bytes >= 0
-        else 0
+    above = bisect_right(
+        range(UNBOUNDED_TOKENS),
+        num_bytes,
+        key=lambda tokens: kv_cache_bytes(spec, tokens, kv_dtype=kv_dtype),
     )
+    return max(0, above - 1)
 
 
 def measured_kv_bytes(cache: Cache) -> int:
-    """Return the logical bytes of the key and value tensors that `cache` holds now.
+    """Return the logical bytes of every tensor that `cache` holds now: keys, values and states.
 
     A tensor that is a view of a larger storage counts with its own elements only.
     """
     return sum(
-        tensor.numel() * tensor.element_size()
+        _tensor_bytes(value)
         for layer in cache.layers
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if tensor is not None
+        for name, value in vars(layer).items()
+        if name not in _COUNTERS
     )
 
 
-def _kept_tokens(layer: LayerSpec, num_tokens: int) -> int:
-    return num_tokens if layer.window is None else min(num_tokens, layer.window - 1)
+def _layer_bytes(
+    spec: ModelSpec, layer: LayerSpec, num_tokens: int, kv_dtype: KVDtype | None
+) -> int:
+    per_32 = 32 * spec.dtype_bytes if kv_dtype is None else _BYTES_OF_32[kv_dtype]
+    cached = layer.elements_per_token * layer.kept_tokens(num_tokens)
+    state = 0
+    if num_tokens > 0:
+        state = layer.state_elements * spec.dtype_bytes
+        state += layer.float32_state_elements * _FLOAT32_BYTES
+    return -(-cached * per_32 // 32) + state
+
+
+def _tensor_bytes(value: Any) -> int:  # noqa: ANN401 - an attribute of a cache layer
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(inner) for inner in value.values())
+    if hasattr(value, "element_size"):
+        return int(value.numel() * value.element_size())
+    return 0

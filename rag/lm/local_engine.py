@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
 
-from rag.errors import SettingsError
+from rag.errors import SettingsError, UnsupportedModelError
 from rag.lm.catalog import resolve_model, resolve_model_name
 from rag.lm.engine import GenerationDone, GenerationStep, Message, PrefillProgress, TextPiece
 from rag.lm.kv_bytes import measured_kv_bytes
@@ -25,7 +25,7 @@ from rag.lm.prefill_cost import (
     prefill_flops,
     prefill_seconds,
 )
-from rag.lm.spec import ModelSpec
+from rag.lm.spec import ModelSpec, load_config
 from rag.settings import Settings
 from rag.store.calibrations import CalibrationStore
 
@@ -81,6 +81,12 @@ class LocalEngine:
         self._name = name
         self._tokenizer = tokenizer
         self._spec = ModelSpec.from_config(config, dtype_bytes=dtype_bytes)
+        if not self._spec.prefills_in_chunks:
+            raise UnsupportedModelError(
+                f"{name} of type {self._spec.model_type!r} answers differently when its prompt "
+                "enters in pieces, as it does here",
+                hint="choose another model; `fathom plan --model` computes its limits all the same",
+            )
         self._tokenizer_id = _fingerprint(tokenizer)
         self._device_type = "cpu" if self._model is None else str(self._model.device.type)
         self._calibrations = calibrations
@@ -107,16 +113,16 @@ class LocalEngine:
         folder = resolve_model(name, settings)
 
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         device = choose_device(settings)
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = load_config(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        stored = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
+        stored: Any = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
         dtype = torch.bfloat16 if device.type == "cuda" else stored
 
         def load_model() -> Any:  # noqa: ANN401

@@ -52,6 +52,6 @@ def _range_verdict(reach: PositionRange, num_tokens: int) -> PositionVerdict:
         return PositionVerdict.NATIVE
     if reach.declared is not None and distance <= reach.declared:
         return PositionVerdict.EXTENDED
-    if reach.kind == "learned":
+    if reach.hard_end:
         return PositionVerdict.IMPOSSIBLE
     return PositionVerdict.OUT_OF_RANGE

@@ -3,67 +3,63 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rag.errors import UnsupportedModelError
+from rag.lm.layers import ONE_PIECE_FAMILIES, cache_layers, check_shape, unsupported
+from rag.lm.layers import VERIFIED_FAMILIES as VERIFIED_FAMILIES
+from rag.lm.layers import LayerSpec as LayerSpec
+from rag.lm.meta_model import build_meta_model, count_parameters, measured_layers, same_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Families whose predicted cache was compared, byte for byte, with the tensors of the real modelling
-# code (tests/test_lm.py does it again for each). Every other family is refused.
-VERIFIED_FAMILIES = frozenset(
-    {
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "gpt_neox",
-        "gpt_oss",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "opt",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "starcoder2",
-    }
+# What a config that lies makes of transformers' code and of ours.
+_CONFIG_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
 
-# Families whose modelling code knows no grouped heads, whatever else their config may hold.
-_UNGROUPED = frozenset({"gpt2", "gpt_neox", "opt"})
+# Families with a table of positions, learned or computed once: nothing exists beyond its last row.
+_POSITION_TABLES = {
+    "biogpt": ("learned", "max_position_embeddings"),
+    "codegen": ("table", "n_positions"),
+    "gpt2": ("learned", "n_positions"),
+    "gpt_bigcode": ("learned", "n_positions"),
+    "gptj": ("table", "n_positions"),
+    "opt": ("learned", "max_position_embeddings"),
+}
 
-# Families with a table of position embeddings: nothing exists beyond its last row.
-_LEARNED_POSITIONS = {"gpt2": "n_positions", "opt": "max_position_embeddings"}
+# Families that subtract from the scores what grows with the distance (ALiBi), and the field, if
+# any, that says how far that was trained. MPT builds its slopes that long: a hard end.
+_ALIBI = {"bloom": ("seq_length", False), "mpt": ("max_seq_len", True)}
+
+# Families whose layers know the order of tokens from the recurrent ones among them alone.
+_UNPOSITIONED = frozenset({"jamba", "kimi_linear", "nemotron_h"})
+
+# Families in which the sliding layers alone are rotated, where there are any.
+_ROTATED_WINDOWS_ONLY = frozenset({"cohere2", "exaone4"})
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """One attention layer: what it caches per token, and how wide its queries are, in elements.
-
-    A sliding layer lets a token attend to itself and to the `window - 1` tokens before it.
-    """
-
-    kind: Literal["full", "sliding"]
-    window: int | None
-    key_elements_per_token: int
-    value_elements_per_token: int
-    query_elements_per_token: int
+_ROPE_TYPES = frozenset(
+    {"default", "dynamic", "linear", "llama3", "longrope", "proportional", "yarn"}
+)
 
 
 @dataclass(frozen=True, slots=True)
 class PositionRange:
     """How one group of layers encodes positions, and how far that was trained.
 
-    `kind` is a RoPE type of transformers, "learned" or "none". Up to `native` tokens apart is what
-    was trained without scaling; up to `declared` is what the checkpoint's own scaling promises;
-    None is no limit. Layers with a `window` never see two tokens further apart than that.
+    `kind` is a RoPE type of transformers, or one of learned, table, sinusoidal, alibi and none. Up
+    to `native` tokens apart is what was trained without scaling; up to `declared` is what the
+    checkpoint's own scaling promises; None is no limit. Layers with a `window` never see two tokens
+    further apart than that. Beyond a `hard_end` the positions do not exist.
     """
 
     layers: str
@@ -71,6 +67,7 @@ class PositionRange:
     native: int | None
     declared: int | None
     window: int | None = None
+    hard_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +75,10 @@ class ModelSpec:
     """What the gates need to know of a model; plain numbers, no torch.
 
     `linear_parameters` counts the weights that multiply every token (active experts only, no
-    embeddings, no output head); `dtype_bytes` is the size of one cached element; `max_positions` is
-    the longest context that the checkpoint declares, None if it declares none.
+    embeddings, no output head); `dtype_bytes` is the size of one element of weights and cache;
+    `max_positions` is the longest context that the checkpoint declares, None if it declares none.
+    `cache_basis` says how the layers are known: by formulas verified against real tensors, or
+    measured on the modelling code of this family alone.
     """
 
     model_type: str
@@ -90,35 +89,90 @@ class ModelSpec:
     max_positions: int | None
     num_parameters: int
     linear_parameters: int
+    cache_basis: Literal["verified", "measured"] = "verified"
 
     @property
     def num_layers(self) -> int:
-        """The number of layers that keep keys and values."""
+        """The number of layers."""
         return len(self.layers)
+
+    @property
+    def weights_bytes(self) -> int:
+        """The bytes of all weights in the model's dtype."""
+        return self.num_parameters * self.dtype_bytes
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether the last tokens can be taken out of the cache again.
+
+        Not where a layer folds them into a state: such a cache must be copied before it is used
+        for a question. A sliding layer can, if the cache was told to remember what it drops
+        (`activate_past_recording`) or has not yet dropped anything.
+        """
+        return not any(
+            layer.state_elements or layer.float32_state_elements for layer in self.layers
+        )
+
+    @property
+    def prefills_in_chunks(self) -> bool:
+        """Whether a prompt that enters in pieces gives the same answer as in one piece.
+
+        Known for the verified families only, and not true of all of them.
+        """
+        if self.model_type in ONE_PIECE_FAMILIES:
+            return False
+        return self.cache_basis == "verified" or self.can_roll_back
+
+    @property
+    def reach_tokens(self) -> int | None:
+        """The furthest that a token can influence a later one, counted with both; None if any.
+
+        A model whose attention is all windowed hands knowledge on from layer to layer, each by at
+        most its window; one full or recurrent layer reaches everything.
+
+        Source: Mistral 7B, arXiv:2310.06825, section 2.
+        """
+        attending = [layer for layer in self.layers if layer.kind != "none"]
+        windows = [layer.window for layer in attending if layer.window is not None]
+        if not attending or len(windows) < len(attending):
+            return None
+        return 1 + sum(window - 1 for window in windows)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, *, dtype_bytes: int | None = None) -> ModelSpec:
         """Return the spec of a transformers config; the config alone is read, no weights.
 
-        The kind and window of each layer are those of `DynamicCache(config=config)`, so they are
-        the ones that the model will really run with. Parameters are counted on the meta device.
+        What each layer caches is worked out by formula and compared with a run of the real
+        modelling code on the meta device at two lengths. Where they differ, or no formula knows the
+        family, the run is believed; where there is no such run either, the model is refused.
 
         Args:
-            config: what `AutoConfig.from_pretrained` gave.
+            config: what `load_config` or `AutoConfig.from_pretrained` gave.
             dtype_bytes: bytes of one element of the weights; by default those of `config.dtype`,
                 and 4 where the config names none.
 
         Raises:
             UnsupportedModelError: if the bytes of the cache or the meaning of positions are not
-                known exactly for this family.
+                known exactly, or the config contradicts itself.
         """
+        try:
+            return cls._from_config(config, dtype_bytes)
+        except _CONFIG_ERRORS as error:
+            detail = str(error).strip().splitlines() or [""]
+            raise unsupported(
+                f"its config of type {config.model_type!r} is not usable: "
+                f"{type(error).__name__}: {detail[0]}"
+            ) from error
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, dtype_bytes: int | None) -> ModelSpec:
         text = config.get_text_config(decoder=True)
-        if text.model_type not in VERIFIED_FAMILIES:
-            raise _unsupported(f"model type {text.model_type!r} is not among the verified families")
-        layers = _layers(text)
+        check_shape(text)
+        _check_ropes(text)
+        model = build_meta_model(config)
+        layers, basis = _checked_layers(model, text)
         positions = _positions(text, layers)
-        declared = [reach.declared for reach in positions if reach.declared is not None]
-        num_parameters, linear_parameters = _count_parameters(config, text)
+        num_parameters, linear_parameters = count_parameters(model, text)
         if dtype_bytes is None:
             dtype = getattr(text, "dtype", None) or getattr(config, "dtype", None)
             dtype_bytes = int(getattr(dtype, "itemsize", 4))
@@ -128,89 +182,154 @@ class ModelSpec:
             positions=positions,
             dtype_bytes=dtype_bytes,
             vocab_size=int(text.vocab_size),
-            max_positions=max(declared) if declared else None,
+            max_positions=_max_positions(text, positions),
             num_parameters=num_parameters,
             linear_parameters=linear_parameters,
+            cache_basis=basis,
         )
 
 
-def _unsupported(problem: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"the model's cache and positions cannot be predicted exactly: {problem}",
-        hint="choose a model of one of these families: " + ", ".join(sorted(VERIFIED_FAMILIES)),
-    )
+def load_config(folder: Path) -> PreTrainedConfig:
+    """Return the config in a model's folder; nothing is fetched and no code of the model runs.
 
+    Raises:
+        UnsupportedModelError: if `config.json` is missing, damaged or contradicts itself, its model
+            type is not known, or it asks for code of its own.
+    """
+    from transformers import AutoConfig
 
-def _layers(text: Any) -> tuple[LayerSpec, ...]:  # noqa: ANN401 - a config of any family
-    """Return one LayerSpec per layer of the cache that transformers builds for `text`."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    if getattr(text, "kv_lora_rank", None):
-        raise _unsupported("it caches a compressed latent (MLA)")
-    cache_layers = DynamicCache(config=text).layers
-    if len(cache_layers) != text.num_hidden_layers:
-        raise _unsupported(
-            f"found {len(cache_layers)} cache layers, expected {text.num_hidden_layers}"
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
         )
-    head_count = int(text.num_attention_heads)
-    head_width = int(text.hidden_size) // head_count
-    if text.model_type not in _UNGROUPED:
-        head_width = int(getattr(text, "head_dim", None) or head_width)
-    kv_heads = head_count
-    if text.model_type not in _UNGROUPED:
-        kv_heads = int(getattr(text, "num_key_value_heads", None) or head_count)
-    kv_width = kv_heads * head_width
-    layers: list[LayerSpec] = []
-    for layer in cache_layers:
-        kind: Literal["full", "sliding"]
-        window: int | None
-        # Exact classes: a subclass may keep more than keys and values.
-        if type(layer) is DynamicSlidingWindowLayer:
-            kind, window = "sliding", int(layer.sliding_window)
-        elif type(layer) is DynamicLayer:
-            kind, window = "full", None
-        else:
-            raise _unsupported(f"a layer keeps a {type(layer).__name__}")
-        if window is not None and window < 2:
-            raise _unsupported(f"a sliding window of {window} tokens")
-        layers.append(LayerSpec(kind, window, kv_width, kv_width, head_count * head_width))
-    return tuple(layers)
+    # Its checks raise an error class of huggingface_hub's own beside these.
+    except Exception as error:
+        detail = " ".join(str(error).split())[:300]
+        raise UnsupportedModelError(
+            f"the config.json in {folder} is not usable: {type(error).__name__}: {detail}",
+            hint="give a model whose type transformers knows, with an unedited config.json",
+        ) from error
+    return config
+
+
+def _checked_layers(
+    model: Any,  # noqa: ANN401
+    text: PreTrainedConfig,
+) -> tuple[tuple[LayerSpec, ...], Literal["verified", "measured"]]:
+    """Return what each layer caches: the formula's answer where the real code agrees with it."""
+    is_verified = text.model_type in VERIFIED_FAMILIES
+    measured = measured_layers(model, text)
+    if is_verified:
+        layers = cache_layers(text)
+        if measured is None or same_cache(layers, measured):
+            return layers, "verified"
+    if measured is None:
+        raise unsupported(
+            f"model type {text.model_type!r} is not among the verified families, and its code does "
+            "not run without weights"
+        )
+    return measured, "measured"
+
+
+# ---- positions --------------------------------------------------------------------------------
+
+
+def _check_ropes(text: Any) -> None:  # noqa: ANN401
+    """Refuse a missing or unknown RoPE before transformers' code stumbles over it."""
+    if not hasattr(text, "rope_parameters") or _is_unpositioned(text):
+        return
+    rope = text.rope_parameters
+    if not rope:
+        if getattr(text, "alibi", False):
+            return
+        raise unsupported("its config has no rope_parameters")
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    for parameters in nested or [rope]:
+        kind = parameters.get("rope_type") or "default"
+        if kind not in _ROPE_TYPES:
+            raise unsupported(f"RoPE type {kind!r} is not known")
 
 
 def _positions(text: Any, layers: tuple[LayerSpec, ...]) -> tuple[PositionRange, ...]:  # noqa: ANN401
     """Return the position ranges of `text`, one per group of layers that shares an encoding."""
-    if text.model_type in _LEARNED_POSITIONS:
-        rows = int(getattr(text, _LEARNED_POSITIONS[text.model_type]))
-        return (PositionRange("all", "learned", rows, rows),)
+    family = text.model_type
+    if family in _POSITION_TABLES:
+        kind, field = _POSITION_TABLES[family]
+        rows = int(getattr(text, field))
+        return (PositionRange("all", kind, rows, rows, hard_end=True),)
+    if family in _ALIBI or getattr(text, "alibi", False):
+        field, hard_end = _ALIBI.get(family, ("", False))
+        trained = getattr(text, field, None)
+        return (PositionRange("all", "alibi", trained, trained, hard_end=hard_end),)
+    if family == "xglm":
+        longest = int(text.max_position_embeddings)
+        return (PositionRange("all", "sinusoidal", longest, longest),)
+    if _is_unpositioned(text):
+        return (PositionRange("all", "none", None, None),)
     rope = getattr(text, "rope_parameters", None)
     if not rope:
-        raise _unsupported("its config has no rope_parameters")
-    widest = max((layer.window or 0 for layer in layers), default=0)
+        raise unsupported("its config has no rope_parameters")
     if any(isinstance(value, dict) for value in rope.values()):
+        groups = {name: value for name, value in rope.items() if value is None or dict(value)}
         kinds = set(getattr(text, "layer_types", None) or rope)
         return tuple(
-            _rope_range(
-                text,
-                parameters or {},
-                group,
-                window=widest if group == "sliding_attention" and widest else None,
-            )
-            for group, parameters in rope.items()
+            _rope_range(text, parameters, group, _widest(layers, group))
+            for group, parameters in groups.items()
             if group in kinds
         )
-    all_sliding = all(layer.kind == "sliding" for layer in layers)
-    return (_rope_range(text, rope, "all", window=widest if all_sliding else None),)
+    return _rotated_and_not(text, rope, layers)
+
+
+def _is_unpositioned(text: Any) -> bool:  # noqa: ANN401
+    if text.model_type == "granitemoehybrid":
+        return bool(text.position_embedding_type != "rope")
+    if text.model_type == "zamba2":
+        return not text.use_mem_rope
+    return text.model_type in _UNPOSITIONED
+
+
+def _rotated_and_not(
+    text: Any,  # noqa: ANN401
+    rope: dict[str, Any],
+    layers: tuple[LayerSpec, ...],
+) -> tuple[PositionRange, ...]:
+    """Return the range of the layers with RoPE, and that of those without, where there are any."""
+    flags = [bool(flag) for flag in getattr(text, "no_rope_layers", None) or [1] * len(layers)]
+    if text.model_type in _ROTATED_WINDOWS_ONLY and any(layer.window for layer in layers):
+        flags = [layer.window is not None for layer in layers]
+    attending = [
+        (flag, layer)
+        for flag, layer in zip(flags, layers, strict=True)
+        if layer.kind not in ("linear", "none")
+    ]
+    rotated = [layer for flag, layer in attending if flag]
+    if not rotated:
+        return (PositionRange("all", "none", None, None),)
+    windows = [layer.window for layer in rotated if layer.window is not None]
+    window = max(windows) if len(windows) == len(rotated) else None
+    if len(rotated) == len(attending):
+        return (_rope_range(text, rope, "all", window),)
+    return (
+        _rope_range(text, rope, "with RoPE", window),
+        PositionRange("without RoPE", "none", None, None),
+    )
+
+
+def _widest(layers: tuple[LayerSpec, ...], group: str) -> int | None:
+    """Return the widest window of the layers that `group`, a layer type, names."""
+    kind = {"sliding_attention": "sliding", "chunked_attention": "chunked"}.get(group)
+    return max((layer.window or 0 for layer in layers if layer.kind == kind), default=0) or None
 
 
 def _rope_range(
     text: Any,  # noqa: ANN401
-    rope: dict[str, Any],
+    rope: dict[str, Any] | None,
     group: str,
-    *,
     window: int | None,
 ) -> PositionRange:
     """Return the range of one RoPE: what each scaling type makes of `max_position_embeddings`."""
+    if rope is None:
+        return PositionRange(group, "none", None, None, window)
     longest = int(text.max_position_embeddings)
     kind = str(rope.get("rope_type") or "default")
     factor = float(rope.get("factor") or 1.0)
@@ -219,50 +338,31 @@ def _rope_range(
         or getattr(text, "original_max_position_embeddings", None)
         or longest
     )
-    match kind:
-        case "default":
-            native, declared = longest, longest
-        case "linear":
-            native, declared = int(longest / factor), longest
-        case "llama3":
-            native, declared = original, max(longest, original)
-        case "yarn":
-            native, declared = original, max(longest, int(original * factor))
-        case "longrope":
-            # Beyond this length its frequencies change, and cached keys would no longer fit them.
-            native, declared = original, original
-        case "dynamic":
-            native, declared = longest, longest
-        case _:
-            raise _unsupported(f"RoPE type {kind!r} is not known")
+    if longest < 1 or original < 1 or factor < 1:
+        raise unsupported(
+            f"max_position_embeddings {longest}, original {original} and RoPE factor {factor}, "
+            "expected all of them to be 1 or more"
+        )
+    native = declared = longest
+    if kind == "linear":
+        native = int(longest / factor)
+    elif kind == "llama3":
+        native, declared = original, max(longest, original)
+    elif kind == "yarn":
+        native, declared = original, max(longest, int(original * factor))
+    elif kind == "longrope":
+        # Beyond this length its frequencies change, and cached keys would no longer fit them. So
+        # do those of `dynamic`, beyond the length it was trained for.
+        native = declared = original
     return PositionRange(group, kind, native, declared, window)
 
 
-def _count_parameters(config: PreTrainedConfig, text: Any) -> tuple[int, int]:  # noqa: ANN401
-    """Return (all parameters, those that multiply every token), from a model on the meta device."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    outside = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding)
-        for parameter in module.parameters()
-    }
-    head = model.get_output_embeddings()
-    if head is not None:
-        outside |= {id(parameter) for parameter in head.parameters()}
-    num_experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
-    active = getattr(text, "num_experts_per_tok", None)
-    total = linear = 0
-    for name, parameter in model.named_parameters():
-        count = parameter.numel()
-        total += count
-        if id(parameter) in outside:
-            continue
-        if num_experts and active and ".experts." in name:
-            count = count * int(active) // int(num_experts)
-        linear += count
-    return total, linear
+def _max_positions(text: Any, positions: tuple[PositionRange, ...]) -> int | None:  # noqa: ANN401
+    """Return the longest context that any group of layers, or else the config, declares."""
+    declared = [reach.declared for reach in positions if reach.declared is not None]
+    if declared:
+        return max(declared)
+    if any(reach.kind == "alibi" for reach in positions):
+        return None  # what it declares, if anything, is not what it was trained for
+    longest = getattr(text, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
