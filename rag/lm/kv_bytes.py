@@ -106,6 +106,20 @@ def measured_kv_bytes(cache: Cache) -> int:
     )
 
 
+def held_kv_bytes(cache: Cache) -> int:
+    """Return the bytes of the storages that the tensors of `cache` keep alive.
+
+    More than `measured_kv_bytes` where a tensor is a view of something larger.
+    """
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for layer in cache.layers
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if tensor is not None
+    }
+    return sum(storages.values())
+
+
 def _layer_bytes(
     spec: ModelSpec, layer: LayerSpec, num_tokens: int, kv_dtype: KVDtype | None
 ) -> int:

@@ -331,9 +331,9 @@ class LocalEngine:
         return self._model
 
     def _new_cache(self) -> Cache:
-        from transformers import DynamicCache
+        from rag.lm.native_cache import native_cache
 
-        return DynamicCache(config=self._model.config)
+        return native_cache(self._model.config)
 
     def _end_ids(self, model: Any) -> frozenset[int]:  # noqa: ANN401
         """Return every token id that ends an answer."""
