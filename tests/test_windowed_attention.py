@@ -1,6 +1,7 @@
 """Windows fitted to RoPE models, against dense references; and native windows that hold no more."""
 
 import copy
+import json
 import sys
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import (
     DynamicCache,
 )
 
-from eval.bench.windowed import peak_allocated_bytes
+from eval.bench.windowed import bench_windowed, card, peak_allocated_bytes
 from rag.errors import FathomError, UnsupportedModelError
 from rag.lm.catalog import resolve_model
 from rag.lm.kv_bytes import held_kv_bytes, kv_cache_bytes, measured_kv_bytes
@@ -322,6 +323,23 @@ def test_memory_of_a_4096_token_prefill_is_that_of_1024() -> None:
         full[num_tokens] = peak_allocated_bytes(read, "cpu")
     assert full[4096] > 2 * full[1024]
     assert full[1024] > peaks[1024]
+
+
+def test_the_bench_reports_both_sides_of_the_same_run() -> None:
+    model, plan = tiny_model("llama"), WindowPlan(16, 128)
+    bench = bench_windowed(check_windowed(model), plan, [256, 2048], rounds=2)
+    spec = ModelSpec.from_config(model.config, dtype_bytes=4)
+    for row in bench.rows:
+        assert row.full.kv_bytes == kv_cache_bytes(spec, row.num_tokens)
+        assert row.windowed.kv_bytes == kv_cache_bytes(spec, plan.kept_tokens(row.num_tokens))
+        assert row.peak_ratio == row.full.peak_bytes / row.windowed.peak_bytes
+        assert row.full.tokens_per_second == row.num_tokens / row.full.seconds
+    assert bench.rows[1].peak_ratio > 1.5
+    assert bench.rows[1].windowed.peak_bytes < 1.05 * bench.rows[0].windowed.peak_bytes
+    line = json.loads(json.dumps(bench.to_json()))
+    assert line["bench"] == "windowed"
+    assert line["rows"][1]["speed_ratio"] == bench.rows[1].speed_ratio
+    assert "2,048" in card(bench)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

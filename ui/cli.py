@@ -617,6 +617,39 @@ def bench_ingest_verb(
     _print_json(bench.to_json() | {"embedder": embedder.fingerprint, "device": device})
 
 
+@bench_app.command(
+    "windowed",
+    epilog="Examples: fathom bench windowed  |  fathom bench windowed --tokens 16384 --window 2048",
+)
+def bench_windowed_verb(
+    model: Annotated[
+        str, typer.Option(help="Catalog name, folder or hub id of a model without windows.")
+    ] = "smollm2-135m",
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens to prefill; may be repeated. Default: 1024, 4096, 8192."),
+    ] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay for good.")] = 64,
+    window: Annotated[int, typer.Option(min=1, help="Tokens a token sees beside them.")] = 1024,
+    rounds: Annotated[int, typer.Option(help="Runs of both, in turn.", min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Prefill fully and through a window with sinks: tokens a second and peak bytes."""
+    from eval.bench.windowed import bench_windowed, card, load_checked_model
+    from rag.lm.windowed_attention import WindowPlan
+
+    with err.status("loading and checking the model") as status:
+        bench = bench_windowed(
+            load_checked_model(model, load_settings()),
+            WindowPlan(num_sinks=sinks, window=window),
+            tokens or [1024, 4096, 8192],
+            rounds=rounds,
+            on_progress=lambda length: status.update(f"prefilling {length:,} tokens"),
+        )
+    (err if as_json else out).print(card(bench), markup=False)
+    _print_json(bench.to_json() | {"model": model})
+
+
 def _fathom(settings: Settings) -> Any:  # noqa: ANN401 - imported late: --help must be instant
     from ui.assembly import Fathom
 
