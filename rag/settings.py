@@ -80,6 +80,18 @@ class Settings(BaseSettings):
     kv_reserve_bytes: int = Field(
         default=1024 * MIB, ge=0, description="Device memory kept free of any KV cache, in bytes."
     )
+    document_kv_memory_bytes: int = Field(
+        default=1024 * MIB,
+        ge=0,
+        description="Device memory for the caches of documents read before, in bytes; they make"
+        " room for a request that needs it, and never touch kv_reserve_bytes. 0 keeps none.",
+    )
+    document_kv_disk_bytes: int = Field(
+        default=2048 * MIB,
+        ge=0,
+        description="Disk for the same caches inside home, in bytes, so that the next process"
+        " need not read the document again; a few long documents. 0 writes none.",
+    )
     prefill_deadline_seconds: float = Field(
         default=60.0, gt=0, description="Longest acceptable prefill for reading a whole document."
     )
@@ -131,6 +143,11 @@ class Settings(BaseSettings):
     def lexical_dir(self) -> Path:
         """Folder of the tantivy index, where one is used; it can always be rebuilt."""
         return self.home / "lexical"
+
+    @property
+    def document_kv_dir(self) -> Path:
+        """Folder of the caches of documents read before; they can be computed again."""
+        return self.home / "document_kv"
 
     @property
     def index_dir(self) -> Path:

@@ -114,6 +114,11 @@ class Document:
     created_at: str
     collections: tuple[str, ...] = ()
 
+    @property
+    def version_key(self) -> str:
+        """What names this version of this document and no other."""
+        return f"{self.id}:{self.version}:{self.content_sha256}"
+
     def to_json(self) -> dict[str, Any]:
         """Return the object that `fathom list --json` prints on one line."""
         return asdict(self)

@@ -16,7 +16,8 @@ from ingest.pipeline import (
 from ingest.reindex import reembed_library
 from ingest.sources import SourceToRead
 from rag.answering.service import AnsweringService
-from rag.errors import ReadError
+from rag.errors import DocumentNotFoundError, ReadError
+from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import Engine
 from rag.retrieval.embedding import Embedder
 from rag.retrieval.lexical_index import LexicalIndex, open_lexical_index
@@ -105,8 +106,19 @@ class Fathom:
                     self.settings.model,
                     self.settings,
                     calibrations=CalibrationStore(self.database),
+                    document_kv=self.document_kv,
                 )
             return self._given_engine
+
+    @cached_property
+    def document_kv(self) -> DocumentKV:
+        """The caches of documents that the language model has read."""
+        return DocumentKV(
+            self.settings.document_kv_dir,
+            memory_bytes=self.settings.document_kv_memory_bytes,
+            disk_bytes=self.settings.document_kv_disk_bytes,
+            is_there=self._are_there,
+        )
 
     @cached_property
     def index(self) -> VectorIndex:
@@ -174,10 +186,10 @@ class Fathom:
         return outcome
 
     def delete(self, *document_ids: int) -> None:
-        """Delete documents from the store, the originals, the indexes and their snapshots."""
+        """Delete documents from the store, the originals, the indexes and what was kept of them."""
         documents = [self.store.find(str(number)) for number in document_ids]
         delete_documents(documents, store=self.store, settings=self.settings)
-        self._erase_deleted()
+        self._erase_deleted(documents)
 
     def delete_collection(self, name: str) -> list[Document]:
         """Delete a collection with every version of its documents, and return those deleted.
@@ -186,13 +198,22 @@ class Fathom:
         """
         documents = self.store.delete_collection(name)
         remove_originals(documents, self.settings)
-        self._erase_deleted()
+        self._erase_deleted(documents)
         return documents
 
     def reembed(self, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Change the library to the embedder of the settings; return the chunks embedded."""
         return reembed_library(self.database, self.embedder, self.settings, on_progress=on_progress)
 
-    def _erase_deleted(self) -> None:
+    def _are_there(self, version_keys: tuple[str, ...]) -> bool:
+        try:
+            return all(
+                self.store.find(key.split(":")[0]).version_key == key for key in version_keys
+            )
+        except DocumentNotFoundError:
+            return False
+
+    def _erase_deleted(self, documents: Sequence[Document]) -> None:
+        self.document_kv.forget({document.version_key for document in documents})
         self.lexical.erase_deleted()
         self.index.snapshot(keep=1, wait=True)

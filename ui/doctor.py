@@ -331,6 +331,13 @@ def _leftovers(fathom: Fathom) -> Iterator[Problem]:
                 yield Problem(f"{path.relative_to(home)} was left over", path.unlink)
 
 
+def _document_kv(fathom: Fathom) -> Iterator[Problem]:
+    known = {document.version_key for document in fathom.store.all(include_superseded=True)}
+    for path, wrong in fathom.document_kv.strays(known):
+        name = path.relative_to(fathom.settings.home)
+        yield Problem(f"{name} {wrong}", partial(path.unlink, missing_ok=True))
+
+
 def _is_there(document: Document, fathom: Fathom) -> bool:
     """Whether a document that looks wrong was not just deleted by another process."""
     try:
@@ -362,5 +369,6 @@ _LIBRARY: tuple[tuple[str, _Find, _Fine], ...] = (
     ("vectors", _vectors, _vectors_in_words),
     ("index snapshots", _snapshots, lambda _: "their checksums are right"),
     ("vector index", _index, _index_in_words),
+    ("document KV", _document_kv, lambda _: "every file is whole and of a document that is there"),
     ("leftover files", _leftovers, lambda _: "there are none"),
 )

@@ -13,7 +13,7 @@ from rag.answering.citations import nearest_citation, resolve_citations
 from rag.answering.context import Context, full_context, retrieved_context
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
 from rag.errors import EmptyLibraryError
-from rag.lm.engine import Engine, GenerationDone, PrefillProgress, TextPiece
+from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgress, TextPiece
 from rag.lm.kv_bytes import kv_cache_bytes, longest_within
 from rag.lm.positions import position_limit
 from rag.retrieval.retriever import Retriever
@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 # around it to be told that it does not fit; its own exact count is enough.
 FAR_TOO_LONG = 2
 
+# Two questions that begin differently: what their prompts share depends on the documents alone.
+_PROBES = ("A", "1")
+
 # What stands before the quotation of an answer that has no other.
 NEAREST = "The nearest sentence found:"
 
@@ -65,11 +68,15 @@ AnswerEvent = RouteChosen | PrefillProgress | TextPiece | AnswerReady
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What would be done with a question, before the model reads a token."""
+    """What would be done with a question, before the model reads a token.
+
+    `prefix` is the part of the prompt that another question would share, None if it is not kept.
+    """
 
     decision: RouteDecision
     context: Context
     prompt_ids: tuple[int, ...]
+    prefix: DocumentPrefix | None
     document_tokens: int
     retrieve_seconds: float
 
@@ -134,11 +141,15 @@ class AnsweringService:
         # 6. generate
         written: list[str] = []
         done: GenerationDone | None = None
-        predicted_seconds = self._engine.predicted_prefill_seconds(len(plan.prompt_ids))
+        predicted_seconds = self._engine.predicted_prefill_seconds(
+            len(plan.prompt_ids),
+            cached_tokens=self._engine.cached_tokens(list(plan.prompt_ids), plan.prefix),
+        )
         steps = self._engine.generate(
             list(plan.prompt_ids),
             max_new_tokens=self._settings.max_new_tokens,
             stop=stop or Event(),
+            prefix=plan.prefix,
         )
         for step in steps:
             if isinstance(step, GenerationDone):
@@ -236,6 +247,7 @@ class AnsweringService:
         context_tokens = limits.context_tokens or document_tokens
         everything: Context | None = None
         full_ids: list[int] = []
+        prefix: DocumentPrefix | None = None
         full_tokens = document_tokens + engine.count_tokens(question)
         if document_tokens <= FAR_TOO_LONG * context_tokens:
             everything = full_context(
@@ -243,6 +255,7 @@ class AnsweringService:
             )
             full_ids = engine.encode_chat(build_messages(question, everything.passages))
             full_tokens = len(full_ids)
+            prefix = self._document_prefix(everything, full_ids, documents)
 
         gates: list[Gate] = []
         for kind, num_tokens in ((Route.FULL, full_tokens), (Route.RETRIEVAL, len(retrieval_ids))):
@@ -252,7 +265,11 @@ class AnsweringService:
                 engine.spec,
                 limits,
                 predicted_prefill_seconds=(
-                    engine.predicted_prefill_seconds(num_tokens) if needs_time else None
+                    engine.predicted_prefill_seconds(
+                        num_tokens, cached_tokens=engine.cached_tokens(full_ids, prefix)
+                    )
+                    if needs_time
+                    else None
                 ),
             )
         decision = decide_route(
@@ -264,8 +281,10 @@ class AnsweringService:
         )
         if decision.route is Route.FULL:
             assert everything is not None  # only what was counted exactly can pass the gates
-            return Plan(decision, everything, tuple(full_ids), document_tokens, retrieve_seconds)
-        return Plan(decision, passages, tuple(retrieval_ids), document_tokens, retrieve_seconds)
+            ids, context = full_ids, everything
+        else:
+            ids, context, prefix = retrieval_ids, passages, None
+        return Plan(decision, context, tuple(ids), prefix, document_tokens, retrieve_seconds)
 
     def documents(self, document_ids: Sequence[int] | None = None) -> list[Document]:
         """Return the documents asked about; None means the latest version of all.
@@ -293,6 +312,21 @@ class AnsweringService:
         limits = self._limits()
         by_memory = longest_within(self._engine.spec, limits.kv_bytes)
         return min(by_memory, limits.context_tokens or by_memory)
+
+    def _document_prefix(
+        self, everything: Context, prompt_ids: list[int], documents: Sequence[Document]
+    ) -> DocumentPrefix:
+        """Return the tokens that this prompt shares with those of two other questions."""
+        prompts = [prompt_ids] + [
+            self._engine.encode_chat(build_messages(probe, everything.passages))
+            for probe in _PROBES
+        ]
+        shared = 0
+        for ids in zip(*prompts, strict=False):
+            if len(set(ids)) > 1:
+                break
+            shared += 1
+        return DocumentPrefix(shared, tuple(document.version_key for document in documents))
 
     def _document_tokens(self, documents: Sequence[Document]) -> int:
         """Return the documents' length in the model's tokens, counted once and remembered."""

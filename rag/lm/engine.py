@@ -17,6 +17,19 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class DocumentPrefix:
+    """The prompt's first `num_tokens` tokens stay the same whatever is asked of `documents`.
+
+    `documents` names each document's version (`Document.version_key`), in the prompt's order.
+    Only the same `tenant` finds what was kept of it.
+    """
+
+    num_tokens: int
+    documents: tuple[str, ...]
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillProgress:
     """`done` of `total` prompt tokens are in the cache."""
 
@@ -78,18 +91,33 @@ class Engine(Protocol):
         """
 
     def free_bytes(self) -> int:
-        """Return the bytes of device memory that are free now."""
+        """Return the bytes of device memory that a request could have now.
+
+        Caches kept for later questions count as free: they make room.
+        """
 
     def warm_up(self) -> None:
         """Get ready now, so that the first request does not wait for it."""
 
-    def predicted_prefill_seconds(self, num_tokens: int) -> float:
-        """Return the seconds that prefilling `num_tokens` takes here, from a measured rate."""
+    def predicted_prefill_seconds(self, num_tokens: int, *, cached_tokens: int = 0) -> float:
+        """Return the seconds that prefilling `num_tokens` takes here, from a measured rate.
+
+        The first `cached_tokens` of them are in a cache already.
+        """
+
+    def cached_tokens(self, prompt_ids: list[int], prefix: DocumentPrefix | None) -> int:
+        """Return how many of the prompt's first tokens need no prefill, because they are kept."""
 
     def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, stop: Event
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        stop: Event,
+        prefix: DocumentPrefix | None = None,
     ) -> Iterator[GenerationStep]:
         """Prefill the prompt, then decode greedily, yielding each step; GenerationDone is last.
 
-        `stop` is looked at between prefill chunks and between tokens.
+        `stop` is looked at between prefill chunks and between tokens. With a `prefix`, the engine
+        may keep its cache, and use one that was kept.
         """

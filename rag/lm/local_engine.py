@@ -17,8 +17,16 @@ import psutil  # type: ignore[import-untyped]
 
 from rag.errors import SettingsError, UnsupportedModelError
 from rag.lm.catalog import resolve_model, resolve_model_name
-from rag.lm.engine import GenerationDone, GenerationStep, Message, PrefillProgress, TextPiece
-from rag.lm.kv_bytes import measured_kv_bytes
+from rag.lm.document_kv import DocumentKV, KeptPrefix, prefix_key, restore, snapshot
+from rag.lm.engine import (
+    DocumentPrefix,
+    GenerationDone,
+    GenerationStep,
+    Message,
+    PrefillProgress,
+    TextPiece,
+)
+from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.prefill_cost import (
     PREFILL_CHUNK_TOKENS,
     PrefillRate,
@@ -39,6 +47,10 @@ _RATE_RUNS = 2
 _RATE_DRIFT = 0.25
 # The end of a turn in ChatML; converted models may name only <|endoftext|> as their end.
 _TURN_END = "<|im_end|>"
+# RoPE types whose frequencies follow the length of the prompt: cached keys would not fit another.
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+# Read from both ends of each file of weights to tell it from another of the same size.
+_FINGERPRINT_BYTES = 2**20
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -57,6 +69,9 @@ class LocalEngine:
         config: PreTrainedConfig | None = None,
         dtype_bytes: int | None = None,
         calibrations: CalibrationStore | None = None,
+        document_kv: DocumentKV | None = None,
+        weights_id: str = "",
+        kv_reserve_bytes: int = 0,
     ) -> None:
         """Wrap a model that is loaded, or one that a function will load.
 
@@ -67,6 +82,9 @@ class LocalEngine:
             config: the model's config; by default the model's own.
             dtype_bytes: bytes of one element of the weights; by default those of `config.dtype`.
             calibrations: where the prefill rate is remembered; by default each process measures.
+            document_kv: where the caches of documents are kept; by default none is.
+            weights_id: what tells these weights and their dtype from others of the same name.
+            kv_reserve_bytes: device memory that no kept cache may take.
 
         Raises:
             UnsupportedModelError: if its cache cannot be predicted exactly.
@@ -91,11 +109,19 @@ class LocalEngine:
         self._device_type = "cpu" if self._model is None else str(self._model.device.type)
         self._calibrations = calibrations
         self._rate: PrefillRate | None = None
+        self._document_kv = document_kv
+        self._weights_id = weights_id
+        self._kv_reserve_bytes = kv_reserve_bytes
         self._lock = Lock()
 
     @classmethod
     def load(
-        cls, name: str, settings: Settings, *, calibrations: CalibrationStore | None = None
+        cls,
+        name: str,
+        settings: Settings,
+        *,
+        calibrations: CalibrationStore | None = None,
+        document_kv: DocumentKV | None = None,
     ) -> LocalEngine:
         """Return the engine of a model that has been fetched; its weights are not read yet.
 
@@ -103,6 +129,7 @@ class LocalEngine:
             name: a catalog name, a folder, a hub id in the local cache, or auto.
             settings: device, threads and the folder of fetched models.
             calibrations: where the prefill rate is remembered from one process to the next.
+            document_kv: where the caches of documents are kept; by default none is.
 
         Raises:
             UnknownModelError: if nothing is called so.
@@ -138,6 +165,9 @@ class LocalEngine:
             config=config,
             dtype_bytes=dtype.itemsize,
             calibrations=calibrations,
+            document_kv=document_kv,
+            weights_id=f"{_weights_fingerprint(folder)} {dtype}",
+            kv_reserve_bytes=settings.kv_reserve_bytes,
         )
         engine._device_type = device.type
         return engine
@@ -187,35 +217,52 @@ class LocalEngine:
             return self._apply_template([first, *messages[2:]])
 
     def free_bytes(self) -> int:
-        """Return the bytes of device memory that are free now, once the weights are in memory."""
+        """Return the bytes of device memory that a request could have, once the weights are there.
+
+        Caches kept for later questions count as free: `generate` drops them where room is short.
+        """
         pending = 0 if self.is_loaded else self._spec.num_parameters * self._spec.dtype_bytes
-        free = _free_gpu_bytes() if self._device_type == "cuda" else _free_memory_bytes()
-        return max(0, free - pending)
+        kept = self._document_kv.memory_used_bytes if self._document_kv else 0
+        return max(0, self._unused_bytes() + kept - pending)
 
     def warm_up(self) -> None:
         """Read the weights now, so that the first request does not wait for them."""
         with self._lock:
             self._loaded_model()
 
-    def predicted_prefill_seconds(self, num_tokens: int) -> float:
+    def predicted_prefill_seconds(self, num_tokens: int, *, cached_tokens: int = 0) -> float:
         """Return the seconds that prefilling `num_tokens` takes here, from a measured rate.
 
-        Where no rate is remembered for this model on this device, the first call loads the weights
-        and times three short prefills.
+        The first `cached_tokens` of them are in a cache already. Where no rate is remembered for
+        this model on this device, the first call loads the weights and times three short prefills.
         """
         if self._rate is None:
             with self._lock:
                 self._rate = self._rate or self._remembered_rate() or self._measure_rate()
-        return prefill_seconds(self._spec, self._rate, num_tokens)
+        whole = prefill_seconds(self._spec, self._rate, num_tokens)
+        return whole - prefill_seconds(self._spec, self._rate, cached_tokens)
+
+    def cached_tokens(self, prompt_ids: list[int], prefix: DocumentPrefix | None) -> int:
+        """Return how many of the prompt's first tokens need no prefill, because they are kept."""
+        key = self._kept_as(prompt_ids, prefix)
+        if key is None or self._document_kv is None or not self._document_kv.has(key):
+            return 0
+        return prefix.num_tokens if prefix else 0
 
     def generate(
-        self, prompt_ids: list[int], *, max_new_tokens: int, stop: Event
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        stop: Event,
+        prefix: DocumentPrefix | None = None,
     ) -> Iterator[GenerationStep]:
         """Prefill the prompt, then decode greedily, yielding each step; GenerationDone is last.
 
         `stop` is looked at between prefill chunks and between tokens. Requests wait for each other;
         closing the iterator ends its request. The token that ends the answer counts as new, but is
-        neither shown nor cached.
+        neither shown nor cached. The cache of a `prefix` that is kept is not computed again; one
+        that is not is kept once it is whole, where there is room.
 
         Raises:
             ValueError: if the prompt is empty or `max_new_tokens` is not positive.
@@ -223,26 +270,37 @@ class LocalEngine:
         if not prompt_ids or max_new_tokens < 1:
             raise ValueError("generate needs a prompt and at least one new token")
         with self._lock:
-            yield from self._generate(prompt_ids, max_new_tokens, stop)
+            yield from self._generate(prompt_ids, max_new_tokens, stop, prefix)
 
     def _generate(
-        self, prompt_ids: list[int], max_new_tokens: int, stop: Event
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        stop: Event,
+        prefix: DocumentPrefix | None,
     ) -> Iterator[GenerationStep]:
         model = self._loaded_model()
         cache = self._new_cache()
+        most_bytes = kv_cache_bytes(self._spec, len(prompt_ids) + max_new_tokens)
+        key = self._kept_as(prompt_ids, prefix)
+        reused = self._reuse(key, cache)
+        self._make_room(most_bytes)
+        boundary = prefix.num_tokens if prefix and key and not reused else 0
+        kept: KeptPrefix | None = None
         end_ids = self._end_ids(model)
         text = _TextStream(self._tokenizer)
         prefill = decode = 0.0
         new_tokens = 0
         next_id: int | None = None
 
-        for start in range(0, len(prompt_ids), PREFILL_CHUNK_TOKENS):
+        for start, end in _chunks(reused, boundary, len(prompt_ids)):
             if stop.is_set():
                 break
-            chunk = prompt_ids[start : start + PREFILL_CHUNK_TOKENS]
-            next_id, seconds = self._step(chunk, cache)
+            next_id, seconds = self._step(prompt_ids[start:end], cache)
             prefill += seconds
-            yield PrefillProgress(start + len(chunk), len(prompt_ids))
+            if prefix and key and end == boundary:
+                kept = self._keep(key, prefix, cache, most_bytes)
+            yield PrefillProgress(end, len(prompt_ids))
         else:
             while next_id is not None:
                 new_tokens += 1
@@ -257,12 +315,14 @@ class LocalEngine:
             if piece := text.flush():
                 yield TextPiece(piece)
 
-        if cache.get_seq_length() >= len(prompt_ids):
+        if kept is not None and self._document_kv:
+            self._document_kv.save(kept)
+        if not reused and cache.get_seq_length() >= len(prompt_ids):
             self._correct_rate(len(prompt_ids), prefill)
         ended = new_tokens > 0 and (next_id in end_ids or new_tokens == max_new_tokens)
         yield GenerationDone(
             prompt_tokens=len(prompt_ids),
-            reused_tokens=0,
+            reused_tokens=reused,
             kv_tokens=cache.get_seq_length(),
             new_tokens=new_tokens,
             kv_bytes=measured_kv_bytes(cache),
@@ -270,6 +330,61 @@ class LocalEngine:
             decode_seconds=decode,
             stopped=stop.is_set() and not ended,
         )
+
+    def _kept_as(self, prompt_ids: list[int], prefix: DocumentPrefix | None) -> str | None:
+        """Return the key of a prefix; None where it is not kept, or is no proper prefix."""
+        if self._document_kv is None or prefix is None:
+            return None
+        if not 0 < prefix.num_tokens < len(prompt_ids):
+            return None
+        if any(reach.kind in _LENGTH_DEPENDENT_ROPE for reach in self._spec.positions):
+            return None
+        import transformers
+
+        template = getattr(self._tokenizer, "chat_template", None)
+        model = (self._name, self._weights_id, self._device_type, self._tokenizer_id, template)
+        return prefix_key(f"{model} transformers {transformers.__version__}", prefix, prompt_ids)
+
+    def _reuse(self, key: str | None, cache: Cache) -> int:
+        """Fill a new cache with the kept prefix, if there is one; return its tokens."""
+        if key is None or self._document_kv is None:
+            return 0
+        kept = self._document_kv.load(key, str(self._model.device))
+        if kept is None:
+            return 0
+        restore(kept, cache)
+        return kept.num_tokens
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Drop kept caches, least recently used first, where a request would lack room.
+
+        The one that this request continues may be dropped too: its tensors then live in this
+        request's cache alone, each until the layer grows.
+        """
+        if self._document_kv:
+            room = self._unused_bytes() - self._kv_reserve_bytes
+            self._document_kv.release(num_bytes - room)
+
+    def _keep(
+        self, key: str, prefix: DocumentPrefix, cache: Cache, most_bytes: int
+    ) -> KeptPrefix | None:
+        """Keep what the cache holds at the end of the documents, if there is room beside it.
+
+        The answer grows a second copy, `most_bytes` long, while the kept tensors stay.
+        """
+        if self._document_kv is None:
+            return None
+        if self._unused_bytes() - self._kv_reserve_bytes < most_bytes:
+            return None
+        layers = snapshot(cache, self._spec.model_type)
+        if layers is None:
+            return None
+        kept = KeptPrefix(key, prefix.documents, prefix.num_tokens, layers)
+        self._document_kv.keep(kept)
+        return kept
+
+    def _unused_bytes(self) -> int:
+        return _free_gpu_bytes() if self._device_type == "cuda" else _free_memory_bytes()
 
     def _step(self, ids: list[int], cache: Cache) -> tuple[int, float]:
         """Put `ids` into the cache; return the likeliest next token and the seconds it took."""
@@ -402,6 +517,16 @@ class _TextStream:
         )
 
 
+def _chunks(start: int, boundary: int, total: int) -> Iterator[tuple[int, int]]:
+    """Yield the `[start, end)` of each prefill chunk; one of them ends at the boundary."""
+    while start < total:
+        end = min(start + PREFILL_CHUNK_TOKENS, total)
+        if start < boundary < end:
+            end = boundary
+        yield start, end
+        start = end
+
+
 def choose_device(settings: Settings) -> torch.device:
     """Return the torch device of `settings.device`; the only place that chooses one."""
     import torch
@@ -472,3 +597,19 @@ def _fingerprint(tokenizer: Any) -> str:  # noqa: ANN401
         json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     )
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _weights_fingerprint(folder: Path) -> str:
+    """Return what tells a model's files from another version of them, without reading all bytes.
+
+    Each file counts with its name, size, time of change, and both ends.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, stat.st_size - _FINGERPRINT_BYTES))
+            digest.update(file.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()[:16]
