@@ -294,21 +294,24 @@ def _snapshots(fathom: Fathom) -> Iterator[Problem]:
 def _index(fathom: Fathom) -> Iterator[Problem]:
     index = fathom.index
     index.catch_up()
-    differences = index.differences()
-    if differences.wrong or differences.foreign:  # another process may have written meanwhile
+    found = index.differences()
+    wrong, foreign = set(found.wrong), set(found.foreign)
+    if wrong or foreign:
+        # another process may have written meanwhile: what is wrong stays wrong after catching up
         index.catch_up()
-        differences = index.differences()
+        found = index.differences()
+        wrong &= set(found.wrong)
+        foreign &= set(found.foreign)
 
     def mend() -> None:
         log = OpLog(fathom.database, fathom.embedder.fingerprint)
-        log.announce(changed=differences.wrong, gone=differences.foreign)  # for other processes
+        log.announce(changed=sorted(wrong), gone=sorted(foreign))  # for other processes
         index.rebuild()
 
-    if differences.wrong:
-        number = len(differences.wrong)
-        yield Problem(f"{number} vectors are missing or differ from the stored ones", mend)
-    if differences.foreign:
-        yield Problem(f"{len(differences.foreign)} vectors belong to no chunk", mend)
+    if wrong:
+        yield Problem(f"{len(wrong)} vectors are missing or differ from the stored ones", mend)
+    if foreign:
+        yield Problem(f"{len(foreign)} vectors belong to no chunk", mend)
 
 
 def _index_in_words(fathom: Fathom) -> str:
