@@ -104,8 +104,8 @@ _OTHER_CACHE = frozenset(
     }
 )
 
-# Families whose answer depends on how the prompt is cut into prefill chunks: their code starts a
-# scan anew for every chunk, or selects other keys. tests/test_kv_bytes.py shows it for all others.
+# Families whose answer was seen to depend on how the prompt is cut into prefill chunks; why was not
+# found out. tests/test_kv_bytes.py shows of all others that it does not.
 ONE_PIECE_FAMILIES = frozenset({"bamba", "deepseek_v32", "jamba"})
 
 # Families whose modelling code knows no grouped heads, whatever else their config may hold.
