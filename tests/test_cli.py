@@ -144,7 +144,7 @@ def test_a_fault_of_our_own_is_two_lines_and_a_log(
     def broken(**flags: object) -> None:
         raise RuntimeError("the tide is out")
 
-    monkeypatch.setattr("ui.cli.load_settings", broken)
+    monkeypatch.setattr("ui.verbs.documents.load_settings", broken)
     monkeypatch.setattr("sys.argv", ["fathom", "list"])
     with pytest.raises(SystemExit, match="1"):
         main()

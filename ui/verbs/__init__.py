@@ -1,0 +1,1 @@
+"""The verbs of `fathom`, a file for each thing they are about."""

@@ -1,0 +1,138 @@
+"""fathom bench: speed and quality on this machine, a card for people and one JSON line last."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from rag.errors import FathomError
+from rag.settings import load_settings
+from ui.console import Json, err, open_fathom, out, print_json, show_error, stages_bar
+
+app = typer.Typer(help="Measure speed and quality on this machine.", no_args_is_help=True)
+
+
+@app.command(
+    "ingest", epilog="Examples: fathom bench ingest  |  fathom bench ingest report.pdf --json"
+)
+def bench_ingest_verb(
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Files and folders; by default the sample.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Runs of ours and the peer, in turn.", min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Ingest into a temporary library, beside plain sentence-transformers on the same chunks."""
+    from eval.bench.ingest import bench_ingest, card, plain_sentence_transformers
+    from ingest.sample import write_sample
+    from ingest.sources import find_sources
+    from rag.lm.catalog import resolve_model
+    from rag.lm.local_engine import choose_device
+
+    settings = load_settings()
+    with TemporaryDirectory() as folder:
+        wanted = paths or [str(write_sample(Path(folder)))]
+        found = list(find_sources(wanted, settings=settings, downloads=Path(folder)))
+        for source in found:
+            if isinstance(source, FathomError):
+                show_error(source)
+        embedder = open_fathom(settings).embedder
+        embedder.embed(["warm up"])
+        model = resolve_model(settings.embedder, settings)
+        device = choose_device(settings).type
+        with err.status("ingesting, then the peer"):
+            bench = bench_ingest(
+                [source for source in found if not isinstance(source, FathomError)],
+                embedder,
+                lambda: plain_sentence_transformers(model, device=device),
+                settings,
+                rounds=rounds,
+            )
+    if not as_json:
+        out.print(card(bench), markup=False)
+    print_json(bench.to_json() | {"embedder": embedder.fingerprint, "device": device})
+
+
+@app.command(
+    "retrieval",
+    epilog="Examples: fathom bench retrieval --data sets --split dev"
+    "  |  fathom bench retrieval --data sets --set covidqa --limit 50 --json",
+)
+def bench_retrieval_verb(
+    data: Annotated[Path, typer.Option("--data", help="Folder that holds a folder for each set.")],
+    split: Annotated[str, typer.Option(help="dev (to tune on) or test (to report).")] = "dev",
+    only: Annotated[
+        list[str] | None, typer.Option("--set", help="A set's name; may be repeated. Default: all.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each set; default: all.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the chunks' vectors between runs.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how often the evidence is found, beside a BM25 floor on the same questions."""
+    from eval.bench.retrieval import bench_retrieval, card
+    from eval.evidence_sets import SETS, load_evidence_set
+
+    settings = load_settings()
+    fathom = open_fathom(settings)
+    reports = []
+    for name in only or list(SETS):
+        evidence = load_evidence_set(data, name, split, limit=limit)
+        with stages_bar(name) as on_progress:
+            report = bench_retrieval(
+                evidence,
+                embedder=fathom.embedder,
+                settings=settings,
+                reranker=fathom.reranker,
+                cache_folder=cache,
+                on_progress=on_progress,
+            )
+        reports.append(report)
+        (err if as_json else out).print(card(report), markup=False)
+    line = {
+        "bench": "retrieval",
+        "split": split,
+        "embedder": fathom.embedder.fingerprint,
+        "reranker": settings.reranker,
+        "chunk_tokens": settings.chunk_tokens,
+        "num_candidates": settings.num_candidates,
+        "sets": [report.to_json() for report in reports],
+    }
+    print_json(line)
+
+
+@app.command(
+    "windowed",
+    epilog="Examples: fathom bench windowed  |  fathom bench windowed --tokens 16384 --window 2048",
+)
+def bench_windowed_verb(
+    model: Annotated[
+        str, typer.Option(help="Catalog name, folder or hub id of a model without windows.")
+    ] = "smollm2-135m",
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens to prefill; may be repeated. Default: 1024, 4096, 8192."),
+    ] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay for good.")] = 64,
+    window: Annotated[int, typer.Option(min=1, help="Tokens a token sees beside them.")] = 1024,
+    rounds: Annotated[int, typer.Option(help="Runs of both, in turn.", min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Prefill fully and through a window with sinks: tokens a second and peak bytes."""
+    from eval.bench.windowed import bench_windowed, card, load_checked_model
+    from rag.lm.windowed_attention import WindowPlan
+
+    with err.status("loading and checking the model") as status:
+        bench = bench_windowed(
+            load_checked_model(model, load_settings()),
+            WindowPlan(num_sinks=sinks, window=window),
+            tokens or [1024, 4096, 8192],
+            rounds=rounds,
+            on_progress=lambda length: status.update(f"prefilling {length:,} tokens"),
+        )
+    (err if as_json else out).print(card(bench), markup=False)
+    print_json(bench.to_json() | {"model": model})

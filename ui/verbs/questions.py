@@ -1,0 +1,120 @@
+"""Verbs on questions: ask, plan, receipt."""
+
+from typing import Annotated
+
+import typer
+
+from rag.settings import load_settings
+from ui.console import (
+    CollectionOption,
+    Documents,
+    Home,
+    Json,
+    Model,
+    RouteOption,
+    document_ids,
+    err,
+    open_fathom,
+    out,
+    print_json,
+)
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="Examples: fathom ask 'Who signs?'  |  fathom ask --route full -d 1 'Who signs?' --json"
+)
+def ask(
+    question: Annotated[str, typer.Argument(help="In words.")],
+    documents: Documents = None,
+    collection: CollectionOption = None,
+    route: RouteOption = None,
+    model: Model = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a question with citations and the receipt of how it was read."""
+    from rag.answering.service import AnswerReady, RouteChosen
+    from rag.lm.engine import PrefillProgress, TextPiece
+    from ui.formatting import receipt_text
+
+    if not question.strip():
+        raise typer.BadParameter("the question is empty")
+    fathom = open_fathom(load_settings(home=home, model=model))
+    ids = document_ids(fathom, documents, collection)
+    answer = None
+    with err.status("loading the model") as status:
+        for event in fathom.service().stream(question, document_ids=ids, route=route):
+            if isinstance(event, RouteChosen):
+                status.update(f"{event.decision.route}: reading {event.read}")
+            elif isinstance(event, PrefillProgress):
+                status.update(f"reading: {event.done:,} of {event.total:,} tokens")
+            elif isinstance(event, TextPiece):
+                status.update("writing")
+            elif isinstance(event, AnswerReady):
+                answer = event.answer
+    assert answer is not None
+    if as_json:
+        print_json(answer.to_json())
+    else:
+        out.print(receipt_text(answer), markup=False)
+
+
+@app.command(epilog="Examples: fathom plan  |  fathom plan -d report.pdf --measure --json")
+def plan(
+    question: Annotated[str, typer.Argument(help="A question, if there is one.")] = "",
+    documents: Documents = None,
+    collection: CollectionOption = None,
+    route: RouteOption = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the weights and time a prefill, too.")
+    ] = False,
+    model: Model = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Show which route would be taken and every gate's numbers, without reading a token."""
+    from rag.routing.gates import describe
+
+    fathom = open_fathom(load_settings(home=home, model=model))
+    ids = document_ids(fathom, documents, collection)
+    service = fathom.service()
+    planned = service.plan(question, service.documents(ids), route=route, calibrate=measure)
+    decision = planned.decision
+    if as_json:
+        print_json(
+            {
+                "route": decision.route,
+                "reason": decision.reason,
+                "question_class": decision.question_class,
+                "gates": [gate.to_json() for gate in decision.gates],
+                "document_tokens": planned.document_tokens,
+                "prompt_tokens": len(planned.prompt_ids),
+                "longest_context_tokens": service.longest_context_tokens(),
+                "model": fathom.engine.name,
+            }
+        )
+        return
+    out.print(f"{decision.route}: {decision.reason}", markup=False)
+    for gate in decision.gates:
+        verdict = "passed" if gate.passed else "FAILED"
+        out.print(f"  {gate.route:<10} {verdict}  {describe(gate)}", markup=False)
+    longest = service.longest_context_tokens()
+    out.print(f"longest context that fits {fathom.engine.name} here: {longest:,} tokens")
+
+
+@app.command(epilog="Examples: fathom receipt 1f2e3d4c5b6a  |  fathom receipt ID --json")
+def receipt(
+    receipt_id: Annotated[str, typer.Argument(help="The id in an answer's receipt.")],
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Show a past answer with its receipt."""
+    from ui.formatting import receipt_text
+
+    answer = open_fathom(load_settings(home=home)).receipts.load(receipt_id)
+    if as_json:
+        print_json(answer.to_json())
+    else:
+        out.print(receipt_text(answer), markup=False)
