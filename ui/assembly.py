@@ -73,7 +73,7 @@ class Fathom:
         with self._building:
             if self._given_embedder is None:
                 from rag.lm.catalog import resolve_model
-                from rag.lm.local_engine import choose_device
+                from rag.lm.device import choose_device
                 from rag.retrieval.embedding import SentenceTransformerEmbedder
 
                 name = self.settings.embedder
@@ -89,7 +89,7 @@ class Fathom:
         if name is None:
             return None
         from rag.lm.catalog import resolve_model
-        from rag.lm.local_engine import choose_device
+        from rag.lm.device import choose_device
         from rag.retrieval.reranker import CrossEncoderReranker
 
         folder = resolve_model(name, self.settings)

@@ -118,7 +118,7 @@ def load_checked_model(name: str, settings: Settings) -> WindowedModel:
     from transformers.utils import logging
 
     from rag.lm.catalog import resolve_model
-    from rag.lm.local_engine import choose_device
+    from rag.lm.device import choose_device
     from rag.lm.windowed_attention import check_windowed
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +12,10 @@ from statistics import median
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
-import psutil  # type: ignore[import-untyped]
-
-from rag.errors import SettingsError, UnsupportedModelError
+from rag.errors import UnsupportedModelError
 from rag.lm.catalog import resolve_model, resolve_model_name
+from rag.lm.chat_tokenizer import ChatTokenizer
+from rag.lm.device import choose_device, free_device_bytes
 from rag.lm.document_kv import DocumentKV, KeptPrefix, prefix_key, restore, snapshot
 from rag.lm.engine import (
     DocumentPrefix,
@@ -38,20 +37,16 @@ from rag.settings import Settings
 from rag.store.calibrations import CalibrationStore
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Cache, PreTrainedConfig
 
 _RATE_TOKENS = 256
 _RATE_RUNS = 2
 # A rate that a real prefill misses by more than this share is replaced by what that one showed.
 _RATE_DRIFT = 0.25
-# The end of a turn in ChatML; converted models may name only <|endoftext|> as their end.
-_TURN_END = "<|im_end|>"
 # RoPE types whose frequencies follow the length of the prompt: cached keys would not fit another.
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 # Read from both ends of each file of weights to tell it from another of the same size.
 _FINGERPRINT_BYTES = 2**20
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class LocalEngine:
@@ -97,7 +92,7 @@ class LocalEngine:
         else:
             self._load_model = model
         self._name = name
-        self._tokenizer = tokenizer
+        self._tokenizer = ChatTokenizer(tokenizer)
         self._spec = ModelSpec.from_config(config, dtype_bytes=dtype_bytes)
         if not self._spec.prefills_in_chunks:
             raise UnsupportedModelError(
@@ -105,7 +100,6 @@ class LocalEngine:
                 "enters in pieces, as it does here",
                 hint="choose another model; `fathom plan --model` computes its limits all the same",
             )
-        self._tokenizer_id = _fingerprint(tokenizer)
         self._device_type = "cpu" if self._model is None else str(self._model.device.type)
         self._calibrations = calibrations
         self._rate: PrefillRate | None = None
@@ -185,7 +179,7 @@ class LocalEngine:
     @property
     def tokenizer_id(self) -> str:
         """A fingerprint of the tokenizer: equal ids give equal token counts."""
-        return self._tokenizer_id
+        return self._tokenizer.id
 
     @property
     def is_loaded(self) -> bool:
@@ -194,27 +188,11 @@ class LocalEngine:
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of `text` alone, without any template."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        return self._tokenizer.count_tokens(text)
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Return the token ids of the chat in the model's own template, ready for its reply.
-
-        A model without a template reads the contents as plain text, a blank line after each. A
-        template that knows no system role gets the system's words before the user's first.
-        """
-        from jinja2 import TemplateError
-
-        messages = [Message(m.role, self._without_special_tokens(m.content)) for m in messages]
-        if not getattr(self._tokenizer, "chat_template", None):
-            text = "".join(f"{message.content}\n\n" for message in messages)
-            return list(self._tokenizer.encode(text, verbose=False))
-        try:
-            return self._apply_template(messages)
-        except TemplateError:
-            if len(messages) < 2 or messages[0].role != "system":
-                raise
-            first = Message(messages[1].role, f"{messages[0].content}\n\n{messages[1].content}")
-            return self._apply_template([first, *messages[2:]])
+        """Return the token ids of the chat in the model's own template, ready for its reply."""
+        return self._tokenizer.encode_chat(messages)
 
     def free_bytes(self) -> int:
         """Return the bytes of device memory that a request could have, once the weights are there.
@@ -287,8 +265,8 @@ class LocalEngine:
         self._make_room(most_bytes)
         boundary = prefix.num_tokens if prefix and key and not reused else 0
         kept: KeptPrefix | None = None
-        end_ids = self._end_ids(model)
-        text = _TextStream(self._tokenizer)
+        end_ids = self._tokenizer.end_ids(model)
+        text = self._tokenizer.stream()
         prefill = decode = 0.0
         new_tokens = 0
         next_id: int | None = None
@@ -341,8 +319,8 @@ class LocalEngine:
             return None
         import transformers
 
-        template = getattr(self._tokenizer, "chat_template", None)
-        model = (self._name, self._weights_id, self._device_type, self._tokenizer_id, template)
+        tokenizer = (self._tokenizer.id, self._tokenizer.template)
+        model = (self._name, self._weights_id, self._device_type, *tokenizer)
         return prefix_key(f"{model} transformers {transformers.__version__}", prefix, prompt_ids)
 
     def _reuse(self, key: str | None, cache: Cache) -> int:
@@ -384,7 +362,7 @@ class LocalEngine:
         return kept
 
     def _unused_bytes(self) -> int:
-        return _free_gpu_bytes() if self._device_type == "cuda" else _free_memory_bytes()
+        return free_device_bytes(self._device_type)
 
     def _step(self, ids: list[int], cache: Cache) -> tuple[int, float]:
         """Put `ids` into the cache; return the likeliest next token and the seconds it took."""
@@ -450,72 +428,6 @@ class LocalEngine:
 
         return native_cache(self._model.config)
 
-    def _end_ids(self, model: Any) -> frozenset[int]:  # noqa: ANN401
-        """Return every token id that ends an answer."""
-        ids: set[int] = set()
-        configured = getattr(model.generation_config, "eos_token_id", None)
-        if configured is not None:
-            ids.update([configured] if isinstance(configured, int) else configured)
-        if self._tokenizer.eos_token_id is not None:
-            ids.add(self._tokenizer.eos_token_id)
-        turn_end = self._tokenizer.get_vocab().get(_TURN_END)
-        if turn_end is not None:
-            ids.add(turn_end)
-        return frozenset(ids)
-
-    def _without_special_tokens(self, text: str) -> str:
-        """Break up special tokens that a document spells out: a document is data, never a turn."""
-        special = {t for t in self._tokenizer.get_added_vocab() if len(t) > 1}
-        for token in special | set(self._tokenizer.all_special_tokens):
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
-
-    def _apply_template(self, messages: list[Message]) -> list[int]:
-        chat = [{"role": message.role, "content": message.content} for message in messages]
-        return list(
-            self._tokenizer.apply_chat_template(
-                chat, tokenize=True, add_generation_prompt=True, return_dict=False
-            )
-        )
-
-
-class _TextStream:
-    """Turns token ids into text piece by piece, holding back characters that are not whole yet.
-
-    The pieces joined are the text of all ids decoded at once.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        # Decoding starts at a token already shown: some decoders drop a leading space.
-        self._from = 0
-        self._shown = 0
-
-    def push(self, token_id: int) -> str:
-        """Return the text that `token_id` completes, often one word, sometimes nothing."""
-        self._ids.append(token_id)
-        return self._new_text(hold_back=True)
-
-    def flush(self) -> str:
-        """Return what was held back."""
-        return self._new_text(hold_back=False)
-
-    def _new_text(self, *, hold_back: bool) -> str:
-        before = self._decode(self._ids[self._from : self._shown])
-        text = self._decode(self._ids[self._from :])
-        if len(text) <= len(before) or (hold_back and text.endswith(_REPLACEMENT)):
-            return ""
-        self._from, self._shown = self._shown, len(self._ids)
-        return text[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(
-            self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
-
 
 def _chunks(start: int, boundary: int, total: int) -> Iterator[tuple[int, int]]:
     """Yield the `[start, end)` of each prefill chunk; one of them ends at the boundary."""
@@ -525,78 +437,6 @@ def _chunks(start: int, boundary: int, total: int) -> Iterator[tuple[int, int]]:
             end = boundary
         yield start, end
         start = end
-
-
-def choose_device(settings: Settings) -> torch.device:
-    """Return the torch device of `settings.device`; the only place that chooses one."""
-    import torch
-
-    wanted = settings.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if not (wanted == "cpu" or wanted.startswith("cuda")):
-        raise SettingsError(
-            f"device is {wanted!r}; expected cuda, cpu or auto", hint="set FATHOM_DEVICE=auto"
-        )
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingsError(
-            f"device is {wanted!r}, but torch finds no CUDA device here",
-            hint="set FATHOM_DEVICE=auto, or check the driver with nvidia-smi",
-        )
-    return torch.device(wanted)
-
-
-def _free_gpu_bytes() -> int:
-    """Return what the driver has free, and what torch holds of it without using it."""
-    import torch
-
-    free, _ = torch.cuda.mem_get_info()
-    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
-
-
-def _free_memory_bytes() -> int:
-    """Return the available memory of the machine, or of the control group if that is less."""
-    return min([int(psutil.virtual_memory().available), *_cgroup_free_bytes()])
-
-
-def _cgroup_free_bytes(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> list[int]:
-    """Return the free bytes of each limited control group (version 2) that this process is in.
-
-    Page cache that the kernel gives back at once (inactive_file) counts as free.
-    """
-    try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    inside = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if inside is None:
-        return []
-    group = root / inside.strip("/")
-    free = []
-    for folder in [group, *group.parents]:
-        try:
-            limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
-            if limit != "max":
-                used = int((folder / "memory.current").read_text(encoding="utf-8"))
-                stat = (folder / "memory.stat").read_text(encoding="utf-8").split()
-                used -= int(stat[stat.index("inactive_file") + 1])
-                free.append(max(0, int(limit) - used))
-        except (OSError, ValueError):
-            pass
-        if folder == root:
-            break
-    return free
-
-
-def _fingerprint(tokenizer: Any) -> str:  # noqa: ANN401
-    """Return the first 16 hex digits of the SHA-256 of all that the tokenizer does."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = (
-        json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-    )
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _weights_fingerprint(folder: Path) -> str:

@@ -28,7 +28,7 @@ def bench_ingest_verb(
     from ingest.sample import write_sample
     from ingest.sources import find_sources
     from rag.lm.catalog import resolve_model
-    from rag.lm.local_engine import choose_device
+    from rag.lm.device import choose_device
 
     settings = load_settings()
     with TemporaryDirectory() as folder:

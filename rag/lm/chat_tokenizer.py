@@ -1,0 +1,132 @@
+"""A model's tokenizer as Fathom uses it: counts, chats that no document can break out of, text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from rag.lm.engine import Message
+
+# The end of a turn in ChatML; converted models may name only <|endoftext|> as their end.
+_TURN_END = "<|im_end|>"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class ChatTokenizer:
+    """A transformers tokenizer with its chat template; a message cannot end its own turn.
+
+    `id` is a fingerprint: equal ids give equal token counts.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401 - a union of backends
+        self._tokenizer = tokenizer
+        self.id = _fingerprint(tokenizer)
+
+    @property
+    def template(self) -> Any:  # noqa: ANN401 - a string, or a dict of named ones
+        """The chat template, None where the model has none."""
+        return getattr(self._tokenizer, "chat_template", None)
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of `text` alone, without any template."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Return the token ids of the chat in the model's own template, ready for its reply.
+
+        A model without a template reads the contents as plain text, a blank line after each. A
+        template that knows no system role gets the system's words before the user's first.
+        """
+        from jinja2 import TemplateError
+
+        messages = [Message(m.role, self._without_special_tokens(m.content)) for m in messages]
+        if not self.template:
+            text = "".join(f"{message.content}\n\n" for message in messages)
+            return list(self._tokenizer.encode(text, verbose=False))
+        try:
+            return self._apply_template(messages)
+        except TemplateError:
+            if len(messages) < 2 or messages[0].role != "system":
+                raise
+            first = Message(messages[1].role, f"{messages[0].content}\n\n{messages[1].content}")
+            return self._apply_template([first, *messages[2:]])
+
+    def end_ids(self, model: Any) -> frozenset[int]:  # noqa: ANN401
+        """Return every token id that ends an answer."""
+        ids: set[int] = set()
+        configured = getattr(model.generation_config, "eos_token_id", None)
+        if configured is not None:
+            ids.update([configured] if isinstance(configured, int) else configured)
+        if self._tokenizer.eos_token_id is not None:
+            ids.add(self._tokenizer.eos_token_id)
+        turn_end = self._tokenizer.get_vocab().get(_TURN_END)
+        if turn_end is not None:
+            ids.add(turn_end)
+        return frozenset(ids)
+
+    def stream(self) -> TextStream:
+        """Return what turns generated token ids into text."""
+        return TextStream(self._tokenizer)
+
+    def _without_special_tokens(self, text: str) -> str:
+        """Break up special tokens that a document spells out: a document is data, never a turn."""
+        special = {t for t in self._tokenizer.get_added_vocab() if len(t) > 1}
+        for token in special | set(self._tokenizer.all_special_tokens):
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def _apply_template(self, messages: list[Message]) -> list[int]:
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        return list(
+            self._tokenizer.apply_chat_template(
+                chat, tokenize=True, add_generation_prompt=True, return_dict=False
+            )
+        )
+
+
+class TextStream:
+    """Turns token ids into text piece by piece, holding back characters that are not whole yet.
+
+    The pieces joined are the text of all ids decoded at once.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # Decoding starts at a token already shown: some decoders drop a leading space.
+        self._from = 0
+        self._shown = 0
+
+    def push(self, token_id: int) -> str:
+        """Return the text that `token_id` completes, often one word, sometimes nothing."""
+        self._ids.append(token_id)
+        return self._new_text(hold_back=True)
+
+    def flush(self) -> str:
+        """Return what was held back."""
+        return self._new_text(hold_back=False)
+
+    def _new_text(self, *, hold_back: bool) -> str:
+        before = self._decode(self._ids[self._from : self._shown])
+        text = self._decode(self._ids[self._from :])
+        if len(text) <= len(before) or (hold_back and text.endswith(_REPLACEMENT)):
+            return ""
+        self._from, self._shown = self._shown, len(self._ids)
+        return text[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def _fingerprint(tokenizer: Any) -> str:  # noqa: ANN401
+    """Return the first 16 hex digits of the SHA-256 of all that the tokenizer does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = (
+        json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    )
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
