@@ -91,31 +91,37 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return server.url(server.create_database())
 
 
-def make_tiny_engine(max_position_embeddings: int = 4096) -> LocalEngine:
-    """Build the tiny engine from transformers' own config class."""
-    import torch
+def make_tiny_tokenizer() -> Any:  # noqa: ANN401 - transformers types it as a union
+    """Build the tiny engine's tokenizer: one token per byte, and an end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {sign: number for number, sign in enumerate(alphabet)}
-    vocabulary["<eos>"] = len(vocabulary)
+    vocabulary = {sign: number for number, sign in enumerate([*alphabet, "<eos>"])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, eos_token="<eos>"
     )
+
+
+def make_tiny_engine(max_position_embeddings: int = 4096) -> LocalEngine:
+    """Build the tiny engine from transformers' own config class."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tiny_tokenizer()
     torch.manual_seed(7)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=max_position_embeddings,
-        eos_token_id=vocabulary["<eos>"],
+        eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
     model: Any = LlamaForCausalLM(config)

@@ -13,7 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from conftest import HashEmbedder, make_tiny_engine
+from conftest import HashEmbedder, make_tiny_engine, make_tiny_tokenizer
 from rag.errors import ModelFetchError
 from rag.lm.catalog import resolve_model
 from rag.lm.document_kv import DocumentKV, KeptPrefix, prefix_key, restore, snapshot
@@ -168,7 +168,7 @@ def engine_with(documents: DocumentKV | None, **options: Any) -> LocalEngine:  #
     plain = make_tiny_engine()
     return LocalEngine(
         plain._model,
-        plain._tokenizer,
+        make_tiny_tokenizer(),
         name="tiny-llama",
         document_kv=documents,
         weights_id="seed 7",
@@ -289,11 +289,10 @@ def test_where_memory_is_short_kept_caches_make_room_and_none_is_kept(
 
 def test_rope_that_follows_the_length_is_never_kept(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    plain = make_tiny_engine()
     model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=4096)
     documents = DocumentKV(tmp_path, memory_bytes=8 * MIB, disk_bytes=8 * MIB)
     engine = LocalEngine(
-        model, plain._tokenizer, name="dynamic", document_kv=documents, weights_id="seed 0"
+        model, make_tiny_tokenizer(), name="dynamic", document_kv=documents, weights_id="seed 0"
     )
     for _ in range(2):
         assert ask(engine, 2)[0].reused_tokens == 0
