@@ -136,3 +136,21 @@ def bench_windowed_verb(
         )
     (err if as_json else out).print(card(bench), markup=False)
     print_json(bench.to_json() | {"model": model})
+
+
+@app.command("gpu", epilog="Examples: fathom bench gpu  |  fathom bench gpu --small --json")
+def bench_gpu_verb(
+    small: Annotated[
+        bool, typer.Option("--small", help="Tiny shapes, on any device: tries the bench itself.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a GPU within ten minutes, on random weights of real shapes."""
+    from eval.bench.gpu import REAL, SMALL, bench_gpu, card
+    from rag.lm.device import choose_device
+
+    device = choose_device(load_settings() if small else load_settings(device="cuda"))
+    with err.status("starting") as status:
+        bench = bench_gpu(SMALL if small else REAL, device, on_progress=status.update)
+    (err if as_json else out).print(card(bench), markup=False)
+    print_json(bench.to_json())
