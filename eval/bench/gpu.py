@@ -111,6 +111,7 @@ SMALL = GpuShapes(
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
                 "head_dim": 8,
+                "initializer_range": 0.2,  # or attention would drown in the residual stream
                 "max_position_embeddings": 2048,
             }
             | more,
