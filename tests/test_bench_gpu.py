@@ -25,7 +25,6 @@ def test_the_bench_on_small_shapes() -> None:
     assert all(row.kv_bytes_predicted == row.kv_bytes_actual for row in bench.prefill)
     assert [row.model for row in bench.decode] == ["tiny-llama", "tiny-gemma3_text"]
     assert [row.agrees for row in bench.twins] == [True, True, True]
-    assert all(row.difference > 0 for row in bench.twins)  # another order of sums was tried
     assert bench.search or any("FAISS" in reason for reason in bench.left_out)
     shown = card(bench)
     assert "tiny-gemma3_text" in shown
