@@ -186,7 +186,7 @@ def test_the_prefill_rate_is_remembered_and_mended(tmp_path: Path) -> None:
     )
     assert later.predicted_prefill_seconds(4096) == seconds
 
-    key = later._rate_key()
+    key = later._prefill_clock.key
     remembered.save(key, remembered.load(key) | {"flops_per_second": 1.0})  # a far slower machine
     slow = LocalEngine(model, tokenizer, name="tiny", calibrations=remembered)
     assert slow.predicted_prefill_seconds(4096) > 1000 * seconds

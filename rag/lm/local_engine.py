@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +23,8 @@ from rag.lm.engine import (
     TextPiece,
 )
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
-from rag.lm.prefill_cost import (
-    PREFILL_CHUNK_TOKENS,
-    PrefillRate,
-    prefill_flops,
-    prefill_seconds,
-)
+from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
+from rag.lm.prefill_rate import PrefillClock
 from rag.lm.spec import ModelSpec, load_config
 from rag.settings import Settings
 from rag.store.calibrations import CalibrationStore
@@ -39,10 +32,6 @@ from rag.store.calibrations import CalibrationStore
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
-_RATE_TOKENS = 256
-_RATE_RUNS = 2
-# A rate that a real prefill misses by more than this share is replaced by what that one showed.
-_RATE_DRIFT = 0.25
 # RoPE types whose frequencies follow the length of the prompt: cached keys would not fit another.
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 # Read from both ends of each file of weights to tell it from another of the same size.
@@ -63,6 +52,7 @@ class LocalEngine:
         name: str,
         config: PreTrainedConfig | None = None,
         dtype_bytes: int | None = None,
+        device_type: str = "cpu",
         calibrations: CalibrationStore | None = None,
         document_kv: DocumentKV | None = None,
         weights_id: str = "",
@@ -76,6 +66,7 @@ class LocalEngine:
             name: what receipts call the model.
             config: the model's config; by default the model's own.
             dtype_bytes: bytes of one element of the weights; by default those of `config.dtype`.
+            device_type: where the model will be loaded; one that is loaded says so itself.
             calibrations: where the prefill rate is remembered; by default each process measures.
             document_kv: where the caches of documents are kept; by default none is.
             weights_id: what tells these weights and their dtype from others of the same name.
@@ -100,9 +91,13 @@ class LocalEngine:
                 "enters in pieces, as it does here",
                 hint="choose another model; `fathom plan --model` computes its limits all the same",
             )
-        self._device_type = "cpu" if self._model is None else str(self._model.device.type)
-        self._calibrations = calibrations
-        self._rate: PrefillRate | None = None
+        self._device_type = device_type if self._model is None else str(self._model.device.type)
+        self._prefill_clock = PrefillClock(
+            self._spec,
+            model_name=name,
+            device_type=self._device_type,
+            calibrations=calibrations,
+        )
         self._document_kv = document_kv
         self._weights_id = weights_id
         self._kv_reserve_bytes = kv_reserve_bytes
@@ -152,19 +147,18 @@ class LocalEngine:
             )
             return model.to(device).eval()
 
-        engine = cls(
+        return cls(
             load_model,
             tokenizer,
             name=resolve_model_name(name, settings),
             config=config,
             dtype_bytes=dtype.itemsize,
+            device_type=device.type,
             calibrations=calibrations,
             document_kv=document_kv,
             weights_id=f"{_weights_fingerprint(folder)} {dtype}",
             kv_reserve_bytes=settings.kv_reserve_bytes,
         )
-        engine._device_type = device.type
-        return engine
 
     @property
     def name(self) -> str:
@@ -214,11 +208,11 @@ class LocalEngine:
         The first `cached_tokens` of them are in a cache already. Where no rate is remembered for
         this model on this device, the first call loads the weights and times three short prefills.
         """
-        if self._rate is None:
+        if not self._prefill_clock.is_set:
             with self._lock:
-                self._rate = self._rate or self._remembered_rate() or self._measure_rate()
-        whole = prefill_seconds(self._spec, self._rate, num_tokens)
-        return whole - prefill_seconds(self._spec, self._rate, cached_tokens)
+                if not self._prefill_clock.is_set:
+                    self._prefill_clock.measure(self._loaded_model())
+        return self._prefill_clock.seconds(num_tokens, cached_tokens=cached_tokens)
 
     def cached_tokens(self, prompt_ids: list[int], prefix: DocumentPrefix | None) -> int:
         """Return how many of the prompt's first tokens need no prefill, because they are kept."""
@@ -296,7 +290,7 @@ class LocalEngine:
         if kept is not None and self._document_kv:
             self._document_kv.save(kept)
         if not reused and cache.get_seq_length() >= len(prompt_ids):
-            self._correct_rate(len(prompt_ids), prefill)
+            self._prefill_clock.observe(len(prompt_ids), prefill)
         ended = new_tokens > 0 and (next_id in end_ids or new_tokens == max_new_tokens)
         yield GenerationDone(
             prompt_tokens=len(prompt_ids),
@@ -379,43 +373,6 @@ class LocalEngine:
             )
             next_id = int(output.logits[0, -1].argmax())  # waits for the GPU
         return next_id, time.perf_counter() - begun
-
-    def _measure_rate(self) -> PrefillRate:
-        """Time short prefills of an empty cache, the first of them to warm up."""
-        self._loaded_model()
-        num_tokens = min(_RATE_TOKENS, self._spec.max_positions or _RATE_TOKENS)
-        ids = [index % self._spec.vocab_size for index in range(num_tokens)]
-        seconds = [self._step(ids, self._new_cache())[1] for _ in range(1 + _RATE_RUNS)][1:]
-        return self._remember_rate(num_tokens, median(seconds))
-
-    def _remembered_rate(self) -> PrefillRate | None:
-        found = self._calibrations.load(self._rate_key()) if self._calibrations else None
-        return PrefillRate(**found) if found else None
-
-    def _remember_rate(self, num_tokens: int, seconds: float) -> PrefillRate:
-        rate = PrefillRate(prefill_flops(self._spec, num_tokens) / seconds, num_tokens)
-        if self._calibrations:
-            self._calibrations.save(self._rate_key(), asdict(rate))
-        return rate
-
-    def _correct_rate(self, num_tokens: int, seconds: float) -> None:
-        """Replace a rate that a real prefill shows to be off: the machine is not what it was."""
-        if self._rate is None or num_tokens < min(_RATE_TOKENS, self._rate.measured_tokens):
-            return
-        predicted = prefill_seconds(self._spec, self._rate, num_tokens)
-        if abs(seconds - predicted) > _RATE_DRIFT * predicted:
-            self._rate = self._remember_rate(num_tokens, seconds)
-
-    def _rate_key(self) -> str:
-        """Return what a prefill rate depends on: model, element size, attention and device."""
-        import torch
-
-        if self._device_type == "cuda":
-            device = torch.cuda.get_device_name()
-        else:
-            device = f"{platform.node()} {torch.backends.cpu.get_cpu_capability()}"
-            device += f" {torch.get_num_threads()} threads"
-        return f"prefill rate: {self._name}, {self._spec.dtype_bytes} bytes, sdpa, {device}"
 
     def _loaded_model(self) -> Any:  # noqa: ANN401
         """Return the model, reading its weights on first use; call it with the lock held."""
