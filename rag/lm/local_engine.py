@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 from rag.errors import UnsupportedModelError
-from rag.lm.catalog import resolve_model, resolve_model_name
 from rag.lm.chat_tokenizer import ChatTokenizer
-from rag.lm.device import choose_device, free_device_bytes
+from rag.lm.device import free_device_bytes
 from rag.lm.document_kv import DocumentKV, KeptPrefix, prefix_key, restore, snapshot
 from rag.lm.engine import (
     DocumentPrefix,
@@ -23,9 +20,10 @@ from rag.lm.engine import (
     TextPiece,
 )
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
+from rag.lm.loading import open_model
 from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 from rag.lm.prefill_rate import PrefillClock
-from rag.lm.spec import ModelSpec, load_config
+from rag.lm.spec import ModelSpec
 from rag.settings import Settings
 from rag.store.calibrations import CalibrationStore
 
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
 
 # RoPE types whose frequencies follow the length of the prompt: cached keys would not fit another.
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-# Read from both ends of each file of weights to tell it from another of the same size.
-_FINGERPRINT_BYTES = 2**20
 
 
 class LocalEngine:
@@ -126,37 +122,21 @@ class LocalEngine:
             UnsupportedModelError: if its cache cannot be predicted exactly.
             SettingsError: if the device is not there.
         """
-        folder = resolve_model(name, settings)
-
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        device = choose_device(settings)
+        opened = open_model(name, settings)
         if settings.num_threads is not None:
+            import torch
+
             torch.set_num_threads(settings.num_threads)
-        config = load_config(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        stored: Any = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
-        dtype = torch.bfloat16 if device.type == "cuda" else stored
-
-        def load_model() -> Any:  # noqa: ANN401
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True
-            )
-            return model.to(device).eval()
-
         return cls(
-            load_model,
-            tokenizer,
-            name=resolve_model_name(name, settings),
-            config=config,
-            dtype_bytes=dtype.itemsize,
-            device_type=device.type,
+            opened.load,
+            opened.tokenizer,
+            name=opened.name,
+            config=opened.config,
+            dtype_bytes=opened.dtype.itemsize,
+            device_type=opened.device.type,
             calibrations=calibrations,
             document_kv=document_kv,
-            weights_id=f"{_weights_fingerprint(folder)} {dtype}",
+            weights_id=opened.weights_id,
             kv_reserve_bytes=settings.kv_reserve_bytes,
         )
 
@@ -394,19 +374,3 @@ def _chunks(start: int, boundary: int, total: int) -> Iterator[tuple[int, int]]:
             end = boundary
         yield start, end
         start = end
-
-
-def _weights_fingerprint(folder: Path) -> str:
-    """Return what tells a model's files from another version of them, without reading all bytes.
-
-    Each file counts with its name, size, time of change, and both ends.
-    """
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_FINGERPRINT_BYTES))
-            file.seek(max(0, stat.st_size - _FINGERPRINT_BYTES))
-            digest.update(file.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]
