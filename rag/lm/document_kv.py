@@ -74,13 +74,15 @@ def snapshot(cache: Cache, model_type: str) -> tuple[tuple[Tensor, Tensor], ...]
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+    from rag.lm.native_cache import OwningWindowLayer
+
     if model_type in _STATE_ELSEWHERE:
         return None
     layers = []
     layer: Any  # the mixins of transformers do not declare what their subclasses have
     for layer in cache.layers:
         # Exact classes: a subclass may keep more than keys and values.
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, OwningWindowLayer):
             return None
         if layer.keys is None or layer.values is None:
             return None

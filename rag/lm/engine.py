@@ -1,6 +1,6 @@
 """What answering needs of a language model, whichever process runs it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
 from typing import Protocol
@@ -27,6 +27,18 @@ class DocumentPrefix:
     num_tokens: int
     documents: tuple[str, ...]
     tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """How likely is `continuation_ids` right after `prompt_ids`? Both hold at least one token."""
+
+    prompt_ids: tuple[int, ...]
+    continuation_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids or not self.continuation_ids:
+            raise ValueError("a score needs at least one token of prompt and of continuation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,4 +132,19 @@ class Engine(Protocol):
 
         `stop` is looked at between prefill chunks and between tokens. With a `prefix`, the engine
         may keep its cache, and use one that was kept.
+        """
+
+    def score(
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        stop: Event,
+        prefix: DocumentPrefix | None = None,
+    ) -> list[tuple[float, ...]] | None:
+        """Return the log-likelihood, in nats, of each token of each request's continuation.
+
+        What all prompts begin with is prefilled once; the rest runs in batches. So it serves
+        several answers to one long prompt, and one question after each of several short ones.
+        `prefix` is what of the prompts is kept, if they share it. None is returned once `stop` is
+        set, which is looked at between forward passes.
         """

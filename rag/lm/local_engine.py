@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,12 @@ from rag.lm.engine import (
     GenerationStep,
     Message,
     PrefillProgress,
+    ScoreRequest,
     TextPiece,
 )
+from rag.lm.forward import forward, prefill_chunks
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.loading import open_model
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 from rag.lm.prefill_rate import PrefillClock
 from rag.lm.spec import ModelSpec
 from rag.settings import Settings
@@ -245,7 +246,7 @@ class LocalEngine:
         new_tokens = 0
         next_id: int | None = None
 
-        for start, end in _chunks(reused, boundary, len(prompt_ids)):
+        for start, end in prefill_chunks(reused, boundary, len(prompt_ids)):
             if stop.is_set():
                 break
             next_id, seconds = self._step(prompt_ids[start:end], cache)
@@ -282,6 +283,54 @@ class LocalEngine:
             decode_seconds=decode,
             stopped=stop.is_set() and not ended,
         )
+
+    def score(
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        stop: Event,
+        prefix: DocumentPrefix | None = None,
+    ) -> list[tuple[float, ...]] | None:
+        """Return the log-likelihood, in nats, of each token of each request's continuation.
+
+        What all prompts begin with is prefilled once, or taken from what is kept of `prefix`; the
+        rest runs in padded batches. None is returned once `stop` is set, which is looked at
+        between forward passes.
+        """
+        from rag.lm.scoring import score_tails, shared_tokens
+
+        if not requests:
+            return []
+        with self._lock:
+            model = self._loaded_model()
+            cache = self._new_cache()
+            shared = shared_tokens(requests)
+            prompt_ids = list(requests[0].prompt_ids)
+            longest = max(len(r.prompt_ids) + len(r.continuation_ids) for r in requests)
+            most_bytes = 2 * kv_cache_bytes(self._spec, longest)  # one prefix, one row or more
+            if prefix and prefix.num_tokens > shared:
+                prefix = None
+            key = self._kept_as(prompt_ids, prefix)
+            reused = self._reuse(key, cache)
+            self._make_room(most_bytes)
+            boundary = prefix.num_tokens if prefix and key and not reused else 0
+            for start, end in prefill_chunks(reused, boundary, shared):
+                if stop.is_set():
+                    return None
+                self._step(prompt_ids[start:end], cache)
+                if prefix and key and end == boundary:
+                    kept = self._keep(key, prefix, cache, most_bytes)
+                    if kept is not None and self._document_kv:
+                        self._document_kv.save(kept)
+            return score_tails(
+                model,
+                self._spec,
+                requests,
+                cache,
+                shared=shared,
+                free_bytes=max(0, self._unused_bytes() - self._kv_reserve_bytes),
+                stop=stop,
+            )
 
     def _kept_as(self, prompt_ids: list[int], prefix: DocumentPrefix | None) -> str | None:
         """Return the key of a prefix; None where it is not kept, or is no proper prefix."""
@@ -340,18 +389,9 @@ class LocalEngine:
 
     def _step(self, ids: list[int], cache: Cache) -> tuple[int, float]:
         """Put `ids` into the cache; return the likeliest next token and the seconds it took."""
-        import torch
-
         begun = time.perf_counter()
-        # Entered anew for each step: a generator must not leave it on in its caller's thread.
-        with torch.inference_mode():
-            output = self._model(
-                input_ids=torch.tensor([ids], device=self._model.device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            next_id = int(output.logits[0, -1].argmax())  # waits for the GPU
+        logits = forward(self._model, [ids], cache)
+        next_id = int(logits[0, -1].argmax())  # waits for the GPU
         return next_id, time.perf_counter() - begun
 
     def _loaded_model(self) -> Any:  # noqa: ANN401
@@ -364,13 +404,3 @@ class LocalEngine:
         from rag.lm.native_cache import native_cache
 
         return native_cache(self._model.config)
-
-
-def _chunks(start: int, boundary: int, total: int) -> Iterator[tuple[int, int]]:
-    """Yield the `[start, end)` of each prefill chunk; one of them ends at the boundary."""
-    while start < total:
-        end = min(start + PREFILL_CHUNK_TOKENS, total)
-        if start < boundary < end:
-            end = boundary
-        yield start, end
-        start = end

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 
@@ -22,7 +24,7 @@ def native_cache(config: PreTrainedConfig) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     cache.layers = [
-        _OwningWindowLayer(layer.sliding_window)
+        OwningWindowLayer(layer.sliding_window)
         if type(layer) is DynamicSlidingWindowLayer
         else layer
         for layer in cache.layers
@@ -30,7 +32,32 @@ def native_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
-class _OwningWindowLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
+def branch(cache: Cache, num_sequences: int) -> Cache:
+    """Return a cache of `num_sequences` sequences that all go on from the one in `cache`.
+
+    `cache` stays as it is, whatever its layers are: windows that cannot be rolled back and
+    recurrent states are copied like keys and values.
+    """
+    branched = copy.copy(cache)
+    branched.layers = [_shallow_copy(layer) for layer in cache.layers]
+    # What beam search does, with every beam going on from the first; all tensors are new ones.
+    first = torch.zeros(num_sequences, dtype=torch.long)
+    branched.reorder_cache(first)  # type: ignore[arg-type]  # a LongTensor is no type of torch's
+    return branched
+
+
+def _shallow_copy(layer: Any) -> Any:  # noqa: ANN401 - a cache layer of any kind
+    """Return a layer whose attributes can be set without those of `layer` changing."""
+    copied = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):  # the states of recurrent layers
+            setattr(copied, name, dict(value))
+    return copied
+
+
+class OwningWindowLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
+    """A sliding layer that keeps a copy of its window, not a view of all that was computed."""
+
     def update(
         self,
         key_states: Tensor,
@@ -38,11 +65,13 @@ class _OwningWindowLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-
         *args: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> tuple[Tensor, Tensor]:
+        """Take new keys and values in and return all that the queries may see."""
         seen = super().update(key_states, value_states, *args, **kwargs)
         self._own()
         return seen
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens out again, as far as the layer has recorded them."""
         super().crop(tokens_to_remove)
         if self.is_initialized:
             self._own()
