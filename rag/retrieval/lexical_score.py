@@ -101,6 +101,11 @@ def lexical_scores(
     return scores
 
 
+def stems_in(text: str) -> set[str]:
+    """Return the distinct stems of a text's words."""
+    return set(_stemmer()(_WORD.findall(text.lower())))
+
+
 def _stemmer() -> Callable[[list[str]], list[str]]:
     """Return this thread's stemmer: one remembers the words it has seen, and is not thread-safe."""
     if not hasattr(_thread, "stem_words"):

@@ -154,3 +154,33 @@ def bench_gpu_verb(
         bench = bench_gpu(SMALL if small else REAL, device, on_progress=status.update)
     (err if as_json else out).print(card(bench), markup=False)
     print_json(bench.to_json())
+
+
+@app.command("router", epilog="Examples: fathom bench router --data sets --split dev")
+def bench_router_verb(
+    data: Annotated[Path, typer.Option("--data", help="Folder that holds the folder lara.")],
+    split: Annotated[
+        str, typer.Option(help="dev (in folds, to tune) or test (to report).")
+    ] = "dev",
+    as_json: Json = False,
+) -> None:
+    """Judge the router on stored answers of eleven models, beside simple rules; no model runs."""
+    from eval.bench.router import Round, bench_router, card, cross_validation, label_pairs
+    from eval.lara import load_lara
+    from rag.routing.utility import load_weights
+
+    if split not in ("dev", "test"):
+        raise typer.BadParameter("--split is dev or test")
+    documents, predictions = load_lara(data)
+    with stages_bar("lara") as on_progress:
+        pairs = label_pairs(documents, predictions, on_progress=on_progress)
+    tested = {document.id for document in documents if document.split == "test"}
+    dev = [pair for pair in pairs if pair.document not in tested]
+    if split == "test":
+        test = [pair for pair in pairs if pair.document in tested]
+        rounds = [Round(dev, test, load_weights())]
+    else:
+        rounds = cross_validation(dev)
+    bench = bench_router(rounds, split=split)
+    (err if as_json else out).print(card(bench), markup=False)
+    print_json(bench.to_json())

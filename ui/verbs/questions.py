@@ -1,5 +1,6 @@
 """Verbs on questions: ask, plan, receipt."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -118,3 +119,55 @@ def receipt(
         print_json(answer.to_json())
     else:
         out.print(receipt_text(answer), markup=False)
+
+
+@app.command(
+    "fit-router",
+    epilog="Examples: fathom fit-router pairs.jsonl  |  fathom fit-router pairs.jsonl --json",
+)
+def fit_router_verb(
+    pairs: Annotated[
+        Path | None, typer.Argument(help="JSON lines, a question that both routes answered each.")
+    ] = None,
+    lara: Annotated[
+        Path | None, typer.Option("--lara", help="Fit from LaRA's dev split in this data folder.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: router.json of the library.")
+    ] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Fit the router to questions that both routes answered here; 200 pairs or more.
+
+    A line holds model, document, question, document_tokens, effective_tokens, shares,
+    places, question_class, and full and retrieval: how right each route was, 0 to 1.
+    """
+    from eval.fit_router import fit_router, load_pairs
+    from rag.routing.utility import load_weights, save_weights
+
+    if (pairs is None) == (lara is None):
+        raise typer.BadParameter("give a file of pairs, or --lara with its folder")
+    if lara is not None:
+        from eval.bench.router import label_pairs
+        from eval.lara import load_lara
+
+        documents, predictions = load_lara(lara)
+        dev = {document.id for document in documents if document.split == "dev"}
+        labelled = label_pairs(
+            [document for document in documents if document.id in dev],
+            [prediction for prediction in predictions if prediction.document_id in dev],
+        )
+        weights = fit_router(labelled, fitted_on=f"LaRA dev, {len(labelled):,} pairs")
+    else:
+        assert pairs is not None
+        labelled = load_pairs(pairs)
+        weights = fit_router(
+            labelled, fitted_on=f"{pairs.name}, {len(labelled):,} pairs", prior=load_weights()
+        )
+    target = output or load_settings(home=home).home / "router.json"
+    save_weights(weights, target)
+    if as_json:
+        print_json({"pairs": len(labelled), "weights": str(target)})
+    else:
+        out.print(f"fitted to {len(labelled):,} pairs: {target}", markup=False)
