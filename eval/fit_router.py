@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit
 
-from rag.errors import FathomError, ReadError
+from rag.errors import ReadError, TooFewPairsError
 from rag.routing.utility import RightModel, RouteFeatures, RouterWeights
 from rag.types import QuestionClass
 
@@ -38,10 +38,6 @@ class LabelledPair:
     features: RouteFeatures
     full: float
     retrieval: float
-
-
-class TooFewPairsError(FathomError):
-    """There are not enough pairs to fit from."""
 
 
 def fit_router(

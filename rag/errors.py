@@ -12,12 +12,14 @@
     ├── StoreError                  the library could not be read or written
     │   ├── DocumentNotFoundError     no document answers to that name
     │   ├── EmptyLibraryError         there is nothing to ask about
+    │   ├── ReplayError               the words of a past question are gone
     │   ├── StorageFullError          the disk is full; nothing was written
     │   └── EmbedderMismatchError     the stored vectors come from another embedder
     ├── ModelError                  a model could not be found, fetched or run
     │   ├── UnknownModelError         neither catalog name, folder nor hub id
     │   ├── ModelFetchError           a file could not be had, or its checksum is wrong
     │   └── UnsupportedModelError     its cache or positions cannot be predicted exactly
+    ├── TooFewPairsError            nothing can be fitted from so few questions
     └── ServeError                  the web page could not be served
 
 The message says what was found and what was expected; the hint says what to do.
@@ -78,6 +80,10 @@ class EmptyLibraryError(StoreError):
     """There is no document to ask about."""
 
 
+class ReplayError(StoreError):
+    """The words of a past question are gone with a document."""
+
+
 class StorageFullError(StoreError):
     """The disk is full; the transaction was rolled back and nothing was written."""
 
@@ -100,6 +106,10 @@ class ModelFetchError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """The model's cache or positions cannot be predicted exactly, so it is refused."""
+
+
+class TooFewPairsError(FathomError):
+    """Nothing can be fitted from so few questions."""
 
 
 class ServeError(FathomError):

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.bench.router import Round, bench_router, card, cross_validation, label_pairs
-from eval.fit_router import FEWEST_PAIRS, LabelledPair, TooFewPairsError, fit_router, load_pairs
+from eval.fit_router import FEWEST_PAIRS, LabelledPair, fit_router, load_pairs
 from eval.lara import load_lara, numbers, score_prediction
-from rag.errors import ReadError, SettingsError
+from rag.errors import ReadError, SettingsError, TooFewPairsError
 from rag.routing.utility import (
     RightModel,
     RouteFeatures,

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.bench.bm25_floor import word_windows
-from eval.fit_router import LabelledPair, TooFewPairsError, fit_router
+from eval.fit_router import LabelledPair, fit_router
 from eval.lara import LaraDocument, PairedPrediction
 from eval.statistics import Interval, cluster_bootstrap
+from rag.errors import TooFewPairsError
 from rag.retrieval.lexical_score import Candidate, lexical_scores, question_words, stems_in
 from rag.routing.question_class import classify_question
 from rag.routing.utility import (

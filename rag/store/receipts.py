@@ -53,10 +53,24 @@ class ReceiptStore:
         with self._database.read() as connection:
             body = connection.scalar(select(answer.c.body).where(answer.c.id == receipt_id))
         if body is None:
-            raise DocumentNotFoundError(
-                f"no receipt {receipt_id!r}", hint="the id stands in every answer's receipt"
-            )
+            raise _no_receipt(receipt_id)
         return answer_from_json(json.loads(body))
+
+    def asked(self, receipt_id: str) -> tuple[str, list[int]]:
+        """Return the question of a past answer, and the documents it was asked of.
+
+        Raises:
+            DocumentNotFoundError: if there is no such receipt.
+        """
+        documents = select(answer_document.c.document_id).where(
+            answer_document.c.answer_id == receipt_id
+        )
+        with self._database.read() as connection:
+            question = connection.scalar(select(answer.c.question).where(answer.c.id == receipt_id))
+            document_ids = list(connection.scalars(documents.order_by("document_id")))
+        if question is None:
+            raise _no_receipt(receipt_id)
+        return question, document_ids
 
     def quoting_the_deleted(self) -> list[tuple[str, int]]:
         """Return (receipt id, document id) where an answer still has words of a deleted one."""
@@ -83,6 +97,12 @@ class ReceiptStore:
         with self._database.write() as connection:
             redact(connection, document_id)
         self._database.erase_deleted()
+
+
+def _no_receipt(receipt_id: str) -> DocumentNotFoundError:
+    return DocumentNotFoundError(
+        f"no receipt {receipt_id!r}", hint="the id stands in every answer's receipt"
+    )
 
 
 def redact(connection: Connection, document_id: int) -> None:

@@ -121,6 +121,36 @@ def receipt(
         out.print(receipt_text(answer), markup=False)
 
 
+@app.command(epilog="Examples: fathom replay 1f2e3d4c5b6a  |  fathom replay ID --json")
+def replay(
+    receipt_id: Annotated[str, typer.Argument(help="The id in an answer's receipt.")],
+    model: Model = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a past question again, of the same document versions, and say what differs.
+
+    With the receipt's own model unless --model names another; exit code 1 if the text differs.
+    """
+    from rag.answering.replay import replay as ask_again
+
+    settings = load_settings(home=home, model=model)
+    if model is None:
+        past = open_fathom(settings).receipts.load(receipt_id)
+        settings = load_settings(home=home, model=past.receipt.model)
+    fathom = open_fathom(settings)
+    with err.status("asking again"):
+        found = ask_again(receipt_id, fathom.receipts, fathom.service())
+    if as_json:
+        print_json(found.to_json())
+    elif found.same_text:
+        out.print(f"the same text, receipt {found.now.receipt.id}", markup=False)
+    for difference in [] if as_json else found.differences:
+        out.print(difference, markup=False)
+    if not found.same_text:
+        raise typer.Exit(1)
+
+
 @app.command(
     "fit-router",
     epilog="Examples: fathom fit-router pairs.jsonl  |  fathom fit-router pairs.jsonl --json",
