@@ -20,7 +20,7 @@ import numpy as np
 
 from rag.errors import UnsupportedModelError
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS, prefill_flops
+from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS, prefill_work
 from rag.lm.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -383,7 +383,7 @@ def _full_prefill(
     _read(model, native_cache(model.config), ids[: 2 * PREFILL_CHUNK_TOKENS])  # warms up
     cache = native_cache(model.config)
     seconds, peak = run.timed_with_peak(lambda: _read(model, cache, ids))
-    flops = prefill_flops(spec, len(ids))
+    flops = prefill_work(spec, len(ids)).flops
     return PrefillRow(
         model=name,
         way="full",
