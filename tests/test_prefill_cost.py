@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import make_tiny_tokenizer
+from rag.lm.forward import forward
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.local_engine import LocalEngine
 from rag.lm.prefill_cost import (
@@ -136,16 +137,13 @@ class MadeUpMachine:
     """A clock that a model's passes advance by what a rate says they take."""
 
     def __init__(self, spec: ModelSpec, rate: PrefillRate, monkeypatch: pytest.MonkeyPatch) -> None:
-        import rag.lm.forward as module
-
         self.now = 0.0
-        run = module.forward
 
-        def forward(model: Any, rows: Any, cache: Any, **more: Any) -> torch.Tensor:  # noqa: ANN401
+        def timed(model: Any, rows: Any, cache: Any) -> torch.Tensor:  # noqa: ANN401
             self.now += rate.seconds(chunk_work(spec, len(rows[0]), cache.get_seq_length()))
-            return run(model, rows, cache, **more)
+            return forward(model, rows, cache)
 
-        monkeypatch.setattr(module, "forward", forward)
+        monkeypatch.setattr("rag.lm.forward.forward", timed)
 
     def __call__(self) -> float:
         return self.now
