@@ -1,9 +1,7 @@
-"""The cost of a prefill and the local engine, on tiny random models."""
+"""The local engine, on tiny random models."""
 
 import time
-from pathlib import Path
 from threading import Event
-from typing import Any
 
 import pytest
 import torch
@@ -17,10 +15,6 @@ from conftest import make_tiny_engine, make_tiny_tokenizer
 from rag.lm.engine import GenerationDone, GenerationStep, Message, PrefillProgress, TextPiece
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.local_engine import LocalEngine
-from rag.lm.prefill_cost import PrefillRate, prefill_flops, prefill_seconds
-from rag.lm.spec import LayerSpec, ModelSpec, PositionRange
-from rag.store.calibrations import CalibrationStore
-from rag.store.database import Database
 from tiny_families import WINDOW, tiny_model
 
 
@@ -45,25 +39,6 @@ def prompt(num_tokens: int) -> list[int]:
 
 def run(engine: LocalEngine, ids: list[int], limit: int = 12) -> list[GenerationStep]:
     return list(engine.generate(ids, max_new_tokens=limit, stop=Event()))
-
-
-def test_prefill_operations_by_hand() -> None:
-    layers = (LayerSpec("full", None, 8, 8, 32), LayerSpec("sliding", 100, 8, 8, 32))
-    spec = ModelSpec(
-        model_type="llama",
-        layers=layers,
-        positions=(PositionRange("all", "default", 4096, 4096),),
-        dtype_bytes=2,
-        vocab_size=10,
-        max_positions=4096,
-        num_parameters=1500,
-        linear_parameters=1000,
-    )
-    # Full: 1024 * (1024 + 512) / 2 pairs; sliding: 1024 * (99 + 512); four operations a pair.
-    attention = 4 * 32 * (1024 * 1536 // 2 + 1024 * 611)
-    assert prefill_flops(spec, 1024) == 2 * 1000 * 1024 + attention
-    rate = PrefillRate(flops_per_second=attention / 2, measured_tokens=256)
-    assert prefill_seconds(spec, rate, 1024) == pytest.approx(2.0, rel=0.05)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
@@ -170,29 +145,6 @@ def test_what_the_engine_says_of_itself() -> None:
     begun = time.perf_counter()
     engine.predicted_prefill_seconds(4096)
     assert time.perf_counter() - begun < 0.1  # measured once
-
-
-def test_the_prefill_rate_is_remembered_and_mended(tmp_path: Path) -> None:
-    remembered = CalibrationStore(Database(f"sqlite:///{tmp_path / 'library.sqlite'}"))
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    first = LocalEngine(model, tokenizer, name="tiny", calibrations=remembered)
-    seconds = first.predicted_prefill_seconds(4096)
-
-    def never() -> Any:  # noqa: ANN401
-        raise AssertionError("the weights are not needed to remember")
-
-    later = LocalEngine(
-        never, tokenizer, name="tiny", config=model.config, dtype_bytes=4, calibrations=remembered
-    )
-    assert later.predicted_prefill_seconds(4096) == seconds
-
-    key = later._prefill_clock.key
-    remembered.save(key, remembered.load(key) | {"flops_per_second": 1.0})  # a far slower machine
-    slow = LocalEngine(model, tokenizer, name="tiny", calibrations=remembered)
-    assert slow.predicted_prefill_seconds(4096) > 1000 * seconds
-    run(slow, prompt(600), limit=1)
-    assert slow.predicted_prefill_seconds(4096) < 1000 * seconds
-    assert remembered.load(key)["measured_tokens"] == 600
 
 
 def test_weights_are_read_on_first_use() -> None:

@@ -18,9 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.bench.machine import (
+    copy_bytes_per_second,
+    device_name,
+    library_versions,
+    matmul_flops_per_second,
+    timed,
+)
 from rag.errors import UnsupportedModelError
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS, prefill_flops
+from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS, prefill_work
 from rag.lm.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -226,11 +233,11 @@ def bench_gpu(
 
     run = _Run(device, time.perf_counter() + deadline_seconds, on_progress)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    bench = GpuBench(_device_name(device), _versions(), str(dtype).removeprefix("torch."))
+    bench = GpuBench(device_name(device), _versions(), str(dtype).removeprefix("torch."))
     begun = time.perf_counter()
     on_progress("the ceilings")
-    bench.matmul_flops_per_second = _matmul_flops_per_second(shapes.ceiling_side, dtype, device)
-    bench.copy_bytes_per_second = _copy_bytes_per_second(shapes.ceiling_bytes, device)
+    bench.matmul_flops_per_second = matmul_flops_per_second(shapes.ceiling_side, dtype, device)
+    bench.copy_bytes_per_second = copy_bytes_per_second(shapes.ceiling_bytes, device)
 
     for name, facts in shapes.models:
         with run.section(f"{name}: building", bench):
@@ -323,11 +330,7 @@ class _Run:
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Return the seconds of `work`, all that it queued on the device included."""
-        self.wait()
-        begun = time.perf_counter()
-        work()
-        self.wait()
-        return time.perf_counter() - begun
+        return timed(work, self.device)
 
     def timed_with_peak(self, work: Callable[[], Any]) -> tuple[float, int]:
         """Return `timed`, and the most bytes allocated meanwhile; 0 where they are not counted."""
@@ -339,13 +342,6 @@ class _Run:
         torch.cuda.reset_peak_memory_stats(self.device)
         seconds = self.timed(work)
         return seconds, torch.cuda.max_memory_allocated(self.device) - before
-
-    def wait(self) -> None:
-        """Wait until the device has done all that was queued."""
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def _bench_prefill(
@@ -383,7 +379,7 @@ def _full_prefill(
     _read(model, native_cache(model.config), ids[: 2 * PREFILL_CHUNK_TOKENS])  # warms up
     cache = native_cache(model.config)
     seconds, peak = run.timed_with_peak(lambda: _read(model, cache, ids))
-    flops = prefill_flops(spec, len(ids))
+    flops = prefill_work(spec, len(ids)).flops
     return PrefillRow(
         model=name,
         way="full",
@@ -590,26 +586,6 @@ def _random_model(facts: dict[str, Any], dtype: torch.dtype, device: torch.devic
     return model.eval()
 
 
-def _matmul_flops_per_second(side: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the best rate of a square matrix product, of five."""
-    import torch
-
-    left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    run = _Run(device, 0.0, lambda _: None)
-    best = min(run.timed(lambda: left @ right) for _ in range(6))
-    return 2 * side**3 / best
-
-
-def _copy_bytes_per_second(num_bytes: int, device: torch.device) -> float:
-    """Return bytes read and written a second by the best copy, of five."""
-    import torch
-
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    run = _Run(device, 0.0, lambda _: None)
-    return 2 * num_bytes / min(run.timed(lambda: target.copy_(source)) for _ in range(6))
-
-
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     found, expected = found.float().flatten(), expected.float().flatten()
     return float((found - expected).norm() / expected.norm())
@@ -623,24 +599,12 @@ def _collect(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _device_name(device: torch.device) -> str:
-    import torch
-
-    if device.type != "cuda":
-        return f"{platform.machine()} CPU"
-    properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-
-
 def _versions() -> dict[str, str]:
     import faiss
     import torch
-    import transformers
 
-    return {
+    return library_versions() | {
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
-        "transformers": transformers.__version__,
         "faiss": faiss.__version__,
     }

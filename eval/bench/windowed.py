@@ -53,9 +53,21 @@ class WindowedBench:
     dtype: str
     rows: tuple[WindowedRow, ...]
 
+    @property
+    def peak_growth(self) -> float | None:
+        """Windowed peak bytes at the longest length to those at the shortest beyond the window.
+
+        1 is flat: what is read beyond a full window takes no memory. None with fewer than two such
+        lengths.
+        """
+        held = self.num_sinks + self.window
+        beyond = sorted((r.num_tokens, r.windowed.peak_bytes) for r in self.rows)
+        peaks = [peak for num_tokens, peak in beyond if num_tokens > held]
+        return peaks[-1] / peaks[0] if len(peaks) > 1 else None
+
     def to_json(self) -> dict[str, Any]:
         """Return the object that `fathom bench windowed` prints last."""
-        return {"bench": "windowed", **asdict(self)}
+        return {"bench": "windowed", **asdict(self), "peak_growth": self.peak_growth}
 
 
 def bench_windowed(
@@ -179,6 +191,12 @@ def card(bench: WindowedBench) -> str:
             f"  {full.peak_bytes / mib:8,.1f} / {windowed.peak_bytes / mib:8,.1f}"
             f"  {row.peak_ratio:5.2f}"
             f"  {full.kv_bytes / mib:8,.1f} / {windowed.kv_bytes / mib:8,.1f}"
+        )
+    if bench.peak_growth is not None:
+        beyond = [r.num_tokens for r in bench.rows if r.num_tokens > bench.num_sinks + bench.window]
+        lines.append(
+            f"windowed peak at {max(beyond):,} tokens to that at {min(beyond):,}:"
+            f" {bench.peak_growth:.2f}"
         )
     return "\n".join(lines)
 

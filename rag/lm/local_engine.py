@@ -187,7 +187,7 @@ class LocalEngine:
         """Return the seconds that prefilling `num_tokens` takes here, from a measured rate.
 
         The first `cached_tokens` of them are in a cache already. Where no rate is remembered for
-        this model on this device, the first call loads the weights and times three short prefills.
+        this model on this device, the first call loads the weights and times a few chunks.
         """
         if not self._prefill_clock.is_set:
             with self._lock:
@@ -270,8 +270,8 @@ class LocalEngine:
 
         if kept is not None and self._document_kv:
             self._document_kv.save(kept)
-        if not reused and cache.get_seq_length() >= len(prompt_ids):
-            self._prefill_clock.observe(len(prompt_ids), prefill)
+        if cache.get_seq_length() >= len(prompt_ids):
+            self._prefill_clock.observe(len(prompt_ids), prefill, cached_tokens=reused)
         ended = new_tokens > 0 and (next_id in end_ids or new_tokens == max_new_tokens)
         yield GenerationDone(
             prompt_tokens=len(prompt_ids),

@@ -1,44 +1,121 @@
-"""Seconds to prefill a prompt: a count of operations times a rate measured on this machine."""
+"""Seconds to prefill a prompt: the work of its chunks times rates measured on this machine.
 
-from dataclasses import dataclass
+A prompt enters the model in chunks. What one of them takes is the sum of four things, each in
+proportion to a count that follows from the model's shape:
 
-from rag.lm.spec import LayerSpec, ModelSpec
+    one chunk               starting a forward pass, and reading the weights once
+    linear operations       each linear weight multiplies and adds once per token
+    attention operations    scores and a weighted sum over every query-key pair, masked or not
+    cached bytes            a cache that grows is copied, and read, with every chunk
+
+The four rates come from timing chunks of two sizes against caches of two lengths
+(`rag.lm.prefill_rate`), and hold for any length and any part that is cached already.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
+
+from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.spec import ModelSpec
 
 # The prompt enters the model in pieces of this many tokens.
 PREFILL_CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkWork:
+    """What one chunk asks of the machine, or the sum over several."""
+
+    num_chunks: int
+    linear_flops: int
+    attention_flops: int
+    cached_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """All its floating-point operations."""
+        return self.linear_flops + self.attention_flops
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillRate:
-    """Operations per second that this model reached here when prefilling `measured_tokens`."""
+    """Seconds of each unit of `ChunkWork`, as one model reached them on one device."""
 
-    flops_per_second: float
-    measured_tokens: int
+    chunk_seconds: float
+    linear_flop_seconds: float
+    attention_flop_seconds: float
+    cached_byte_seconds: float
+
+    def seconds(self, work: ChunkWork) -> float:
+        """Return the seconds that `work` takes."""
+        rates, counts = astuple(self), astuple(work)
+        return float(sum(rate * count for rate, count in zip(rates, counts, strict=True)))
+
+    def scaled(self, factor: float) -> PrefillRate:
+        """Return the rate of a machine on which everything takes `factor` times as long."""
+        return PrefillRate(*(rate * factor for rate in astuple(self)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `PrefillRate(**...)` takes."""
+        return asdict(self)
 
 
-def prefill_flops(spec: ModelSpec, num_tokens: int) -> int:
-    """Return the floating-point operations that prefilling `num_tokens` tokens executes.
+def chunk_work(spec: ModelSpec, num_tokens: int, cached_tokens: int) -> ChunkWork:
+    """Return the work of one chunk of `num_tokens` with `cached_tokens` in the cache before it.
 
-    Each linear weight multiplies and adds once per token; attention computes scores and a weighted
-    sum over every query-key pair, masked ones within a chunk included. Grouped heads save bytes,
-    not operations, so the width is that of the queries.
+    A windowed layer keeps, and scores, no more than its window's `window - 1` tokens beside the
+    chunk's own. Grouped heads save bytes, not operations: the width is that of the queries.
     """
-    attention = sum(
-        4 * layer.query_elements_per_token * _scored_pairs(layer, num_tokens)
-        for layer in spec.layers
+    layers = Counter((layer.window, layer.query_elements_per_token) for layer in spec.layers)
+    pairs_times_width = 0
+    for (window, width), count in layers.items():
+        seen = cached_tokens if window is None else min(cached_tokens, window - 1)
+        pairs_times_width += count * width * num_tokens * (seen + num_tokens)
+    return ChunkWork(
+        num_chunks=1,
+        linear_flops=2 * spec.linear_parameters * num_tokens,
+        attention_flops=4 * pairs_times_width,
+        cached_bytes=kv_cache_bytes(spec, cached_tokens) if cached_tokens else 0,
     )
-    return 2 * spec.linear_parameters * num_tokens + attention
 
 
-def prefill_seconds(spec: ModelSpec, rate: PrefillRate, num_tokens: int) -> float:
-    """Return the seconds that prefilling `num_tokens` takes at the measured rate."""
-    return prefill_flops(spec, num_tokens) / rate.flops_per_second
+def prefill_work(spec: ModelSpec, num_tokens: int, *, cached_tokens: int = 0) -> ChunkWork:
+    """Return the work of a prefill in chunks whose first `cached_tokens` tokens are there."""
+    chunks = [
+        chunk_work(spec, min(PREFILL_CHUNK_TOKENS, num_tokens - start), start)
+        for start in range(cached_tokens, num_tokens, PREFILL_CHUNK_TOKENS)
+    ]
+    sums = [sum(counts) for counts in zip(*map(astuple, chunks), strict=True)]
+    return ChunkWork(*(sums or (0, 0, 0, 0)))
 
 
-def _scored_pairs(layer: LayerSpec, num_tokens: int) -> int:
-    """Return the query-key pairs that one layer scores when the prompt enters in chunks."""
-    chunk = min(num_tokens, PREFILL_CHUNK_TOKENS)
-    full = num_tokens * (num_tokens + chunk) // 2
-    if layer.window is None:
-        return full
-    return min(full, num_tokens * (layer.window - 1 + chunk))
+def prefill_seconds(
+    spec: ModelSpec, rate: PrefillRate, num_tokens: int, *, cached_tokens: int = 0
+) -> float:
+    """Return the seconds that prefilling `num_tokens` takes, the first `cached_tokens` not."""
+    return rate.seconds(prefill_work(spec, num_tokens, cached_tokens=cached_tokens))
+
+
+def fit_rate(measured: Sequence[tuple[ChunkWork, float]]) -> PrefillRate:
+    """Return the rates, none negative, whose seconds are nearest to the measured ones.
+
+    Each measurement counts by its relative error, or the longest would count alone.
+
+    Args:
+        measured: works with their seconds; chunks of two sizes against caches of two lengths at
+            least, or the four rates cannot be told apart.
+    """
+    import numpy as np
+    from scipy.optimize import nnls
+
+    counts = np.array([astuple(work) for work, _ in measured], dtype=float)
+    seconds = np.array([taken for _, taken in measured])
+    # Counts differ by twelve orders of magnitude; a solver wants columns of like size.
+    largest = counts.max(axis=0)
+    largest[largest == 0] = 1.0
+    solved, _ = nnls(counts / largest / seconds[:, None], np.ones(len(seconds)))
+    return PrefillRate(*(float(rate) for rate in solved / largest))

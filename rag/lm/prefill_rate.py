@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import asdict
+from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rag.lm.prefill_cost import PrefillRate, prefill_flops, prefill_seconds
+from rag.lm.device import free_device_bytes
+from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
+from rag.lm.prefill_cost import (
+    PREFILL_CHUNK_TOKENS,
+    PrefillRate,
+    chunk_work,
+    fit_rate,
+    prefill_seconds,
+)
 from rag.lm.spec import ModelSpec
 from rag.store.calibrations import CalibrationStore
 
-_TOKENS = 256
-_RUNS = 2
-# A rate that a real prefill misses by more than this share is replaced by what that one showed.
+if TYPE_CHECKING:
+    from transformers import Cache
+
+# Chunks of two sizes are timed with nothing in the cache and with this many tokens in it.
+_CACHED_TOKENS = 2048
+_SMALL_CHUNK_TOKENS = 64
+# Each of the four is timed this often, but no new round is begun after so many seconds.
+_ROUNDS = 5
+_PATIENCE_SECONDS = 2.0
+# A rate that a prefill misses by more than this share is mended; one of fewer new tokens is not
+# judged by, for it is over in a moment.
 _DRIFT = 0.25
+_LEAST_JUDGED_TOKENS = 256
+# Caches of the calibration stand in memory beside their copies for a moment.
+_COPIES = 3
+
+Clock = Callable[[], float]
 
 
 class PrefillClock:
@@ -52,10 +73,8 @@ class PrefillClock:
         return self._rate is not None
 
     def measure(self, model: Any) -> None:  # noqa: ANN401 - a causal model of transformers
-        """Time short prefills of an empty cache, the first of them to warm up."""
-        num_tokens = min(_TOKENS, self._spec.max_positions or _TOKENS)
-        seconds = [_prefill(model, self._spec, num_tokens) for _ in range(1 + _RUNS)][1:]
-        self._remember(num_tokens, median(seconds))
+        """Time a few chunks; see `measure_rate`."""
+        self._remember(measure_rate(model, self._spec))
 
     def seconds(self, num_tokens: int, *, cached_tokens: int = 0) -> float:
         """Return the predicted seconds of a prefill; the first `cached_tokens` are there already.
@@ -65,50 +84,146 @@ class PrefillClock:
         """
         if self._rate is None:
             raise RuntimeError("the prefill rate has not been measured")
-        whole = prefill_seconds(self._spec, self._rate, num_tokens)
-        return whole - prefill_seconds(self._spec, self._rate, cached_tokens)
+        return prefill_seconds(self._spec, self._rate, num_tokens, cached_tokens=cached_tokens)
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """Replace a rate that a real prefill shows to be off: the machine is not what it was."""
-        if self._rate is None or num_tokens < min(_TOKENS, self._rate.measured_tokens):
+    def observe(self, num_tokens: int, seconds: float, *, cached_tokens: int = 0) -> None:
+        """Mend a rate that a real prefill shows to be off: the machine is not what it was.
+
+        All of it is scaled by what that prefill showed: what slows a machine down, other work or
+        heat, slows everything, and to measure again would keep a question waiting.
+        """
+        if self._rate is None or num_tokens - cached_tokens < _LEAST_JUDGED_TOKENS:
             return
-        predicted = prefill_seconds(self._spec, self._rate, num_tokens)
+        predicted = self.seconds(num_tokens, cached_tokens=cached_tokens)
         if abs(seconds - predicted) > _DRIFT * predicted:
-            self._remember(num_tokens, seconds)
+            self._remember(self._rate.scaled(seconds / predicted))
 
     @property
     def key(self) -> str:
-        """What the rate depends on: model, element size, attention and device."""
+        """What the rate depends on: model, element size, attention, chunk, libraries and device."""
         import torch
+        import transformers
 
         if self._device_type == "cuda":
             device = torch.cuda.get_device_name()
         else:
             device = f"{platform.node()} {torch.backends.cpu.get_cpu_capability()}"
             device += f" {torch.get_num_threads()} threads"
-        return f"prefill rate: {self._model_name}, {self._spec.dtype_bytes} bytes, sdpa, {device}"
+        return (
+            f"prefill rates: {self._model_name}, {self._spec.num_parameters} parameters of"
+            f" {self._spec.dtype_bytes} bytes, sdpa, chunks of {PREFILL_CHUNK_TOKENS}, torch"
+            f" {torch.__version__}, transformers {transformers.__version__}, {device}"
+        )
 
-    def _remember(self, num_tokens: int, seconds: float) -> None:
-        self._rate = PrefillRate(prefill_flops(self._spec, num_tokens) / seconds, num_tokens)
+    def _remember(self, rate: PrefillRate) -> None:
+        self._rate = rate
         if self._calibrations:
-            self._calibrations.save(self.key, asdict(self._rate))
+            self._calibrations.save(self.key, rate.to_json())
 
 
-def _prefill(model: Any, spec: ModelSpec, num_tokens: int) -> float:  # noqa: ANN401
-    """Return the seconds of one prefill of an empty cache."""
+def measure_rate(
+    model: Any,  # noqa: ANN401 - a causal model of transformers
+    spec: ModelSpec,
+    *,
+    clock: Clock = time.perf_counter,
+) -> PrefillRate:
+    """Return the prefill rate of a loaded model: four kinds of chunk are timed, each a few times.
+
+    Nothing is prefilled up to the longer cache: the tokens of one chunk are repeated until it is
+    full, so a point takes one chunk's time whatever the length. Each kind counts with its median.
+
+    Args:
+        model: ready to run.
+        spec: of the model.
+        clock: returns seconds; another than wall-clock time tells what a shared machine took.
+    """
+    longest = spec.max_positions or 2 * PREFILL_CHUNK_TOKENS + _CACHED_TOKENS
+    chunk = max(1, min(PREFILL_CHUNK_TOKENS, longest // 2))
+    small = min(_SMALL_CHUNK_TOKENS, chunk // 2 or 1)
+    _, read = time_chunk(model, spec, chunk, clock=clock)  # warms up, too
+    cached_tokens = min(_CACHED_TOKENS, longest - chunk)
+    cached = synthetic_cache(read, spec, cached_tokens, device_type=model.device.type)
+    if cached is None:
+        cached_tokens, cached = chunk, read
+
+    # The smaller ones last: the first pass of a size takes longer than the next.
+    kinds = [(chunk, cached_tokens), (chunk, 0), (small, cached_tokens), (small, 0)]
+    taken: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
+    begun = time.perf_counter()
+    for number in range(_ROUNDS):
+        if number and time.perf_counter() - begun > _PATIENCE_SECONDS:
+            break
+        for kind in kinds:
+            num_tokens, held = kind
+            cache = cached if held else None
+            taken[kind].append(time_chunk(model, spec, num_tokens, cache, clock=clock)[0])
+    return fit_rate([(chunk_work(spec, *kind), median(seconds)) for kind, seconds in taken.items()])
+
+
+def time_chunk(
+    model: Any,  # noqa: ANN401 - a causal model of transformers
+    spec: ModelSpec,
+    num_tokens: int,
+    cache: Cache | None = None,
+    *,
+    clock: Clock = time.perf_counter,
+) -> tuple[float, Cache]:
+    """Put a chunk of tokens behind those of a cache; return the seconds and the new cache.
+
+    Args:
+        model: ready to run.
+        spec: of the model.
+        num_tokens: of the chunk; which ones does not matter.
+        cache: stays as it is; None stands for an empty one.
+        clock: returns seconds.
+    """
+    from rag.lm.forward import forward
+    from rag.lm.native_cache import branch, native_cache
+
+    ids = [7919 * index % spec.vocab_size for index in range(num_tokens)]
+    used = native_cache(model.config) if cache is None else branch(cache, 1)
+    begun = clock()
+    int(forward(model, [ids], used)[0, -1].argmax())  # waits for the GPU
+    return clock() - begun, used
+
+
+def synthetic_cache(
+    read: Cache, spec: ModelSpec, num_tokens: int, *, device_type: str
+) -> Cache | None:
+    """Return a cache like one of `num_tokens` tokens, without prefilling them.
+
+    Its tokens are those of a shorter one, over and over: good for timing, not for answers.
+
+    Args:
+        read: a cache that holds a few real tokens; stays as it is.
+        spec: of the model.
+        num_tokens: no fewer than `read` holds.
+        device_type: cpu or cuda, where `read` lies.
+
+    Returns:
+        None where a layer is of a kind that this does not fill: its bytes then differ from the
+        exact ones of `kv_cache_bytes`; or where the memory is short.
+    """
     import torch
 
-    from rag.lm.native_cache import native_cache
+    from rag.lm.native_cache import branch
 
-    ids = [index % spec.vocab_size for index in range(num_tokens)]
-    cache = native_cache(model.config)
-    begun = time.perf_counter()
-    with torch.inference_mode():
-        output = model(
-            input_ids=torch.tensor([ids], device=model.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        int(output.logits[0, -1].argmax())  # waits for the GPU
-    return time.perf_counter() - begun
+    num_bytes = kv_cache_bytes(spec, num_tokens)
+    if num_tokens < read.get_seq_length() or _COPIES * num_bytes > free_device_bytes(device_type):
+        return None
+    cache = branch(read, 1)
+    layer: Any  # the mixins of transformers do not declare what their subclasses have
+    for layer in cache.layers:
+        window = getattr(layer, "sliding_window", None)
+        kept = num_tokens if window is None else min(num_tokens, window - 1)
+        for name in ("keys", "values"):
+            states = getattr(layer, name, None)
+            if not isinstance(states, torch.Tensor) or not states.numel():
+                continue
+            repeats = -(-kept // states.shape[-2])
+            repeated = states.repeat(*[1] * (states.dim() - 2), repeats, 1)
+            setattr(layer, name, repeated[..., :kept, :].contiguous())
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = num_tokens
+    is_right = cache.get_seq_length() == num_tokens and measured_kv_bytes(cache) == num_bytes
+    return cache if is_right else None

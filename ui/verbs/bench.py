@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,7 +10,16 @@ from rag.errors import FathomError
 from rag.settings import load_settings
 from ui.console import Json, err, open_fathom, out, print_json, show_error, stages_bar
 
+if TYPE_CHECKING:
+    from rag.lm.loading import OpenedModel
+    from rag.lm.spec import ModelSpec
+
 app = typer.Typer(help="Measure speed and quality on this machine.", no_args_is_help=True)
+
+Clock = Annotated[
+    str, typer.Option(help="wall, or cpu: CPU seconds, where others use the machine too.")
+]
+Rounds = Annotated[int, typer.Option(help="How often all is run; medians are shown.", min=1)]
 
 
 @app.command(
@@ -118,7 +127,7 @@ def bench_windowed_verb(
         typer.Option(min=1, help="Tokens to prefill; may be repeated. Default: 1024, 4096, 8192."),
     ] = None,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay for good.")] = 64,
-    window: Annotated[int, typer.Option(min=1, help="Tokens a token sees beside them.")] = 1024,
+    window: Annotated[int, typer.Option(min=1, help="Tokens a token sees beside them.")] = 512,
     rounds: Annotated[int, typer.Option(help="Runs of both, in turn.", min=1)] = 1,
     as_json: Json = False,
 ) -> None:
@@ -184,3 +193,134 @@ def bench_router_verb(
     bench = bench_router(rounds, split=split)
     (err if as_json else out).print(card(bench), markup=False)
     print_json(bench.to_json())
+
+
+@app.command(
+    "prefill",
+    epilog="Examples: fathom bench prefill  |  fathom bench prefill --model gemma-3-270m --json",
+)
+def bench_prefill_verb(
+    model: Annotated[
+        str, typer.Option(help="Catalog name, folder or hub id of a model.")
+    ] = "smollm2-135m",
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=512, help="Multiples of 512; may be repeated. Default: 512 and its doubles to 8192."
+        ),
+    ] = None,
+    rounds: Rounds = 3,
+    clock: Clock = "wall",
+    as_json: Json = False,
+) -> None:
+    """Compare predicted with measured prefill seconds; share of the matrix-product ceiling."""
+    from eval.bench.prefill import bench_prefill, card
+    from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
+
+    lengths = tokens or [512, 1024, 2048, 4096, 8192]
+    if any(length % PREFILL_CHUNK_TOKENS for length in lengths):
+        raise typer.BadParameter(f"--tokens must be multiples of {PREFILL_CHUNK_TOKENS}")
+    _check_clock(clock)
+    with err.status("loading the model") as status:
+        opened, loaded, spec = _loaded(model)
+        bench = bench_prefill(
+            loaded,
+            spec,
+            lengths,
+            name=opened.name,
+            rounds=rounds,
+            clock=clock,
+            on_progress=status.update,
+        )
+    (err if as_json else out).print(card(bench), markup=False)
+    print_json(bench.to_json())
+
+
+@app.command(
+    "decode",
+    epilog="Examples: fathom bench decode  |  fathom bench decode --context 2048 --rounds 5",
+)
+def bench_decode_verb(
+    model: Annotated[
+        str, typer.Option(help="Catalog name, folder or hub id of a model.")
+    ] = "smollm2-135m",
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens in the cache; may be repeated. Default: 128, 2048, 8192."),
+    ] = None,
+    rounds: Rounds = 3,
+    clock: Clock = "wall",
+    as_json: Json = False,
+) -> None:
+    """Measure tokens a second of decoding beside what the memory's bandwidth allows."""
+    from eval.bench.decode import bench_decode, card
+
+    _check_clock(clock)
+    with err.status("loading the model") as status:
+        opened, loaded, spec = _loaded(model)
+        bench = bench_decode(
+            loaded,
+            spec,
+            context or [128, 2048, 8192],
+            name=opened.name,
+            rounds=rounds,
+            clock=clock,
+            on_progress=status.update,
+        )
+    (err if as_json else out).print(card(bench), markup=False)
+    print_json(bench.to_json())
+
+
+@app.command(
+    "document-kv",
+    epilog="Examples: fathom bench document-kv  |  fathom bench document-kv --document-tokens 6000",
+)
+def bench_document_kv_verb(
+    model: Annotated[str, typer.Option(help="Catalog name, folder, hub id, or auto.")] = "auto",
+    document_tokens: Annotated[int, typer.Option(min=1, help="Length of the document.")] = 1500,
+    question_tokens: Annotated[int, typer.Option(min=1, help="Length of a question.")] = 32,
+    rounds: Rounds = 3,
+    clock: Clock = "wall",
+    as_json: Json = False,
+) -> None:
+    """Time the first token of a question: document read anew, kept in memory, kept on disk."""
+    from eval.bench.document_kv import bench_document_kv, card
+
+    _check_clock(clock)
+    with TemporaryDirectory() as folder, err.status("loading the model") as status:
+        opened, loaded, _ = _loaded(model)
+        bench = bench_document_kv(
+            loaded,
+            opened.tokenizer,
+            Path(folder),
+            name=opened.name,
+            document_tokens=document_tokens,
+            question_tokens=question_tokens,
+            rounds=rounds,
+            clock=clock,
+            on_progress=status.update,
+        )
+    (err if as_json else out).print(card(bench), markup=False)
+    print_json(bench.to_json())
+
+
+def _loaded(name: str) -> "tuple[OpenedModel, Any, ModelSpec]":
+    """Return a fetched model, its weights, and its spec."""
+    from rag.lm.loading import open_model
+    from rag.lm.spec import ModelSpec
+
+    settings = load_settings()
+    opened = open_model(name, settings)
+    if settings.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(settings.num_threads)
+    spec = ModelSpec.from_config(opened.config, dtype_bytes=opened.dtype.itemsize)
+    return opened, opened.load(), spec
+
+
+def _check_clock(name: str) -> None:
+    from eval.bench.machine import CLOCKS
+
+    if name not in CLOCKS:
+        raise typer.BadParameter(f"--clock is {name!r}; expected {' or '.join(CLOCKS)}")
