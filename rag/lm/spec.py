@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -214,12 +215,26 @@ def load_config(folder: Path) -> PreTrainedConfig:
         )
     # Its checks raise an error class of huggingface_hub's own beside these.
     except Exception as error:
+        if own_code := _own_code(folder):
+            raise UnsupportedModelError(
+                f"the model in {folder} asks for code of its own ({own_code}), which is not run",
+                hint="give a model whose type transformers knows",
+            ) from error
         detail = " ".join(str(error).split())[:300]
         raise UnsupportedModelError(
             f"the config.json in {folder} is not usable: {type(error).__name__}: {detail}",
             hint="give a model whose type transformers knows, with an unedited config.json",
         ) from error
     return config
+
+
+def _own_code(folder: Path) -> str | None:
+    """Return the code that a config.json wants to be run, None if it wants none."""
+    try:
+        wanted = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
+        return ", ".join(map(str, wanted.values())) or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _checked_layers(
