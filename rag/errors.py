@@ -18,6 +18,7 @@
     ├── ModelError                  a model could not be found, fetched or run
     │   ├── UnknownModelError         neither catalog name, folder nor hub id
     │   ├── ModelFetchError           a file could not be had, or its checksum is wrong
+    │   ├── BrokenModelError          its files are damaged, incomplete or belie its config
     │   └── UnsupportedModelError     its cache or positions cannot be predicted exactly
     ├── TooFewPairsError            nothing can be fitted from so few questions
     └── ServeError                  the web page could not be served
@@ -102,6 +103,10 @@ class UnknownModelError(ModelError):
 
 class ModelFetchError(ModelError):
     """A model file could not be had, or its checksum is not the catalog's."""
+
+
+class BrokenModelError(ModelError):
+    """The model's files are damaged, incomplete, or not those that its config describes."""
 
 
 class UnsupportedModelError(ModelError):

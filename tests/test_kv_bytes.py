@@ -8,11 +8,9 @@ from transformers import CONFIG_MAPPING, DynamicCache
 
 from rag.errors import UnsupportedModelError
 from rag.lm.kv_bytes import (
-    UNBOUNDED_TOKENS,
     KVDtype,
     kv_bytes_by_kind,
     kv_cache_bytes,
-    longest_within,
     measured_kv_bytes,
 )
 from rag.lm.layers import cache_layers
@@ -238,15 +236,3 @@ def test_a_config_that_lies_is_refused(field: str, value: Any, found: str) -> No
     with pytest.raises(UnsupportedModelError) as raised:
         ModelSpec.from_config(config)
     assert found in raised.value.message
-
-
-def test_longest_within_is_the_inverse() -> None:
-    spec = ModelSpec.from_config(tiny_config("gemma3_text"), dtype_bytes=2)
-    for num_tokens in (1, WINDOW - 1, WINDOW, 1000, 123_456):
-        num_bytes = kv_cache_bytes(spec, num_tokens)
-        assert longest_within(spec, num_bytes) == num_tokens
-        assert longest_within(spec, num_bytes - 1) == num_tokens - 1
-    assert longest_within(spec, 0) == 0
-    assert longest_within(spec, -1) == 0
-    windowed = ModelSpec.from_config(tiny_config("mistral"), dtype_bytes=2)
-    assert longest_within(windowed, kv_cache_bytes(windowed, WINDOW)) == UNBOUNDED_TOKENS

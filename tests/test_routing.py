@@ -4,6 +4,7 @@ import pytest
 
 from rag.errors import ModelError
 from rag.lm.local_engine import LocalEngine
+from rag.lm.peak_bytes import peak_bytes
 from rag.routing.gates import Limits, Need, check_gates, describe, failed
 from rag.routing.question_class import classify_question
 from rag.routing.router import decide_route
@@ -14,12 +15,13 @@ TINY_BYTES_PER_TOKEN = 2 * 2 * 16 * 4
 
 
 def _gates(engine: LocalEngine, tokens: int, **limits: float) -> tuple[Gate, ...]:
+    beside_peak = int(limits.get("beside_peak", 10**9))
     return check_gates(
         Need(Route.FULL, tokens, 100),
         engine.spec,
         Limits(
             context_tokens=int(limits.get("context_tokens", 4096)),
-            kv_bytes=int(limits.get("kv_bytes", 10**9)),
+            memory_bytes=beside_peak + peak_bytes(engine.spec, tokens + 100),
             prefill_seconds=limits.get("prefill_seconds", 60.0),
         ),
         predicted_prefill_seconds=tokens / 100,
@@ -31,8 +33,8 @@ def _gates(engine: LocalEngine, tokens: int, **limits: float) -> tuple[Gate, ...
     [
         (3996, {}, []),
         (3997, {}, ["tokens", "positions"]),
-        (1000, {"kv_bytes": 1100 * TINY_BYTES_PER_TOKEN}, []),
-        (1000, {"kv_bytes": 1100 * TINY_BYTES_PER_TOKEN - 1}, ["kv_bytes"]),
+        (1000, {"beside_peak": 1100 * TINY_BYTES_PER_TOKEN}, []),
+        (1000, {"beside_peak": 1100 * TINY_BYTES_PER_TOKEN - 1}, ["kv_bytes"]),
         (1000, {"prefill_seconds": 9.9}, ["prefill_seconds"]),
         (1000, {"context_tokens": 1099}, ["tokens"]),
     ],

@@ -14,10 +14,11 @@ from rag.answering.context import Context, full_context, retrieved_context
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
 from rag.errors import EmptyLibraryError
 from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgress, TextPiece
-from rag.lm.kv_bytes import kv_cache_bytes, longest_within
+from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.positions import position_limit
 from rag.retrieval.retriever import Retriever
 from rag.routing.gates import Limits, Need, check_gates
+from rag.routing.model_plan import longest_context
 from rag.routing.question_class import classify_question
 from rag.routing.router import decide_route
 from rag.settings import Settings
@@ -310,7 +311,7 @@ class AnsweringService:
         Prefill time is not among them: see `plan`.
         """
         limits = self._limits()
-        by_memory = longest_within(self._engine.spec, limits.kv_bytes)
+        by_memory = longest_context(self._engine.spec, limits.memory_bytes)
         return min(by_memory, limits.context_tokens or by_memory)
 
     def _document_prefix(
@@ -342,7 +343,7 @@ class AnsweringService:
         caps = [self._settings.max_context_tokens, position_limit(self._engine.spec)]
         return Limits(
             context_tokens=min((cap for cap in caps if cap is not None), default=None),
-            kv_bytes=max(0, self._engine.free_bytes() - self._settings.kv_reserve_bytes),
+            memory_bytes=max(0, self._engine.free_bytes() - self._settings.kv_reserve_bytes),
             prefill_seconds=self._settings.prefill_deadline_seconds,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,6 @@ from rag.lm.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import Cache
-
-# What `longest_within` answers when no number of tokens fills the cache (all layers slide).
-UNBOUNDED_TOKENS = 2**40
 
 _FLOAT32_BYTES = 4
 # What a cache layer keeps beside what it caches: counters, not tokens.
@@ -75,22 +71,6 @@ def kv_bytes_by_kind(
     for layer in spec.layers:
         counted[layer.kind] += _layer_bytes(spec, layer, num_tokens, kv_dtype)
     return dict(counted)
-
-
-def longest_within(spec: ModelSpec, num_bytes: int, *, kv_dtype: KVDtype | None = None) -> int:
-    """Return the most tokens whose cache takes at most `num_bytes`; 0 if not even one fits.
-
-    Where no layer grows without end the cache stops growing; if it fits then, UNBOUNDED_TOKENS is
-    returned.
-    """
-    if kv_cache_bytes(spec, UNBOUNDED_TOKENS, kv_dtype=kv_dtype) <= num_bytes:
-        return UNBOUNDED_TOKENS
-    above = bisect_right(
-        range(UNBOUNDED_TOKENS),
-        num_bytes,
-        key=lambda tokens: kv_cache_bytes(spec, tokens, kv_dtype=kv_dtype),
-    )
-    return max(0, above - 1)
 
 
 def measured_kv_bytes(cache: Cache) -> int:

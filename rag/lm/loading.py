@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rag.errors import BrokenModelError, ModelError
 from rag.lm.catalog import resolve_model, resolve_model_name
 from rag.lm.device import choose_device
 from rag.lm.spec import load_config
@@ -49,18 +50,18 @@ def open_model(name: str, settings: Settings) -> OpenedModel:
         UnknownModelError: if nothing is called so.
         ModelFetchError: if it has not been fetched.
         UnsupportedModelError: if its config is not usable.
+        BrokenModelError: if it has no usable tokenizer.
         SettingsError: if the device is not there.
     """
     folder = resolve_model(name, settings)
 
     import torch
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = choose_device(settings)
     config = load_config(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = _load_tokenizer(folder, config)
     stored: Any = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
     dtype = torch.bfloat16 if device.type == "cuda" else stored
     return OpenedModel(
@@ -75,13 +76,124 @@ def open_model(name: str, settings: Settings) -> OpenedModel:
 
 
 def load_weights(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401
-    """Return the causal language model in `folder`, ready to run."""
+    """Return the causal language model in `folder`, ready to run.
+
+    What transformers would make up is refused: it fills a missing or misshapen weight with random
+    numbers and goes on.
+
+    Raises:
+        BrokenModelError: if a file is damaged or absent, a weight is missing, has another shape
+            than the config says or belongs to a layer that the config does not know, or holds
+            values that are not finite.
+        ModelError: if the weights do not fit the memory.
+    """
+    import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # found below, with both shapes
+        )
+        model, report = loaded
+        model = model.to(device).eval()
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelError(
+            f"the weights in {folder} do not fit the memory of {device.type}",
+            hint="fathom plan --model NAME --tokens 4096 says what a model needs; choose a smaller",
+        ) from error
+    except Exception as error:  # whatever a damaged file makes of its readers
+        damaged = _damaged_file(folder)
+        found = f"{damaged} is damaged or cut short: " if damaged else ""
+        raise _broken(folder, f"{found}{type(error).__name__}: {_one_line(error)}") from error
+    _check_report(folder, report)
+    _check_finite(folder, model)
+    return model
+
+
+def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:  # noqa: ANN401
+    """Return the tokenizer in `folder`; it must not know tokens that the model does not."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever a missing or damaged file makes of its readers
+        found = ", ".join(sorted(path.name for path in folder.glob("*token*"))) or "none"
+        raise BrokenModelError(
+            f"there is no usable tokenizer in {folder} (tokenizer files: {found}):"
+            f" {type(error).__name__}: {_one_line(error)}",
+            hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
+        ) from error
+    known = int(config.get_text_config(decoder=True).vocab_size)
+    if tokenizer.vocab_size > known:
+        raise BrokenModelError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size:,} tokens, the model {known:,}",
+            hint="it is another model's; copy the right tokenizer into the folder",
+        )
+    return tokenizer
+
+
+def _check_report(folder: Path, report: dict[str, Any]) -> None:
+    """Refuse what transformers reports of the weights it did not find as it expected them."""
+    if missing := sorted(report["missing_keys"]):
+        raise _broken(folder, f"{_some(missing)} missing")
+    if misshapen := sorted(map(tuple, report["mismatched_keys"])):
+        name, found, expected = misshapen[0]
+        raise _broken(
+            folder, f"{name} has the shape {tuple(found)}, and the config says {tuple(expected)}"
+        )
+    if beyond := sorted(key for key in report["unexpected_keys"] if ".layers." in key):
+        raise _broken(folder, f"{_some(beyond)} in no layer that the config knows")
+
+
+def _check_finite(folder: Path, model: Any) -> None:  # noqa: ANN401
+    """Refuse weights that are NaN or infinite; one pass over them, at the speed of memory."""
+    import torch
+
+    with torch.inference_mode():
+        for name, weight in model.named_parameters():
+            if weight.numel() and weight.is_floating_point():
+                smallest, largest = torch.aminmax(weight)
+                if not (torch.isfinite(smallest) and torch.isfinite(largest)):
+                    raise _broken(folder, f"{name} holds values that are not finite")
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """Return the name of the first file of weights whose header does not describe its bytes."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return path.name
+    return None
+
+
+def _broken(folder: Path, found: str) -> BrokenModelError:
+    return BrokenModelError(
+        f"the weights in {folder} are not those of its config.json: {found}",
+        hint="fetch the model again, whole and in one version: config.json and every"
+        " *.safetensors file belong together",
     )
-    return model.to(device).eval()
+
+
+def _some(names: list[str]) -> str:
+    """Return the first of the names and how many more there are, as a subject."""
+    more = len(names) - 1
+    return f"{names[0]} and {more} more weights are" if more else f"{names[0]} is"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _weights_fingerprint(folder: Path) -> str:

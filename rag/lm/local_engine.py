@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
-from rag.errors import UnsupportedModelError
+from rag.errors import ModelError, UnsupportedModelError
 from rag.lm.chat_tokenizer import ChatTokenizer
 from rag.lm.device import free_device_bytes
 from rag.lm.document_kv import DocumentKV, KeptPrefix, prefix_key, restore, snapshot
@@ -23,6 +23,7 @@ from rag.lm.engine import (
 from rag.lm.forward import forward, prefill_chunks
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.loading import open_model
+from rag.lm.positions import position_limit
 from rag.lm.prefill_rate import PrefillClock
 from rag.lm.spec import ModelSpec
 from rag.settings import Settings
@@ -219,9 +220,17 @@ class LocalEngine:
 
         Raises:
             ValueError: if the prompt is empty or `max_new_tokens` is not positive.
+            ModelError: if both together are longer than the model's positions.
         """
         if not prompt_ids or max_new_tokens < 1:
             raise ValueError("generate needs a prompt and at least one new token")
+        limit = position_limit(self._spec)
+        if limit is not None and len(prompt_ids) + max_new_tokens > limit:
+            raise ModelError(
+                f"{len(prompt_ids):,} prompt tokens and {max_new_tokens:,} new ones do not fit the"
+                f" {limit:,} positions of {self._name}",
+                hint="shorten the prompt, or lower FATHOM_MAX_NEW_TOKENS",
+            )
         with self._lock:
             yield from self._generate(prompt_ids, max_new_tokens, stop, prefix)
 

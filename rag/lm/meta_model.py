@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rag.lm.layers import LayerSpec, cache_kind, query_elements, unsupported
@@ -18,6 +18,37 @@ if TYPE_CHECKING:
 _SHORT_TOKENS = 5
 # More than one step of every chunked scan, and enough to leave any window behind.
 _LONG_TOKENS = 70
+
+_DELTA_BLOCK_TOKENS = 64
+
+# Where configs keep the heads, and the widths of dense and of routed feed-forward layers.
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_FEED_FORWARD = (
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+)
+_ROUTED_FEED_FORWARD = ("moe_intermediate_size", "expert_ffn_hidden_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """The widths of what a forward pass computes, in elements of one token.
+
+    `feed_forward_elements` is what the widest feed-forward layer holds at once, `scan_elements`
+    what the update of a recurrent state does.
+    `has_fused_attention` says that scores are never held; `repeats_heads` that keys and values of
+    grouped heads are copied to all of them.
+    """
+
+    hidden_size: int = 0
+    num_heads: int = 0
+    feed_forward_elements: int = 0
+    scan_elements: int = 0
+    has_fused_attention: bool = True
+    repeats_heads: bool = False
 
 
 def build_meta_model(config: PreTrainedConfig) -> Any:  # noqa: ANN401
@@ -68,6 +99,29 @@ def count_parameters(model: Any, text: PreTrainedConfig) -> tuple[int, int]:  # 
             count = count * int(active) // int(num_experts)
         linear += count
     return total, linear
+
+
+def read_activations(model: Any, text: PreTrainedConfig) -> Activations:  # noqa: ANN401
+    """Return the widths of a model's forward pass, from its config and the built model."""
+    hidden = int(model.get_input_embeddings().embedding_dim)
+    heads = max(_first(layer, _HEADS) for layer in text.per_layer_config)
+    kv_heads = {
+        _first(layer, ("num_key_value_heads", "num_kv_heads")) or heads
+        for layer in text.per_layer_config
+    }
+    experts = _first(text, ("num_experts_per_tok", "moe_topk", "top_k_experts"))
+    width = _first(text, _FEED_FORWARD) or 4 * hidden
+    routed = _first(text, _ROUTED_FEED_FORWARD) or width
+    dense = 3 * width
+    return Activations(
+        hidden_size=hidden,
+        num_heads=heads,
+        feed_forward_elements=max(dense, experts * (3 * routed + 2 * hidden)),
+        scan_elements=_scan_elements(text),
+        has_fused_attention=model.config._attn_implementation == "sdpa"
+        and not getattr(text, "kv_lora_rank", None),
+        repeats_heads=any(1 < count < heads for count in kv_heads),
+    )
 
 
 def measured_layers(model: Any, text: PreTrainedConfig) -> tuple[LayerSpec, ...] | None:  # noqa: ANN401
@@ -160,3 +214,30 @@ def _read(cache: Any, config: Any, num_tokens: int) -> LayerSpec:  # noqa: ANN40
     queries = query_elements(config) if any(per_token) else 0
     keys, values, index = per_token
     return LayerSpec(kind, window, keys, values, queries, index, state, float32_state)
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int:  # noqa: ANN401
+    """Return the largest value under these names; a config may keep one per layer."""
+    found = [0]
+    for name in names:
+        value = getattr(config, name, None)
+        values = value if isinstance(value, list) else [value]
+        found += [item for item in values if isinstance(item, int)]
+    return max(found)
+
+
+def _scan_elements(text: Any) -> int:  # noqa: ANN401
+    """Return what the plain code of a recurrent layer holds of one token, in elements of float32.
+
+    A gated delta rule works in blocks of 64 tokens, with one decay a head or, in Kimi's, one a
+    channel; a scan of Mamba-2 multiplies each token of a block with each other, for every head and
+    state; one of Mamba-1 keeps every state of a token.
+    """
+    if heads := _first(text, ("linear_num_value_heads",)):
+        return 8 * heads * max(_DELTA_BLOCK_TOKENS, _first(text, ("linear_value_head_dim",)))
+    if heads := _first(text, ("linear_num_heads",)):
+        return 4 * heads * _DELTA_BLOCK_TOKENS * _first(text, ("linear_head_dim",))
+    states = _first(text, ("mamba_d_state", "ssm_state_size"))
+    if heads := _first(text, ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads")):
+        return heads * states * _first(text, ("mamba_chunk_size", "chunk_size"))
+    return 4 * states * _first(text, ("mamba_expand",)) * _first(text, ("hidden_size",))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,14 @@ from rag.errors import UnsupportedModelError
 from rag.lm.layers import ONE_PIECE_FAMILIES, cache_layers, check_shape, unsupported
 from rag.lm.layers import VERIFIED_FAMILIES as VERIFIED_FAMILIES
 from rag.lm.layers import LayerSpec as LayerSpec
-from rag.lm.meta_model import build_meta_model, count_parameters, measured_layers, same_cache
+from rag.lm.meta_model import (
+    Activations,
+    build_meta_model,
+    count_parameters,
+    measured_layers,
+    read_activations,
+    same_cache,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -78,7 +86,8 @@ class ModelSpec:
     embeddings, no output head); `dtype_bytes` is the size of one element of weights and cache;
     `max_positions` is the longest context that the checkpoint declares, None if it declares none.
     `cache_basis` says how the layers are known: by formulas verified against real tensors, or
-    measured on the modelling code of this family alone.
+    measured on the modelling code of this family alone. `activations` is what a forward pass
+    computes beside the cache.
     """
 
     model_type: str
@@ -90,6 +99,7 @@ class ModelSpec:
     num_parameters: int
     linear_parameters: int
     cache_basis: Literal["verified", "measured"] = "verified"
+    activations: Activations = field(default_factory=Activations)
 
     @property
     def num_layers(self) -> int:
@@ -186,6 +196,7 @@ class ModelSpec:
             num_parameters=num_parameters,
             linear_parameters=linear_parameters,
             cache_basis=basis,
+            activations=read_activations(model, text),
         )
 
 
@@ -204,12 +215,26 @@ def load_config(folder: Path) -> PreTrainedConfig:
         )
     # Its checks raise an error class of huggingface_hub's own beside these.
     except Exception as error:
+        if own_code := _own_code(folder):
+            raise UnsupportedModelError(
+                f"the model in {folder} asks for code of its own ({own_code}), which is not run",
+                hint="give a model whose type transformers knows",
+            ) from error
         detail = " ".join(str(error).split())[:300]
         raise UnsupportedModelError(
             f"the config.json in {folder} is not usable: {type(error).__name__}: {detail}",
             hint="give a model whose type transformers knows, with an unedited config.json",
         ) from error
     return config
+
+
+def _own_code(folder: Path) -> str | None:
+    """Return the code that a config.json wants to be run, None if it wants none."""
+    try:
+        wanted = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
+        return ", ".join(map(str, wanted.values())) or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _checked_layers(

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.kv_bytes import KVDtype, kv_cache_bytes
+from rag.lm.peak_bytes import peak_bytes
 from rag.lm.positions import PositionVerdict, position_limit, position_verdict
 from rag.lm.spec import ModelSpec
 from rag.types import Gate, Route
@@ -24,21 +25,29 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What there is: the context in tokens, the bytes free for a cache, the longest prefill.
+    """What there is: the context in tokens, free bytes, the longest prefill.
 
-    `kv_bytes` is free device memory less the reserve; `context_tokens` is None if the model
-    declares no end and no cap is set.
+    `memory_bytes` is free device memory less the reserve: the cache and what a forward pass takes
+    beside it have to fit. `context_tokens` is None if the model declares no end and no cap is set.
     """
 
     context_tokens: int | None
-    kv_bytes: int
+    memory_bytes: int
     prefill_seconds: float
 
 
 def check_gates(
-    need: Need, spec: ModelSpec, limits: Limits, *, predicted_prefill_seconds: float | None
+    need: Need,
+    spec: ModelSpec,
+    limits: Limits,
+    *,
+    predicted_prefill_seconds: float | None,
+    kv_dtype: KVDtype | None = None,
 ) -> tuple[Gate, ...]:
     """Return every gate of one route, failed ones included.
+
+    The value of `kv_bytes` is the exact cache; its limit is the memory less the peak that a forward
+    pass of this length needs beside the cache.
 
     Args:
         need: exact counts of the templated prompt.
@@ -46,9 +55,11 @@ def check_gates(
         limits: what this machine has now.
         predicted_prefill_seconds: for `need.prompt_tokens`; None where it was not measured, and
             then that gate is left out.
+        kv_dtype: the format of the cache; by default the model's own.
     """
     total = need.total_tokens
-    kv_bytes = kv_cache_bytes(spec, total)
+    kv_bytes = kv_cache_bytes(spec, total, kv_dtype=kv_dtype)
+    kv_limit = max(0, limits.memory_bytes - peak_bytes(spec, total))
     verdict = position_verdict(spec, total)
     in_range = verdict in (PositionVerdict.NATIVE, PositionVerdict.EXTENDED)
     gates = [
@@ -61,9 +72,7 @@ def check_gates(
             need.route,
         ),
         Gate("positions", total, position_limit(spec), "positions", in_range, need.route),
-        Gate(
-            "kv_bytes", kv_bytes, limits.kv_bytes, "bytes", kv_bytes <= limits.kv_bytes, need.route
-        ),
+        Gate("kv_bytes", kv_bytes, kv_limit, "bytes", kv_bytes <= kv_limit, need.route),
     ]
     if predicted_prefill_seconds is not None:
         gates.append(

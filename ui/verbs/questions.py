@@ -62,7 +62,10 @@ def ask(
         out.print(receipt_text(answer), markup=False)
 
 
-@app.command(epilog="Examples: fathom plan  |  fathom plan -d report.pdf --measure --json")
+@app.command(
+    epilog="Examples: fathom plan  |  fathom plan -d report.pdf --measure --json"
+    "  |  fathom plan --model llama-3.1-8b --tokens 131072 --device-memory 24GiB --plot plan.png"
+)
 def plan(
     question: Annotated[str, typer.Argument(help="A question, if there is one.")] = "",
     documents: Documents = None,
@@ -71,14 +74,49 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Load the weights and time a prefill, too.")
     ] = False,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Plan the model alone for a context of so many tokens."),
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(help="With --tokens: memory to plan for, e.g. 24GiB. Default: what is free."),
+    ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(help="With --tokens: the cache's format, e.g. bf16, int8. Default: its own."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --tokens: draw cache and limits over length here.")
+    ] = None,
     model: Model = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Show which route would be taken and every gate's numbers, without reading a token."""
+    """Show which route would be taken and every gate's numbers, without reading a token.
+
+    With --tokens no document is asked about: any model is planned from its config, weights or not.
+    """
+    settings = load_settings(home=home, model=model)
+    if tokens is not None:
+        if question or documents or collection or route or measure:
+            raise typer.BadParameter("--tokens plans the model alone, without documents")
+        from ui.verbs.model_plan import show_model_plan
+
+        show_model_plan(
+            tokens,
+            settings,
+            device_memory=device_memory,
+            kv_dtype=kv_dtype,
+            plot=plot,
+            as_json=as_json,
+        )
+        return
+    if device_memory or kv_dtype or plot:
+        raise typer.BadParameter("--device-memory, --kv-dtype and --plot need --tokens")
     from rag.routing.gates import describe
 
-    fathom = open_fathom(load_settings(home=home, model=model))
+    fathom = open_fathom(settings)
     ids = document_ids(fathom, documents, collection)
     service = fathom.service()
     planned = service.plan(question, service.documents(ids), route=route, calibrate=measure)

@@ -1,0 +1,75 @@
+"""Memory that a forward pass takes beside weights and cache: an upper bound, explained."""
+
+from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
+from rag.lm.spec import LayerSpec, ModelSpec
+
+_FLOAT32_BYTES = 4
+# Scratch space of kernels, about 0.2 MiB a thread.
+_SCRATCH_BYTES = 2**20
+
+
+def peak_bytes(
+    spec: ModelSpec, num_tokens: int, *, chunk_tokens: int = PREFILL_CHUNK_TOKENS
+) -> int:
+    """Return the most bytes that a prefill of `num_tokens` needs beside the weights and the cache.
+
+    The last chunk sees the most, so it decides. With `C` its tokens, `S` the tokens that a layer
+    sees from there (all of them, or the window's and the chunk's), `e` the bytes of an element, `h`
+    the hidden size, `q` the width of the queries and `H` the heads, it is the masks, which stay
+    through the pass,
+
+        C * S for each kind of window, as booleans
+
+    and the largest of what comes and goes, over the layers:
+
+    - growing the cache: `S * k * e`, the old keys (or values) beside the new ones;
+    - attention: `(4h + 4q) * C * e`, and what its kernel copies: the mask in numbers, `C * S * e`;
+      grouped heads repeated to all heads, or a latent expanded to keys and values, `2 * S * q * e`;
+      the windowed states joined with the chunk's; and where no fused kernel serves the model, its
+      scores, `H * C * S * (2e + 8)`;
+    - a state's update: what the reference code of its scan holds for each token, in float32;
+    - the feed-forward layer: `8h * C * e`, half of it for norms in float32, and its own width;
+    - the logits of one token, in float32 and in the model's dtype.
+
+    `fathom bench peak` compares it with what torch allocates. Allocators and threads take more than
+    that: `FATHOM_KV_RESERVE_BYTES` is for them.
+
+    Args:
+        spec: the model's shape.
+        num_tokens: prompt and new tokens of one sequence.
+        chunk_tokens: how many of them enter the model at once.
+
+    Source: modelling code and attention functions of transformers 5.23.
+    """
+    chunk = min(num_tokens, chunk_tokens)
+    shape, size = spec.activations, spec.dtype_bytes
+    windows = {layer.window for layer in spec.layers if layer.kind not in ("linear", "none")}
+    masks = sum(chunk * _seen_tokens(window, num_tokens, chunk) for window in windows)
+    attention = max(_attention_bytes(spec, layer, num_tokens, chunk) for layer in spec.layers)
+    feed_forward = chunk * size * (8 * shape.hidden_size + shape.feed_forward_elements)
+    logits = spec.vocab_size * (size + _FLOAT32_BYTES)
+    return _SCRATCH_BYTES + masks + max(attention, feed_forward, logits)
+
+
+def _attention_bytes(spec: ModelSpec, layer: LayerSpec, num_tokens: int, chunk: int) -> int:
+    """Return what one layer takes to grow its cache and to attend."""
+    shape, size = spec.activations, spec.dtype_bytes
+    seen = _seen_tokens(layer.window, num_tokens, chunk)
+    queries, keys = layer.query_elements_per_token, layer.key_elements_per_token
+    states = chunk * size * 4 * (shape.hidden_size + queries)
+    if layer.kind in ("linear", "hybrid"):
+        states += chunk * shape.scan_elements * _FLOAT32_BYTES
+    if not queries:
+        return states
+    copies = chunk * seen * size
+    if layer.kind == "latent" or shape.repeats_heads:
+        copies += 2 * seen * queries * size
+    if layer.window is not None:
+        copies += seen * layer.elements_per_token * size
+    if not shape.has_fused_attention:
+        copies += shape.num_heads * chunk * seen * 2 * (size + _FLOAT32_BYTES)
+    return states + max(copies, seen * keys * size)
+
+
+def _seen_tokens(window: int | None, num_tokens: int, chunk: int) -> int:
+    return num_tokens if window is None else min(num_tokens, window - 1 + chunk)
