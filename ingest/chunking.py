@@ -27,7 +27,16 @@ _NOT_SPACE = re.compile(r"\S")
 def chunk_text(
     content: CanonicalText, *, title: str, token_offsets: TokenOffsets, max_tokens: int
 ) -> list[Chunk]:
-    """Cut a text into chunks of at most `max_tokens` tokens, heading included.
+    """Return all chunks of a text; see `iter_chunks`."""
+    return list(
+        iter_chunks(content, title=title, token_offsets=token_offsets, max_tokens=max_tokens)
+    )
+
+
+def iter_chunks(
+    content: CanonicalText, *, title: str, token_offsets: TokenOffsets, max_tokens: int
+) -> Iterator[Chunk]:
+    """Cut a text into chunks of at most `max_tokens` tokens, heading included; lazily, in order.
 
     The chunks tile the text: no character other than white space is lost or repeated, none
     crosses a section start, and `content.text[c.start:c.end] == c.text`.
@@ -45,24 +54,22 @@ def chunk_text(
         at = max(bisect_right(page_starts, offset) - 1, 0)
         return content.pages[at].number if content.pages else None
 
-    chunks: list[Chunk] = []
+    ordinal = 0
     for start, end, path in _stretches(content):
         heading_tokens = len(token_offsets(embedded_text(title, path, "")))
         budget = max(max_tokens - heading_tokens, max_tokens // 4, 1)
         for first, last, num_tokens in _cut(text, start, end, token_offsets, budget):
-            chunks.append(
-                Chunk(
-                    ordinal=len(chunks),
-                    start=first,
-                    end=last,
-                    text=text[first:last],
-                    num_tokens=num_tokens,
-                    page_first=page_at(first),
-                    page_last=page_at(last - 1),
-                    heading_path=path,
-                )
+            yield Chunk(
+                ordinal=ordinal,
+                start=first,
+                end=last,
+                text=text[first:last],
+                num_tokens=num_tokens,
+                page_first=page_at(first),
+                page_last=page_at(last - 1),
+                heading_path=path,
             )
-    return chunks
+            ordinal += 1
 
 
 def embedded_text(title: str, path: tuple[str, ...], text: str) -> str:

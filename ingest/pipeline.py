@@ -1,7 +1,8 @@
 """The way of a document: copy, read, chunk, embed, commit.
 
-The embedder is what takes time, so it never waits: the next documents are copied, read and chunked
-in other threads while it works, and finished ones are committed in another.
+The embedder is what takes time, so it never waits: the rest of the document is chunked, and the
+next ones are copied, read and chunked, in other threads while it works; finished ones are committed
+in another.
 """
 
 import errno
@@ -11,10 +12,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
 
-from ingest.chunking import chunk_text, embedded_text
+import numpy as np
+
+from ingest.chunking import embedded_text, iter_chunks
 from ingest.readers.guard import read_guarded
 from ingest.sources import SourceToRead, open_regular
 from rag.errors import EmptyDocumentError, FathomError, ReadError, StorageFullError
@@ -27,6 +33,8 @@ COPY_BYTES = 2**20
 # Short documents are embedded together until they make this many chunks: a batch of one chunk
 # would leave most of the processor idle.
 GROUP_CHUNKS = 256
+# A document is handed over in parts, so that its first chunks are embedded while the rest is cut.
+PART_CHUNKS = 64
 # Documents that may lie read and chunked in memory while others are embedded.
 READ_AHEAD = 4
 
@@ -51,15 +59,41 @@ class IngestFailure:
 OnProgress = Callable[[IngestProgress], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A document that is read and chunked; its bytes lie at `copy` until it is committed."""
+@dataclass(slots=True)
+class _Taken:
+    """A document on its way: read, and chunked and embedded as far as the lists go.
+
+    Its bytes lie at `copy` until it is committed.
+    """
 
     copy: Path
     file: SourceFile
     content: CanonicalText
-    chunks: list[Chunk]
     collections: tuple[str, ...]
+    chunks: list[Chunk] = field(default_factory=list)
+    vectors: list[FloatArray] = field(default_factory=list)  # each float32 [n, dim]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Neighbouring chunks of a document, the next ones to embed."""
+
+    document: _Taken
+    chunks: list[Chunk]
+    is_last: bool
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A source that a reader's thread is at; what comes of it is put into `found`, in order.
+
+    That is parts, or else a known document, or an error at any point.
+    """
+
+    source: SourceToRead | ReadError
+    found: SimpleQueue[_Part | IngestResult | BaseException] = field(default_factory=SimpleQueue)
+    copy: Path | None = None
+    task: Future[None] | None = None
 
 
 def ingest_files(
@@ -89,54 +123,64 @@ def ingest_files(
     """
     counter = _Counter(sources, on_progress)
     waiting = deque(sources)
-    ahead: deque[tuple[SourceToRead | ReadError, Future[_Prepared | IngestResult]]] = deque()
+    ahead: deque[_Reading] = deque()
     committing: deque[Future[IngestResult]] = deque()
+    stop = Event()
     with (
         ThreadPoolExecutor(settings.num_readers, "reader") as readers,
         ThreadPoolExecutor(1, "committer") as committer,
     ):
+        group: list[_Part] = []
         try:
             while waiting or ahead:
                 # 1-3. copy, read in a guarded process, chunk: in other threads, ahead of need
                 while waiting and len(ahead) < max(READ_AHEAD, settings.num_readers):
-                    source = waiting.popleft()
-                    task = readers.submit(_prepare, source, store, embedder, settings)
-                    ahead.append((source, task))
-                group: list[_Prepared] = []
+                    reading = _Reading(waiting.popleft())
+                    reading.task = readers.submit(
+                        _prepare, reading, stop, store, embedder, settings
+                    )
+                    ahead.append(reading)
                 other: IngestResult | IngestFailure | None = None
                 while ahead and other is None and _num_chunks(group) < GROUP_CHUNKS:
-                    source, task = ahead[0]
-                    if not task.done():
+                    reading = ahead[0]
+                    if reading.found.empty():
                         if group:
                             break
-                        counter.reading(source)
-                    try:
-                        ready = task.result()
-                    except ReadError as error:
-                        other = IngestFailure(getattr(source, "title", ""), error)
+                        counter.reading(reading.source)
+                    found = reading.found.get()
+                    if isinstance(found, _Part):
+                        group.append(found)
+                        if found.is_last:
+                            ahead.popleft()
+                        continue
+                    if isinstance(found, IngestResult):
+                        other = found
+                    elif isinstance(found, ReadError):
+                        other = IngestFailure(getattr(reading.source, "title", ""), found)
+                        # what was cut before goes with the rest of its document
+                        group = [part for part in group if part.document.copy != reading.copy]
                     else:
-                        if isinstance(ready, _Prepared):
-                            group.append(ready)
-                        else:
-                            other = ready
+                        raise found
                     ahead.popleft()
 
                 # 4. embed
-                for prepared, vectors in _embed(group, embedder, counter):
+                for taken in _embed(group, embedder, counter):
                     # 5. commit in another thread; its end is the acknowledgement
-                    committing.append(
-                        committer.submit(_commit, prepared, vectors, store, embedder, settings)
-                    )
+                    committing.append(committer.submit(_commit, taken, store, embedder, settings))
+                group = []
 
                 while committing and (other or committing[0].done()):
                     yield committing.popleft().result()
                 if other:
-                    counter.skipped(source)
+                    counter.skipped(reading.source)
                     yield other
             while committing:
                 yield committing.popleft().result()
         finally:  # a full disk, or a caller that stops: what is under way ends, the rest is dropped
+            stop.set()
             _drop(ahead)
+            for part in group:
+                part.document.copy.unlink(missing_ok=True)
 
 
 def delete_documents(
@@ -166,71 +210,89 @@ def original_path(settings: Settings, content_sha256: str) -> Path:
 
 
 def _prepare(
-    source: SourceToRead | ReadError, store: DocumentStore, embedder: Embedder, settings: Settings
-) -> _Prepared | IngestResult:
-    """Copy, read and chunk one file; a known one stops after the copy."""
-    if isinstance(source, ReadError):
-        raise source
-    copy, file = _copy(source, settings)
-    collections = (source.collection,) if source.collection else ()
+    reading: _Reading, stop: Event, store: DocumentStore, embedder: Embedder, settings: Settings
+) -> None:
+    """Copy, read and chunk one file, handing over parts; a known one stops after the copy."""
     try:
-        if known := store.recall(file, collections=collections):
-            _put_in_place(copy, file, settings)  # a lost or damaged original is whole again
-            return _known(known, file)
-        content = read_guarded(copy, name=source.title, settings=settings)
-        chunks = chunk_text(
-            content,
-            title=source.title,
-            token_offsets=embedder.token_offsets,
-            max_tokens=min(settings.chunk_tokens, embedder.max_tokens),
-        )
-    except BaseException:
-        copy.unlink(missing_ok=True)
-        raise
-    return _Prepared(copy, file, content, chunks, collections)
+        if isinstance(reading.source, ReadError):
+            raise reading.source
+        for found in _parts(reading, reading.source, store, embedder, settings):
+            if stop.is_set():
+                return
+            reading.found.put(found)
+    except BaseException as error:  # raised again where the parts are taken
+        if reading.copy:
+            reading.copy.unlink(missing_ok=True)
+        reading.found.put(error)
 
 
-def _embed(
-    group: list[_Prepared], embedder: Embedder, counter: "_Counter"
-) -> Iterator[tuple[_Prepared, FloatArray]]:
-    """Yield each document with its vectors, float32 [its chunks, dim], all embedded together."""
+def _parts(
+    reading: _Reading,
+    source: SourceToRead,
+    store: DocumentStore,
+    embedder: Embedder,
+    settings: Settings,
+) -> Iterator[_Part | IngestResult]:
+    copy, file = _copy(source, settings)
+    reading.copy = copy
+    collections = (source.collection,) if source.collection else ()
+    if known := store.recall(file, collections=collections):
+        _put_in_place(copy, file, settings)  # a lost or damaged original is whole again
+        yield _known(known, file)
+        return
+    content = read_guarded(copy, name=source.title, settings=settings)
+    taken = _Taken(copy, file, content, collections)
+    chunks = iter_chunks(
+        content,
+        title=source.title,
+        token_offsets=embedder.token_offsets,
+        max_tokens=min(settings.chunk_tokens, embedder.max_tokens),
+    )
+    part = list(islice(chunks, PART_CHUNKS))
+    while following := list(islice(chunks, PART_CHUNKS)):
+        yield _Part(taken, part, is_last=False)
+        part = following
+    yield _Part(taken, part, is_last=True)
+
+
+def _embed(group: list[_Part], embedder: Embedder, counter: "_Counter") -> Iterator[_Taken]:
+    """Embed all parts together; yield each document that is complete with its last one."""
     if not group:
         return
     texts = [
-        embedded_text(prepared.file.title, chunk.heading_path, chunk.text)
-        for prepared in group
-        for chunk in prepared.chunks
+        embedded_text(part.document.file.title, chunk.heading_path, chunk.text)
+        for part in group
+        for chunk in part.chunks
     ]
     counter.embedding(group, 0)
     vectors = embedder.embed(texts, on_progress=lambda done: counter.embedding(group, done))
     counter.embedded(group)
     start = 0
-    for prepared in group:
-        yield prepared, vectors[start : start + len(prepared.chunks)]
-        start += len(prepared.chunks)
+    for part in group:
+        part.document.chunks += part.chunks
+        part.document.vectors.append(vectors[start : start + len(part.chunks)])
+        start += len(part.chunks)
+        if part.is_last:
+            yield part.document
 
 
 def _commit(
-    prepared: _Prepared,
-    vectors: FloatArray,
-    store: DocumentStore,
-    embedder: Embedder,
-    settings: Settings,
+    taken: _Taken, store: DocumentStore, embedder: Embedder, settings: Settings
 ) -> IngestResult:
     """Put the copied bytes in their place and everything else into one transaction."""
-    file = prepared.file
+    file = taken.file
     try:
-        _put_in_place(prepared.copy, file, settings)
+        _put_in_place(taken.copy, file, settings)
         document = store.save(
             file,
-            prepared.content,
-            prepared.chunks,
-            vectors,
+            taken.content,
+            taken.chunks,
+            np.concatenate(taken.vectors),
             embedder=embedder.fingerprint,
-            collections=prepared.collections,
+            collections=taken.collections,
         )
     except BaseException:
-        prepared.copy.unlink(missing_ok=True)
+        taken.copy.unlink(missing_ok=True)
         if store.by_content(file.content_sha256) is None:
             original_path(settings, file.content_sha256).unlink(missing_ok=True)
         raise
@@ -248,21 +310,20 @@ def _put_in_place(copy: Path, file: SourceFile, settings: Settings) -> None:
     copy.replace(original)
 
 
-def _drop(
-    ahead: Iterable[tuple[SourceToRead | ReadError, Future[_Prepared | IngestResult]]],
-) -> None:
+def _drop(ahead: Iterable[_Reading]) -> None:
     """Call off what was to be read; what is being read already is waited for and thrown away."""
-    for _, task in ahead:
-        task.cancel()
-    for _, task in ahead:
-        if not task.cancelled() and task.exception() is None:
-            left = task.result()
-            if isinstance(left, _Prepared):
-                left.copy.unlink(missing_ok=True)
+    for reading in ahead:
+        assert reading.task is not None
+        reading.task.cancel()
+    for reading in ahead:
+        if reading.task and not reading.task.cancelled():
+            reading.task.result()
+        if reading.copy:
+            reading.copy.unlink(missing_ok=True)
 
 
-def _num_chunks(group: Iterable[_Prepared]) -> int:
-    return sum(len(prepared.chunks) for prepared in group)
+def _num_chunks(group: Iterable[_Part]) -> int:
+    return sum(len(part.chunks) for part in group)
 
 
 def _known(known: Document, file: SourceFile) -> IngestResult:
@@ -321,46 +382,73 @@ class _Counter:
         self._on_progress = on_progress
         self._begun = time.monotonic()
         self._files = self._pages = self._chunks = self._bytes = 0
+        # with the share of the document that is embedded in part
+        self._begun_pages = self._begun_bytes = 0.0
         self._skipped_bytes = 0  # they cost no embedding, so they say nothing of the time left
 
     def reading(self, source: SourceToRead | ReadError) -> None:
         if isinstance(source, SourceToRead):
-            self._tell("reading", source.title, 0, 0, 0)
+            self._tell(
+                "reading",
+                source.title,
+                self._chunks,
+                round(self._begun_pages),
+                round(self._begun_bytes),
+            )
 
     def skipped(self, source: SourceToRead | ReadError) -> None:
         if isinstance(source, SourceToRead):
             self._files += 1
             self._skipped_bytes += _num_bytes(source)
+            self._begun_pages, self._begun_bytes = self._pages, self._bytes
 
-    def embedding(self, group: list[_Prepared], done: int) -> None:
+    def embedding(self, group: list[_Part], done: int) -> None:
         share = done / max(1, _num_chunks(group))
-        pages = sum(len(prepared.content.pages) for prepared in group)
-        num_bytes = sum(prepared.file.num_bytes for prepared in group)
-        title = group[0].file.title
-        self._tell("embedding", title, done, round(share * pages), round(share * num_bytes))
+        pages, num_bytes = self._reached(group)
+        self._tell(
+            "embedding",
+            group[0].document.file.title,
+            self._chunks + done,
+            round((1 - share) * self._begun_pages + share * pages),
+            round((1 - share) * self._begun_bytes + share * num_bytes),
+        )
 
-    def embedded(self, group: list[_Prepared]) -> None:
-        self._files += len(group)
+    def embedded(self, group: list[_Part]) -> None:
+        self._begun_pages, self._begun_bytes = self._reached(group)
         self._chunks += _num_chunks(group)
-        self._pages += sum(len(prepared.content.pages) for prepared in group)
-        self._bytes += sum(prepared.file.num_bytes for prepared in group)
+        for part in group:
+            if part.is_last:
+                self._files += 1
+                self._pages += len(part.document.content.pages)
+                self._bytes += part.document.file.num_bytes
+
+    def _reached(self, group: list[_Part]) -> tuple[float, float]:
+        """Return the pages and bytes that are done with a group; its last document may be begun."""
+        complete = [part.document for part in group if part.is_last]
+        pages: float = self._pages + sum(len(document.content.pages) for document in complete)
+        num_bytes: float = self._bytes + sum(document.file.num_bytes for document in complete)
+        end = group[-1]
+        if not end.is_last:
+            share = end.chunks[-1].end / len(end.document.content.text)
+            pages += share * len(end.document.content.pages)
+            num_bytes += share * end.document.file.num_bytes
+        return pages, num_bytes
 
     def _tell(self, stage: str, title: str, chunks: int, pages: int, num_bytes: int) -> None:
         seconds = max(time.monotonic() - self._begun, 1e-6)
-        done = self._bytes + num_bytes
-        left = max(0, self._total_bytes - self._skipped_bytes - done)
+        left = max(0, self._total_bytes - self._skipped_bytes - num_bytes)
         self._on_progress(
             IngestProgress(
                 stage=stage,
                 title=title,
                 files_done=self._files,
                 num_files=self._num_files,
-                pages=self._pages + pages,
-                chunks=self._chunks + chunks,
-                fraction=min(1.0, (done + self._skipped_bytes) / max(1, self._total_bytes)),
-                pages_per_second=(self._pages + pages) / seconds,
-                chunks_per_second=(self._chunks + chunks) / seconds,
-                seconds_left=seconds * left / done if done else None,
+                pages=pages,
+                chunks=chunks,
+                fraction=min(1.0, (num_bytes + self._skipped_bytes) / max(1, self._total_bytes)),
+                pages_per_second=pages / seconds,
+                chunks_per_second=chunks / seconds,
+                seconds_left=seconds * left / num_bytes if num_bytes else None,
             )
         )
 
