@@ -477,7 +477,7 @@ REAL = {
     "debian-policy.txt": (478_876, 0, 340, ()),
     "docx-tables.docx": (180, 0, 0, ()),
     "doj-ch13-trustee-handbook-872p.docx": (816_386, 0, 294, ()),
-    "galaxy-gaming-10k-2021-ixbrl.html": (176_868, 0, 0, ("1 hidden elements",)),
+    "galaxy-gaming-10k-2021-ixbrl.html": (176_868, 0, 0, ("1 hidden element is left out",)),
     "gao-23-106826-malformed-structure.pdf": (10_830, 2, 0, ()),
     "irs-manual-2.3.59-400p.pdf": (337_384, 400, 134, ("OCR: 2, 400", "white on white")),
     "korean-text-with-tables.pdf": (1_213, 1, 0, ("outside the page",)),

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -614,3 +615,19 @@ def test_a_file_that_is_no_database_is_explained(tmp_path: Path) -> None:
     path.write_bytes(os.urandom(8192))
     with pytest.raises(StoreError, match="not a database"):
         Database(f"sqlite:///{path}")
+
+
+def test_a_pool_without_a_free_connection_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rag.store.database.WAIT_SECONDS", 0.05)
+    database = Database(f"sqlite:///{tmp_path / 'fathom.sqlite'}")
+    with ExitStack() as others:
+        in_use = database.engine.pool.size() + database.engine.pool._max_overflow  # type: ignore[attr-defined]
+        for _ in range(in_use):
+            others.enter_context(database.read())
+        with pytest.raises(StoreError, match="all connections") as caught:
+            others.enter_context(database.read())
+    assert caught.value.hint
+    with database.read() as connection:
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1

@@ -125,6 +125,8 @@ def hidden_warning(num_hidden: int) -> tuple[str, ...]:
     """Return the warning for so many hidden elements, none for none."""
     if not num_hidden:
         return ()
+    if num_hidden == 1:
+        return ("1 hidden element is left out",)
     return (f"{num_hidden} hidden elements are left out",)
 
 

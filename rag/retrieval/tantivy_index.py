@@ -1,4 +1,10 @@
-"""BM25 by tantivy: a folder that derives from the store. The only home of tantivy."""
+"""BM25 by tantivy: a folder that derives from the store. The only home of tantivy.
+
+tantivy only marks what is deleted, and merges its segments when it likes, up to millions of chunks.
+Therefore it writes segments here but never changes one: each holds the chunks of a range of ids,
+and one that a deletion touches is written anew without them. `meta.json`, in which tantivy lists an
+index's segments, is put together by us; scores are those of one index.
+"""
 
 import errno
 import fcntl
@@ -7,10 +13,13 @@ import json
 import shutil
 import threading
 import uuid
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tantivy import (
@@ -25,12 +34,13 @@ from tantivy import (
 )
 
 from rag.errors import StorageFullError, StoreError
-from rag.store.oplog import TextChanges, TextLog
+from rag.store.oplog import ChunkText, TextChanges, TextLog
 
 WRITER_BYTES = 64 * 2**20
-IDS_PER_QUERY = 10_000
+# A deletion writes anew what its first and last segment hold beside it; a search asks each segment.
+SEGMENT_CHUNKS = 5_000
 HEADING_WEIGHT = 0.5  # as in FTS5: see lexical_index.py
-UNUSABLE = (OSError, ValueError, TypeError, AttributeError)  # a folder that is built anew
+UNUSABLE = (OSError, ValueError, TypeError, AttributeError, KeyError)  # a folder that is built anew
 LONGEST_WORD = 1_000  # bytes; tantivy takes no term beyond 65,530
 
 _analyzer = (
@@ -54,15 +64,27 @@ _schema = (
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """The chunks with ids from `first` to `last`, in files that begin with the hex of `uuid`."""
+
+    first: int
+    last: int
+    num_chunks: int
+    uuid: str
+
+
+@dataclass(frozen=True, slots=True)
 class Position:
     """Which folder is the index, of which library, how far it has followed the op-log.
 
-    `files` are the SHA-256 of the folder's files, so that a damaged one is noticed.
+    `segments` are in the order of their ids, and no two share one. `files` are the SHA-256 of the
+    folder's files, so that a damaged one is noticed.
     """
 
     folder: str
     library: str
     seq: int
+    segments: list[Segment]
     files: dict[str, str]
 
 
@@ -124,8 +146,8 @@ class TantivyIndex:
                     index, position = self._open()
                     with self._log.changes_since(position.seq) as changes:
                         if changes and changes.seq > position.seq:
-                            _apply(index, changes)
-                            self._remember(index, position.folder, changes.seq)
+                            segments = self._follow(position.folder, position.segments, changes)
+                            self._remember(index, position.folder, changes.seq, segments)
                     return index if changes else self._build()
                 except UNUSABLE:
                     return self._build()
@@ -147,11 +169,8 @@ class TantivyIndex:
             missing, foreign = len(stored - indexed), len(indexed - stored)
             return f"{missing} chunks are missing, {foreign} are not in the store"
         with self._guard, self._alone():
-            folder = self._read_position().folder
-            if self._strays(folder):
-                return "folders of an interrupted rebuild are still there"
-            if self._has_deleted(folder):
-                return "words of deleted chunks are still in the files"
+            if self._strays(self._read_position()):
+                return "files of an interrupted rebuild are still there"
         return None
 
     def rebuild(self) -> None:
@@ -160,15 +179,10 @@ class TantivyIndex:
             self._build()
 
     def erase_deleted(self) -> None:
-        """Build the index anew if deleted chunks have left words in its files.
-
-        tantivy only marks what is deleted until it happens to merge the file that holds it.
-        """
+        """Catch up, which writes anew the segments that held deleted chunks, and remove strays."""
         self.catch_up()
         with self._guard, self._alone():
-            folder = self._read_position().folder
-            if self._strays(folder) or self._has_deleted(folder):
-                self._build()
+            self._remove_strays(self._read_position())
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -206,7 +220,9 @@ class TantivyIndex:
         return index, position
 
     def _read_position(self) -> Position:
-        position = Position(**json.loads((self._folder / "position.json").read_text()))
+        stored = json.loads((self._folder / "position.json").read_text())
+        segments = [Segment(**segment) for segment in stored.pop("segments")]
+        position = Position(**stored, segments=segments)
         if position.library != self._log.library():
             raise ValueError("it belongs to another library")
         if Path(position.folder).name != position.folder:
@@ -220,38 +236,123 @@ class TantivyIndex:
                 raise ValueError(f"the checksum of {name} is wrong")
 
     def _build(self) -> Index:
-        folder = self._folder / f"index-{uuid.uuid4().hex[:12]}"
-        folder.mkdir()
-        index = _registered(Index(_schema, path=str(folder)))
+        folder = f"index-{uuid.uuid4().hex[:12]}"
+        (self._folder / folder).mkdir()
+        index = _registered(Index(_schema, path=str(self._folder / folder)))
         with self._log.everything() as changes:
-            _apply(index, changes)
+            segments = self._follow(folder, [], changes)
         self._position = None
-        self._remember(index, folder.name, changes.seq)
-        for stray in self._strays(folder.name):
-            shutil.rmtree(stray, ignore_errors=True)
+        self._remember(index, folder, changes.seq, segments)
         return index
 
-    def _remember(self, index: Index, folder: str, seq: int) -> None:
-        """Write the position after the index's own commit; a crash in between costs a rebuild."""
+    def _follow(
+        self, folder: str, segments: Sequence[Segment], changes: TextChanges
+    ) -> list[Segment]:
+        """Write what the changes touch into new segments; return those that are the index now."""
+        kept, stale = _divide(segments, changes.changed)
+        for first, last in stale:
+            texts = changes.texts(first, last)
+            while part := list(islice(texts, SEGMENT_CHUNKS)):
+                kept.append(self._write_segment(folder, part))
+        kept.sort(key=lambda segment: segment.first)
+        listed = [
+            {"segment_id": segment.uuid, "max_doc": segment.num_chunks, "deletes": None}
+            for segment in kept
+        ]
+        path = self._folder / folder / "meta.json"
+        meta = json.loads(path.read_text()) | {"segments": listed}
+        path.with_suffix(".tmp").write_text(json.dumps(meta))
+        path.with_suffix(".tmp").replace(path)
+        return kept
+
+    def _write_segment(self, folder: str, texts: Sequence[ChunkText]) -> Segment:
+        """Let tantivy write one segment in a folder apart, and move its files into the index."""
+        with TemporaryDirectory(prefix="index-", dir=self._folder) as apart:
+            writer = _registered(Index(_schema, path=apart)).writer(WRITER_BYTES, 1)
+            try:
+                for text in texts:
+                    document = Document()
+                    document.add_unsigned("chunk_id", text.chunk_id)
+                    document.add_unsigned("document_id", text.document_id)
+                    document.add_text("text", text.text)
+                    document.add_text("heading", text.heading)
+                    writer.add_document(document)
+                writer.commit()
+            finally:
+                writer.wait_merging_threads()
+            (written,) = json.loads((Path(apart) / "meta.json").read_text())["segments"]
+            segment = Segment(
+                texts[0].chunk_id, texts[-1].chunk_id, written["max_doc"], written["segment_id"]
+            )
+            for path in _files_of(segment, Path(apart)):
+                path.replace(self._folder / folder / path.name)
+        return segment
+
+    def _remember(self, index: Index, folder: str, seq: int, segments: list[Segment]) -> None:
+        """Write the position after meta.json; a crash in between costs a rebuild."""
         known = self._position.files if self._position else {}
+        names = {segment.uuid.replace("-", "") for segment in segments}
         files = {}
         for path in sorted((self._folder / folder).iterdir()):
-            if path.suffix != ".lock":
+            if path.suffix == ".json" or path.name.split(".")[0] in names:
                 written_once = path.suffix != ".json"
                 sha256 = known.get(path.name) if written_once else None
                 files[path.name] = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
-        position = Position(folder, self._log.library(), seq, files)
+        position = Position(folder, self._log.library(), seq, segments, files)
         temporary = self._folder / "position.json.tmp"
         temporary.write_text(json.dumps(asdict(position)))
         temporary.replace(self._folder / "position.json")
+        index.reload()
         self._index, self._position = index, position
+        self._remove_strays(position)
 
-    def _strays(self, folder: str) -> list[Path]:
-        return [path for path in self._folder.glob("index-*") if path.name != folder]
+    def _strays(self, position: Position) -> list[Path]:
+        """Return what the index does not need: other folders, and files of former segments."""
+        folders = [p for p in self._folder.glob("index-*") if p.name != position.folder]
+        inside = (self._folder / position.folder).iterdir()
+        return folders + [p for p in inside if p.name not in position.files and p.suffix != ".lock"]
 
-    def _has_deleted(self, folder: str) -> bool:
-        meta = json.loads((self._folder / folder / "meta.json").read_text())
-        return any(segment["deletes"] for segment in meta["segments"])
+    def _remove_strays(self, position: Position) -> None:
+        for path in self._strays(position):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _divide(
+    segments: Sequence[Segment], changed: Sequence[int]
+) -> tuple[list[Segment], list[tuple[int, int]]]:
+    """Return the segments that stay, and the ranges of ids that are to be written anew.
+
+    Touched neighbours become one range. Chunks beyond the last segment take with them the segments
+    before that are no larger than what is added, so that many small additions leave few segments.
+    """
+    kept: list[Segment] = []
+    stale: list[tuple[int, int]] = []
+    last_is_stale = False
+    for segment in segments:
+        at = bisect_left(changed, segment.first)
+        is_stale = at < len(changed) and changed[at] <= segment.last
+        if not is_stale:
+            kept.append(segment)
+        elif last_is_stale:
+            stale[-1] = (stale[-1][0], segment.last)
+        else:
+            stale.append((segment.first, segment.last))
+        last_is_stale = is_stale
+    end = segments[-1].last if segments else 0
+    if changed and changed[-1] > end:
+        first, size = end + 1, len(changed) - bisect_right(changed, end)
+        while kept and kept[-1].num_chunks <= size and kept[-1].num_chunks + size <= SEGMENT_CHUNKS:
+            segment = kept.pop()
+            first, size = segment.first, size + segment.num_chunks
+        stale = [ids for ids in stale if ids[0] < first] + [(first, changed[-1])]
+    return kept, stale
+
+
+def _files_of(segment: Segment, folder: Path) -> list[Path]:
+    return list(folder.glob(f"{segment.uuid.replace('-', '')}.*"))
 
 
 def _match(terms: Sequence[str], document_ids: Sequence[int] | None) -> Query:
@@ -279,23 +380,3 @@ def _registered(index: Index) -> Index:
     index.register_tokenizer("english", _analyzer)
     index.config_reader(reload_policy="manual")
     return index
-
-
-def _apply(index: Index, changes: TextChanges) -> None:
-    writer = index.writer(WRITER_BYTES, 1)
-    try:
-        for first in range(0, len(changes.removed), IDS_PER_QUERY):
-            ids = changes.removed[first : first + IDS_PER_QUERY]
-            writer.delete_documents_by_query(Query.term_set_query(_schema, "chunk_id", ids))
-        for added in changes.added:
-            document = Document()
-            document.add_unsigned("chunk_id", added.chunk_id)
-            document.add_unsigned("document_id", added.document_id)
-            document.add_text("text", added.text)
-            document.add_text("heading", added.heading)
-            writer.add_document(document)
-        writer.commit()
-        writer.garbage_collect_files()
-    finally:
-        writer.wait_merging_threads()  # the writer's lock file is free again
-    index.reload()

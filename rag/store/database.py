@@ -15,6 +15,7 @@ from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, ins
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from rag.errors import StorageFullError, StoreError
 from rag.store.schema import SCHEMA_VERSION, metadata
@@ -83,11 +84,8 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """Yield a connection in one read transaction."""
-        try:
-            with self.engine.connect() as connection, connection.begin():
-                yield connection
-        except DBAPIError as error:
-            raise self._kind.explain(error) from error
+        with self._explained(), self.engine.connect() as connection, connection.begin():
+            yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -98,14 +96,12 @@ class Database:
             StoreError: if another process held the lock for 30 seconds, or the database is damaged
                 or out of reach.
         """
-        try:
-            with (
-                self.engine.connect().execution_options(fathom_write=True) as connection,
-                connection.begin(),
-            ):
-                yield connection
-        except DBAPIError as error:
-            raise self._kind.explain(error) from error
+        with (
+            self._explained(),
+            self.engine.connect().execution_options(fathom_write=True) as connection,
+            connection.begin(),
+        ):
+            yield connection
 
     def erase_deleted_words(self, connection: Connection) -> None:
         """Within a write transaction that deleted chunks: drop their words from the FTS5 rows."""
@@ -113,11 +109,11 @@ class Database:
 
     def erase_deleted(self) -> None:
         """Remove from the database's files what deleted rows have left in them, where it can be."""
-        try:
-            with self.engine.connect().execution_options(fathom_outside=True) as connection:
-                self._kind.erase_deleted(connection)
-        except DBAPIError as error:
-            raise self._kind.explain(error) from error
+        with (
+            self._explained(),
+            self.engine.connect().execution_options(fathom_outside=True) as connection,
+        ):
+            self._kind.erase_deleted(connection)
 
     def integrity_problem(self) -> str | None:
         """Return what is wrong with the database's own structures, or None."""
@@ -141,6 +137,19 @@ class Database:
         for name in self.missing_triggers(connection):
             (create,) = [s for s in statements if s.startswith(f"CREATE TRIGGER {name} ")]
             connection.exec_driver_sql(create)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what the driver and the pool raise into our own errors."""
+        try:
+            yield
+        except DBAPIError as error:
+            raise self._kind.explain(error) from error
+        except PoolTimeoutError as error:
+            raise StoreError(
+                f"all connections to the library were in use for {WAIT_SECONDS} s",
+                hint="wait for the questions that are running, then try again",
+            ) from error
 
     def _migrate(self) -> None:
         with self.read() as connection:
@@ -217,6 +226,7 @@ class _SQLite:
             ) from error
         engine = create_engine(
             self._url,
+            pool_timeout=WAIT_SECONDS,
             module=_sqlite_driver(),
             connect_args={"timeout": WAIT_SECONDS, "check_same_thread": False},
         )
@@ -293,6 +303,7 @@ class _PostgreSQL:
         try:
             return create_engine(
                 self._url,
+                pool_timeout=WAIT_SECONDS,
                 pool_pre_ping=True,  # a connection that a restarted server has dropped is replaced
                 connect_args={"connect_timeout": CONNECT_SECONDS, "client_encoding": "utf8"},
             )

@@ -1,12 +1,13 @@
 """The op-log: what a derived index replays to catch up with the store."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, true
+from sqlalchemy import Connection, delete, func, insert, select
 
 from rag.errors import EmbedderMismatchError, StoreError
 from rag.store.database import ROWS_PER_FETCH, Database, upsert
@@ -41,14 +42,15 @@ class ChunkText:
 
 @dataclass(frozen=True, slots=True)
 class TextChanges:
-    """The net effect of the log for a full-text index; `added` is read from the store as it goes.
+    """The net effect of the log for a full-text index.
 
-    As with `Changes`, both steps may be applied twice without harm.
+    `changed` are the chunks added or deleted since, in order; `texts(first, last)` reads from the
+    store those that exist now with an id from `first` to `last`, in order.
     """
 
     seq: int
-    removed: list[int]
-    added: Iterator[ChunkText]
+    changed: list[int]
+    texts: Callable[[int, int], Iterator[ChunkText]]
 
 
 class OpLog:
@@ -173,21 +175,20 @@ class TextLog:
 
         That is so if the log was cut beyond it, or if the library was restored to an earlier state.
         """
-        added_later = select(oplog.c.chunk_id).where(oplog.c.seq > seq, oplog.c.op == "add")
+        query = select(oplog.c.chunk_id).where(oplog.c.seq > seq).distinct()
         with self._database.read() as connection:
             if not _floor(connection) <= seq <= _last_seq(connection):
                 yield None
                 return
-            query = select(oplog.c.chunk_id).where(oplog.c.seq > seq).distinct()
-            removed = sorted(connection.scalars(query))
-            added = _texts(connection, chunk.c.id.in_(added_later))
-            yield TextChanges(_last_seq(connection), removed, added)
+            changed = sorted(connection.scalars(query))
+            yield TextChanges(_last_seq(connection), changed, partial(_texts, connection))
 
     @contextmanager
     def everything(self) -> Iterator[TextChanges]:
         """Yield all chunks as one change, from one consistent snapshot."""
         with self._database.read() as connection:
-            yield TextChanges(_last_seq(connection), [], _texts(connection, true()))
+            changed = list(connection.scalars(select(chunk.c.id).order_by(chunk.c.id)))
+            yield TextChanges(_last_seq(connection), changed, partial(_texts, connection))
 
     def chunk_ids(self) -> set[int]:
         """Return the ids of all chunks."""
@@ -195,10 +196,11 @@ class TextLog:
             return set(connection.scalars(select(chunk.c.id)))
 
 
-def _texts(connection: Connection, which: ColumnElement[bool]) -> Iterator[ChunkText]:
-    query = select(chunk.c.id, chunk.c.document_id, chunk.c.heading, chunk.c.text).where(which)
+def _texts(connection: Connection, first: int, last: int) -> Iterator[ChunkText]:
+    query = select(chunk.c.id, chunk.c.document_id, chunk.c.heading, chunk.c.text)
     rows = connection.execute(
-        query.order_by(chunk.c.id), execution_options={"yield_per": ROWS_PER_FETCH}
+        query.where(chunk.c.id.between(first, last)).order_by(chunk.c.id),
+        execution_options={"yield_per": ROWS_PER_FETCH},
     )
     for row in rows:
         yield ChunkText(row.id, row.document_id, row.heading, row.text)
