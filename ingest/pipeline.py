@@ -187,8 +187,7 @@ def delete_documents(
     documents: Sequence[Document], *, store: DocumentStore, settings: Settings
 ) -> None:
     """Delete documents, their original bytes, and their sources where those lie in the library."""
-    for document in documents:
-        store.delete(document.id)
+    store.delete(*(document.id for document in documents))
     remove_originals(documents, settings)
 
 

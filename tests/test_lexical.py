@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rag.errors import StorageFullError
-from rag.retrieval.lexical_index import Fts5Index, LexicalIndex, open_lexical_index
+from rag.retrieval.lexical_index import Fts5Index, LexicalIndex, SQLiteIndex, open_lexical_index
 from rag.retrieval.tantivy_index import TantivyIndex
 from rag.store.database import Database
 from rag.store.documents import DocumentStore, SourceFile
@@ -83,9 +83,9 @@ def pair(
         url = server.url(server.create_database())
     database = Database(url)
     index: LexicalIndex = open_lexical_index(database, tmp_path / "lexical")
+    assert isinstance(index, SQLiteIndex) == (request.param != "tantivy on postgresql")
     if request.param == "tantivy":
         index = TantivyIndex(TextLog(database), tmp_path / "lexical")
-    assert isinstance(index, Fts5Index) == (request.param == "fts5")
     yield DocumentStore(database), index
     database.close()
 
@@ -464,7 +464,7 @@ def test_processes_write_delete_and_search_at_once(tmp_path: Path, kind: str) ->
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     database = Database(url)
-    index: LexicalIndex = Fts5Index(database)
+    index = open_lexical_index(database, folder)
     if kind == "tantivy":
         index = TantivyIndex(TextLog(database), folder)
     assert index.check() is None
@@ -474,14 +474,43 @@ def test_processes_write_delete_and_search_at_once(tmp_path: Path, kind: str) ->
 def test_large_sqlite_libraries_are_searched_by_tantivy(
     database: Database, store: DocumentStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(store, "a", ["harbour one"])
-    monkeypatch.setattr("rag.retrieval.lexical_index.LARGEST_FTS5_CHUNKS", 0)
-    large = open_lexical_index(database, folder)
-    assert isinstance(large, TantivyIndex)
-    assert large.search("harbour", top_k=5)
+    """A process that is open follows, both ways; no rows, no words and no folder are left over."""
+    kept = save(store, "a", ["harbour one", "harbour two"])
+    gone = save(store, "b", ["zanzibarquay"])
+    index = open_lexical_index(database, folder)
+    assert isinstance(index, SQLiteIndex)
+    assert len(index.search("harbour", top_k=5)) == 2
+    assert not folder.exists()
+    assert _in_files(folder.parent, b"zanzibarqu")
+
+    monkeypatch.setattr("rag.retrieval.lexical_index.LARGEST_FTS5_CHUNKS", 2)
+    open_lexical_index(database, folder)  # by another process
+    assert index.fts5.remains() is None
+    assert len(index.search("harbour", top_k=5)) == 2
+    assert index.frequencies(["harbour", "zanzibarquay"]) == {"harbour": 2, "zanzibarquay": 1}
+    assert folder.exists()
+    more = save(store, "c", ["harbour three"])
+    assert len(index.search("harbour", top_k=5)) == 3
+    store.delete(gone.id)
+    index.erase_deleted()
+    assert not _in_files(folder.parent, b"zanzibarqu")
+    assert index.check() is None
+    with database.write() as connection:
+        connection.exec_driver_sql("INSERT INTO chunk_fts(rowid, text) VALUES (9, 'ghost')")
+    assert "1 full-text rows are left" in str(index.check())
+    index.rebuild()
+    assert index.check() is None
+    store.delete(more.id)
+    index.erase_deleted()
+    assert folder.exists(), "two are more than half of the limit"
+
     monkeypatch.undo()
-    assert isinstance(open_lexical_index(database, folder), Fts5Index)
+    open_lexical_index(database, folder)
     assert not folder.exists(), "an index that nobody follows any more is removed"
+    assert len(index.search("harbour", top_k=5)) == 2
+    assert index.check() is None
+    store.delete(kept.id)
+    assert index.search("harbour", top_k=5) == []
 
 
 def _index_folder(folder: Path) -> Path:

@@ -107,6 +107,10 @@ class Database:
         """Within a write transaction that deleted chunks: drop their words from the FTS5 rows."""
         self._kind.erase_deleted_words(connection)
 
+    def keeps_words(self, connection: Connection) -> bool:
+        """Say whether the triggers keep full-text rows of the chunks."""
+        return self._kind.keeps_words(connection)
+
     def erase_deleted(self) -> None:
         """Remove from the database's files what deleted rows have left in them, where it can be."""
         with (
@@ -131,9 +135,10 @@ class Database:
 
     def restore_triggers(self, connection: Connection) -> None:
         """Create the missing triggers on the chunks again, as the migrations make them."""
-        from rag.store.migrations.versions import m0001_first_schema as made_by
+        from rag.store.migrations.versions.m0001_first_schema import POSTGRESQL_DERIVED
+        from rag.store.migrations.versions.m0003_full_text_on_demand import SQLITE_TRIGGERS
 
-        statements = made_by.SQLITE_DERIVED if self.kind == "sqlite" else made_by.POSTGRESQL_DERIVED
+        statements = SQLITE_TRIGGERS if self.kind == "sqlite" else POSTGRESQL_DERIVED
         for name in self.missing_triggers(connection):
             (create,) = [s for s in statements if s.startswith(f"CREATE TRIGGER {name} ")]
             connection.exec_driver_sql(create)
@@ -246,8 +251,14 @@ class _SQLite:
 
     def erase_deleted_words(self, connection: Connection) -> None:
         # FTS5 only marks words as deleted, and its own secure-delete took 17 s for 10,000 of
-        # 80,000 chunks; merging all into one segment leaves no mark and took 0.4 s
-        connection.exec_driver_sql("INSERT INTO chunk_fts(chunk_fts) VALUES ('optimize')")
+        # 80,000 chunks; merging all into one segment leaves no mark and took 0.4 s. It grows with
+        # the library, which is why a large one has no FTS5 rows: see lexical_index.py
+        if self.keeps_words(connection):
+            connection.exec_driver_sql("INSERT INTO chunk_fts(chunk_fts) VALUES ('optimize')")
+
+    def keeps_words(self, connection: Connection) -> bool:
+        query = "SELECT count(*) FROM meta WHERE key = 'without_fts5'"
+        return connection.exec_driver_sql(query).scalar() == 0
 
     def erase_deleted(self, connection: Connection) -> None:
         """Empty the write-ahead log; secure_delete has overwritten the pages themselves."""
@@ -342,7 +353,10 @@ class _PostgreSQL:
             )
 
     def erase_deleted_words(self, connection: Connection) -> None:
-        pass  # there are no full-text rows: tantivy has the words
+        pass
+
+    def keeps_words(self, connection: Connection) -> bool:
+        return False  # there are no full-text rows: tantivy has the words
 
     def erase_deleted(self, connection: Connection) -> None:
         """Vacuum the tables: pages lose their dead rows, free pages at the end are cut off.

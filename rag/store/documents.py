@@ -289,13 +289,15 @@ class DocumentStore:
             self._database.erase_deleted_words(connection)
         self._database.erase_deleted()
 
-    def delete(self, document_id: int) -> None:
-        """Delete one document, its chunks, vectors, lexical rows, and the answers' quotations.
+    def delete(self, *document_ids: int) -> None:
+        """Delete documents, their chunks, vectors, lexical rows, and the answers' quotations.
 
-        A name that stood for it stands for the version before it, if there is one.
+        All of them or, on an error, none. A name that stood for one stands for the version before
+        it, if there is one.
         """
         with self._database.write() as connection:
-            _delete(connection, document_id)
+            for document_id in document_ids:
+                _delete(connection, document_id)
             self._database.erase_deleted_words(connection)
         self._database.erase_deleted()
 

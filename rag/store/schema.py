@@ -14,7 +14,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION = "0002"  # newest file in migrations/versions
+SCHEMA_VERSION = "0003"  # newest file in migrations/versions
 
 metadata = MetaData()
 BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only INTEGER by itself
@@ -126,7 +126,8 @@ oplog = Table(
 )
 
 # library: a name for this database, so that no index of another is taken for its own; embedder:
-# fingerprint of the active one; oplog_floor: newest entry that the op-log has dropped.
+# fingerprint of the active one; oplog_floor: newest entry that the op-log has dropped;
+# without_fts5: there if tantivy has taken the place of the FTS5 rows.
 meta = Table(
     "meta",
     metadata,
