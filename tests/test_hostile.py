@@ -166,10 +166,13 @@ def test_a_parser_that_dies_or_hangs_is_one_error(
     path.write_text("text")
     root = str(Path(guard.__file__).parents[2])
     start = (
-        f"import sys, json; sys.path.insert(0, {root!r});"
-        "from ingest.readers.worker import _set_limits; _set_limits(json.loads(sys.argv[1]));"
+        f"import sys; sys.path.insert(0, {root!r})\n"
+        "from ingest.readers import worker\n"
+        f"worker.main = lambda request: (worker._set_limits(request), exec({code!r}))\n"
+        "worker.serve()"
     )
-    monkeypatch.setattr(guard, "_start_worker", lambda: start + code)
+    monkeypatch.setattr(guard, "_start_server", lambda: start)
+    guard.stop_idle()
     quick = settings.model_copy(
         update={"reader_timeout_seconds": 1.0, "reader_output_bytes": 2**20}
     )
@@ -177,6 +180,38 @@ def test_a_parser_that_dies_or_hangs_is_one_error(
     with pytest.raises(ReaderFailedError, match=expected):
         read_guarded(path, name="x.txt", settings=quick)
     assert time.monotonic() - started < 5
+    guard.stop_idle()
+
+
+def test_one_server_reads_file_after_file_each_in_a_process_of_its_own(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """What one file does to its process is gone with it: the limits, a crash, the memory."""
+    guard.stop_idle()
+    guard.start_ahead()
+    (server,) = guard._idle
+    small = settings.model_copy(update={"reader_memory_bytes": 256 * 2**20})
+    with pytest.raises(ReaderFailedError):
+        read_guarded(_pdf_bomb(tmp_path / "bomb.pdf"), name="bomb.pdf", settings=small)
+    for word in ("first", "second"):
+        path = tmp_path / f"{word}.txt"
+        path.write_text(word)
+        assert read_guarded(path, name=path.name, settings=settings).text == word
+    assert guard._idle == [server]
+    assert server.is_alive()
+
+
+def test_a_server_that_was_ended_is_replaced(settings: Settings, tmp_path: Path) -> None:
+    guard.stop_idle()
+    guard.start_ahead()
+    (server,) = guard._idle
+    server._process.kill()
+    server._process.wait()
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    assert read_guarded(path, name="a.txt", settings=settings).text == "text"
+    (other,) = guard._idle
+    assert other is not server
 
 
 def test_a_reader_finds_no_environment_and_leaves_no_file(

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 from sqlalchemy import event
 
 from conftest import HashEmbedder
-from ingest.pipeline import GROUP_CHUNKS, IngestFailure, IngestResult, original_path
+from ingest.chunking import chunk_text, embedded_text
+from ingest.pipeline import GROUP_CHUNKS, PART_CHUNKS, IngestFailure, IngestResult, original_path
 from ingest.sources import SourceToRead, find_sources
-from rag.errors import SourceNotFoundError, StorageFullError
+from rag.errors import ReaderFailedError, SourceNotFoundError, StorageFullError
 from rag.retrieval.embedding import FloatArray
 from rag.settings import Settings
-from rag.types import IngestProgress
+from rag.types import CanonicalText, IngestProgress
 from ui.assembly import Fathom
 
 
@@ -94,6 +96,80 @@ def test_short_documents_are_embedded_together_as_if_alone(
     assert library.index.ids() == alone.index.ids()
     ids = sorted(library.index.ids())
     np.testing.assert_array_equal(library.index.vectors(ids)[1], alone.index.vectors(ids)[1])
+
+
+class OverlapEmbedder(HashEmbedder):
+    """Lets the cutting of a document go on only once its first chunks have come to be embedded."""
+
+    def __init__(self) -> None:
+        self.embedding = Event()
+        self.num_cuts = 0
+        self.waited_in_vain = False
+
+    def token_offsets(self, text: str) -> list[tuple[int, int]]:
+        self.num_cuts += 1
+        if self.num_cuts == 3 * PART_CHUNKS:
+            self.waited_in_vain = not self.embedding.wait(60)
+        return super().token_offsets(text)
+
+    def embed(
+        self, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None
+    ) -> FloatArray:
+        self.embedding.set()
+        return super().embed(texts, on_progress=on_progress)
+
+
+def long_text(num_paragraphs: int) -> str:
+    return "\n\n".join(f"Paragraph {n} is about ship {n * 7}. " * 4 for n in range(num_paragraphs))
+
+
+def test_the_first_chunks_are_embedded_while_the_rest_is_cut(
+    settings: Settings, tmp_path: Path
+) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text(long_text(600))
+    embedder = OverlapEmbedder()
+    library = Fathom(settings, embedder=embedder)
+    document = library.ingest(path).document
+    assert embedder.num_cuts > 3 * PART_CHUNKS, "else this test could not fail"
+    assert not embedder.waited_in_vain
+    stored = library.store.chunks_of(document.id)
+    content = CanonicalText(library.store.text(document.id), "text/plain")
+    assert [s.chunk for s in stored] == chunk_text(
+        content, title="long.txt", token_offsets=HashEmbedder().token_offsets, max_tokens=64
+    )
+    assert document.num_chunks == len(stored) > GROUP_CHUNKS
+    ids = [s.id for s in stored]
+    found, vectors = library.index.vectors(ids)
+    texts = [embedded_text("long.txt", s.chunk.heading_path, s.chunk.text) for s in stored]
+    assert found == ids
+    np.testing.assert_allclose(vectors, HashEmbedder().embed(texts), atol=1e-6)
+
+
+class BreakingEmbedder(CountingEmbedder):
+    """Fails in the middle of a text that says so."""
+
+    def token_offsets(self, text: str) -> list[tuple[int, int]]:
+        if text.startswith("Here it breaks") and any(self.calls):
+            raise ReaderFailedError("broken in the middle", hint="h")
+        return super().token_offsets(text)
+
+
+def test_nothing_is_kept_of_a_document_that_fails_in_the_middle(
+    settings: Settings, tmp_path: Path
+) -> None:
+    before, *after = files(tmp_path / "notes", 3)
+    broken = tmp_path / "broken.txt"
+    broken.write_text(long_text(1_500) + "\n\nHere it breaks, at the end.")
+    embedder = BreakingEmbedder()
+    library = Fathom(settings, embedder=embedder)
+    sources = [named(path) for path in (before, broken, *after)]
+    outcomes = list(library.ingest_files(sources))
+    assert [type(o) for o in outcomes] == [IngestResult, IngestFailure, IngestResult, IngestResult]
+    assert sum(embedder.calls) > 3 + PART_CHUNKS, "else this test could not fail"
+    assert [d.title for d in library.documents()] == [p.name for p in (before, *after)]
+    assert library.index.num_vectors == library.store.num_chunks() == 3
+    assert leftovers(settings) == []
 
 
 def test_the_same_content_twice_in_one_call_is_one_document(

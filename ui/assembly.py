@@ -13,6 +13,7 @@ from ingest.pipeline import (
     ingest_files,
     remove_originals,
 )
+from ingest.readers.guard import start_ahead
 from ingest.reindex import reembed_library
 from ingest.sources import SourceToRead
 from rag.answering.service import AnsweringService
@@ -162,6 +163,7 @@ class Fathom:
         on_progress: Callable[[IngestProgress], None] = lambda _: None,
     ) -> Iterator[IngestResult | IngestFailure]:
         """Take files into the library and the index; see `ingest.pipeline.ingest_files`."""
+        start_ahead()  # beside the loading of the embedder
         self.index.catch_up()  # says at once where the library has another embedder
         with ingesting(self.settings):
             yield from ingest_files(

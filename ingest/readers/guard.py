@@ -1,11 +1,18 @@
-"""Parse one file in a throw-away process with limits, so that no file can take Fathom down."""
+"""Parse one file in a throw-away process with limits, so that no file can take Fathom down.
 
+The process is forked by a server that has imported the readers; see `worker.py`.
+"""
+
+import atexit
 import json
 import math
+import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +21,7 @@ from rag.errors import EmptyDocumentError, ReaderFailedError, ReadError
 from rag.settings import Settings
 from rag.types import CanonicalText, Page, Section
 
+SERVER_SECONDS = 30.0  # for the server to start and to answer, beside what the file may take
 # Nothing of the caller's environment reaches a parser. HOME does not exist, so that a library
 # which would like to keep a cache or a setting there finds no place for it.
 _ENVIRONMENT = {
@@ -59,31 +67,33 @@ def _ask_worker(path: Path, name: str, settings: Settings) -> dict[str, Any]:
         "path": str(path),
         "name": name,
         "memory_bytes": settings.reader_memory_bytes,
+        "seconds": settings.reader_timeout_seconds,
         "cpu_seconds": math.ceil(settings.reader_timeout_seconds),
         "output_bytes": settings.reader_output_bytes,
     }
     # The answer goes to a file, not a pipe: the worker's limit on file size then bounds it, and
     # the worker can write nothing else anywhere that is larger.
     with tempfile.TemporaryFile() as output:
+        server = _take_server()
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-c", _start_worker(), json.dumps(request)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.DEVNULL,
-                timeout=settings.reader_timeout_seconds,
-                env=_ENVIRONMENT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise _time_is_up(name, settings) from error
-        if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+            return_code = server.read(request, output.fileno())
+        except BaseException as error:
+            server.close()
+            if not isinstance(error, OSError):
+                raise
+            raise ReaderFailedError(
+                f"the process that reads {name} could not be started, or was ended: {error}",
+                hint="free some memory, then run the same command again",
+            ) from error
+        with _idle_lock:
+            _idle.append(server)
+        if return_code in (None, -signal.SIGXCPU, -signal.SIGKILL):
             raise _time_is_up(name, settings)
         output.seek(0)
         answer = _json_object(output.read())
     if answer is None:
         raise ReaderFailedError(
-            f"the reader of {name} crashed ({_ending(done.returncode)}); it may use"
+            f"the reader of {name} crashed ({_ending(return_code)}); it may use"
             f" {settings.reader_memory_bytes // 2**20} MiB"
             f" and {settings.reader_timeout_seconds:g} s",
             hint="the file is damaged or too large: save it anew, or raise"
@@ -92,12 +102,81 @@ def _ask_worker(path: Path, name: str, settings: Settings) -> dict[str, Any]:
     return answer
 
 
-def _start_worker() -> str:
+class _Server:
+    """A process that forks one process for each file, one after the other."""
+
+    def __init__(self) -> None:
+        self._channel, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-c", _start_server()],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=_ENVIRONMENT,
+            )
+
+    def read(self, request: dict[str, Any], output: int) -> int | None:
+        """Return how the process ended that read the file, None if its time was up.
+
+        Raises:
+            OSError: if the server has ended or does not answer.
+        """
+        self._channel.settimeout(request["seconds"] + SERVER_SECONDS)
+        socket.send_fds(self._channel, [json.dumps(request).encode() + b"\n"], [output])
+        answer = self._channel.recv(2**10)
+        if not answer:
+            raise ConnectionResetError("the process that starts readers has ended")
+        ending: int | None = json.loads(answer)
+        return ending
+
+    def is_alive(self) -> bool:
+        """Say whether the process is still there."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End it, whatever it is at."""
+        self._channel.close()
+        self._process.kill()
+        self._process.wait()
+
+
+_idle: list[_Server] = []
+_idle_lock = threading.Lock()
+os.register_at_fork(after_in_child=lambda: _idle.clear())  # they answer to one process
+
+
+def start_ahead() -> None:
+    """Start a server now, so that the first file need not wait for it."""
+    with _idle_lock:
+        if not _idle:
+            _idle.append(_Server())
+
+
+@atexit.register
+def stop_idle() -> None:
+    """End the servers that wait for a file; the next file starts one again."""
+    with _idle_lock:
+        while _idle:
+            _idle.pop().close()
+
+
+def _take_server() -> _Server:
+    with _idle_lock:
+        while _idle:
+            server = _idle.pop()
+            if server.is_alive():
+                return server
+            server.close()
+    return _Server()
+
+
+def _start_server() -> str:
     # -I keeps the current folder and the environment out of the import path
     root = Path(__file__).resolve().parents[2]
     return (
         f"import sys; sys.path.insert(0, {str(root)!r});"
-        " from ingest.readers.worker import main; main(sys.argv[1])"
+        " from ingest.readers.worker import serve; serve()"
     )
 
 

@@ -1,11 +1,18 @@
-"""The guarded process: set the limits, read one file, print one JSON object."""
+"""The guarded processes: a server that forks one for each file, and what that one does.
+
+The forked process sets its limits, reads its one file, prints one JSON object and ends. The server
+touches no file; it only has the readers imported already, which takes longer than most files.
+"""
 
 import contextlib
 import json
+import os
 import re
 import resource
 import signal
+import socket
 import sys
+import time
 from dataclasses import astuple
 from importlib import import_module
 from pathlib import Path
@@ -15,12 +22,63 @@ from ingest.readers.formats import FORMATS, format_of_name, sniff
 from rag.errors import ReaderFailedError, ReadError, UnsupportedFormatError
 from rag.types import CanonicalText
 
+# kreuzberg is left to the process that needs it: what has threads must not be forked
+PRELOADED = ("pdf", "web", "text", "word")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def main(request_json: str) -> None:
-    """Answer one request of `guard.read_guarded` on stdout."""
-    request = json.loads(request_json)
+def serve() -> None:
+    """Answer the requests of `guard.read_guarded`, one line each, on the socket that is stdin.
+
+    With a request comes the file that its process prints to. The answer is one line, too: how the
+    process ended, as `subprocess` says it, or null if its time was up.
+    """
+    for name in PRELOADED:
+        import_module(f"ingest.readers.{name}")
+    channel = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # it is waited for
+    while True:
+        line, outputs, _, _ = socket.recv_fds(channel, 2**16, 1)
+        while line and not line.endswith(b"\n"):
+            line += channel.recv(2**16)
+        if not line:  # Fathom has ended
+            return
+        request, output = json.loads(line), outputs[0]
+        pid = os.fork()
+        if pid == 0:
+            _be_forked(request, output, channel)
+        os.close(output)
+        channel.sendall(json.dumps(_ending(pid, request["seconds"])).encode() + b"\n")
+
+
+def _be_forked(request: dict[str, Any], output: int, channel: socket.socket) -> None:
+    code = 1
+    try:
+        channel.close()
+        os.dup2(output, 1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        main(request)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _ending(pid: int, seconds: float) -> int | None:
+    """Wait for a process; one that takes longer is killed, and None is returned."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        signal.sigtimedwait({signal.SIGCHLD}, left)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def main(request: dict[str, Any]) -> None:
+    """Read the file of one request and print the answer."""
     _set_limits(request)
     try:
         output = _as_json(_read(Path(request["path"]), request["name"]), request)
@@ -73,6 +131,7 @@ def _as_json(content: CanonicalText, request: dict[str, Any]) -> bytes:
 
 def _write(output: bytes) -> None:
     # what a parser printed stands above; the answer is the last line
+    sys.stdout.flush()
     sys.stdout.buffer.write(b"\n" + output + b"\n")
     sys.stdout.buffer.flush()
 

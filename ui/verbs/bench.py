@@ -34,6 +34,7 @@ def bench_ingest_verb(
 ) -> None:
     """Ingest into a temporary library, beside plain sentence-transformers on the same chunks."""
     from eval.bench.ingest import bench_ingest, card, plain_sentence_transformers
+    from ingest.readers.guard import start_ahead
     from ingest.sample import write_sample
     from ingest.sources import find_sources
     from rag.lm.catalog import resolve_model
@@ -46,6 +47,7 @@ def bench_ingest_verb(
         for source in found:
             if isinstance(source, FathomError):
                 show_error(source)
+        start_ahead()  # as every ingest does before it loads the embedder
         embedder = open_fathom(settings).embedder
         embedder.embed(["warm up"])
         model = resolve_model(settings.embedder, settings)
