@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import sys
@@ -37,7 +38,6 @@ def serve() -> None:
         import_module(f"ingest.readers.{name}")
     channel = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # it is waited for
     while True:
         line, outputs, _, _ = socket.recv_fds(channel, 2**16, 1)
         while line and not line.endswith(b"\n"):
@@ -45,11 +45,15 @@ def serve() -> None:
         if not line:  # Fathom has ended
             return
         request, output = json.loads(line), outputs[0]
+        life, held = os.pipe()  # the forked process holds it open
         pid = os.fork()
         if pid == 0:
             _be_forked(request, output, channel)
+        os.close(held)
         os.close(output)
-        channel.sendall(json.dumps(_ending(pid, request["seconds"])).encode() + b"\n")
+        ending = _ending(pid, life, request["seconds"])
+        os.close(life)
+        channel.sendall(json.dumps(ending).encode() + b"\n")
 
 
 def _be_forked(request: dict[str, Any], output: int, channel: socket.socket) -> None:
@@ -57,21 +61,21 @@ def _be_forked(request: dict[str, Any], output: int, channel: socket.socket) -> 
     try:
         channel.close()
         os.dup2(output, 1)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         main(request)
         code = 0
     finally:
         os._exit(code)
 
 
-def _ending(pid: int, seconds: float) -> int | None:
+def _ending(pid: int, life: int, seconds: float) -> int | None:
     """Wait for a process; one that takes longer is killed, and None is returned."""
     deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
-        signal.sigtimedwait({signal.SIGCHLD}, left)
+    select.select([life], [], [], seconds)
+    while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)  # it has closed the pipe and not ended yet
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None
