@@ -13,9 +13,17 @@ from ingest.chunking import embedded_text
 from rag.answering.context import nearest_passages
 from rag.errors import ModelError
 from rag.retrieval.embedding import SentenceTransformerEmbedder
-from rag.retrieval.lexical_score import TITLE_WEIGHT, Candidate, lexical_scores, question_words
+from rag.retrieval.lexical_score import (
+    K1,
+    NEIGHBOUR_WEIGHT,
+    TITLE_WEIGHT,
+    B,
+    Candidate,
+    lexical_scores,
+    question_words,
+)
 from rag.retrieval.reranker import CrossEncoderReranker
-from rag.retrieval.retriever import NEIGHBOUR_WEIGHT, Hit
+from rag.retrieval.retriever import NEIGHBOUR_COSINE, Hit
 from rag.retrieval.vector_index import VectorIndex
 from ui.assembly import Fathom
 
@@ -49,10 +57,35 @@ def test_lexical_scores_by_hand() -> None:
         ["berth", "fee"], candidates, frequencies={"berth": 1, "fee": 2}, num_chunks=3
     )
     idf_berth, idf_fee = math.log(1 + 2.5 / 1.5), math.log(1 + 1.5 / 2.5)
-    once = 1 / (1 + 1.2)
+    once = 1 / (1 + K1)
     assert scores[0] == pytest.approx(once)
-    assert scores[1] == pytest.approx(once * idf_fee / (idf_berth + idf_fee))
+    assert scores[1] == pytest.approx(once * idf_fee**2 / (idf_berth**2 + idf_fee**2))
     assert scores[2] == 0.0
+
+
+def test_words_of_the_chunks_beside_count_less() -> None:
+    # The row of a table holds the amount, the chunk before it says of which years.
+    candidates = [
+        Candidate("march 2024", heading="", title="", beside=(1,)),
+        Candidate("interest paid", heading="", title="", beside=(0, 2)),
+        Candidate("the quay", heading="", title="", beside=(1,)),
+    ]
+    scores = lexical_scores(
+        ["interest", "march"], candidates, frequencies={"interest": 1, "march": 1}, num_chunks=3
+    )
+    lengths = [2 + NEIGHBOUR_WEIGHT * 2, 2 + NEIGHBOUR_WEIGHT * 4, 2 + NEIGHBOUR_WEIGHT * 2]
+    dampening = [K1 * (1 - B + B * length * 3 / sum(lengths)) for length in lengths]
+    own = [1 / (1 + d) for d in dampening]
+    near = [NEIGHBOUR_WEIGHT / (NEIGHBOUR_WEIGHT + d) for d in dampening]
+    assert scores == pytest.approx([(own[0] + near[0]) / 2, (own[1] + near[1]) / 2, near[2] / 2])
+
+
+def test_common_words_of_a_date_do_not_outweigh_the_matter() -> None:
+    date, matter = _candidate("ended march 31 2024"), _candidate("loss per share")
+    words = ["loss", "ended", "march", "31", "2024"]
+    frequencies = {"loss": 4, "ended": 30, "march": 30, "31": 30, "2024": 30}
+    scores = lexical_scores(words, [date, matter], frequencies=frequencies, num_chunks=100)
+    assert scores[1] > scores[0]
 
 
 def test_a_question_whose_rare_words_are_nowhere_scores_low() -> None:
@@ -100,11 +133,12 @@ def test_hits_carry_the_evidence_of_both_searches(small_fathom: Fathom) -> None:
         seen = EMBEDDER.embed([embedded_text(document.title, chunk.heading_path, chunk.text)])[0]
         assert hit.cosine == pytest.approx(float(seen @ query), abs=1e-5)
         assert 0.0 <= hit.lexical <= 1.0
-    by_ordinal = {hit.chunk.chunk.ordinal: hit.cosine + hit.lexical for hit in hits}
+    cosines = {hit.chunk.chunk.ordinal: hit.cosine for hit in hits}
     for hit in hits:
-        around = [by_ordinal.get(hit.chunk.chunk.ordinal + step, 0.0) for step in (-1, 1)]
-        own = by_ordinal[hit.chunk.chunk.ordinal]
-        assert hit.score == pytest.approx(own + NEIGHBOUR_WEIGHT * sum(around))
+        ordinal = hit.chunk.chunk.ordinal
+        around = [cosines[n] for n in (ordinal - 1, ordinal + 1) if n in cosines]
+        near = (hit.cosine + NEIGHBOUR_COSINE * sum(around)) / (1 + NEIGHBOUR_COSINE * len(around))
+        assert hit.score == pytest.approx(1 - (1 - near) * (1 - hit.lexical))
 
 
 def test_repeats_are_one_hit_but_other_numbers_are_not(library: Fathom, tmp_path: Path) -> None:

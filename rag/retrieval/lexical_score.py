@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import Stemmer
 
-K1, B = 1.2, 0.75  # the usual BM25 constants; others were no better: docs/decisions/0014
+K1, B = 0.9, 0.4  # Anserini's BM25 constants; others were no better: docs/decisions/0014
 HEADING_WEIGHT = 0.5  # a word of the heading says what a chunk is about, if less than its text
+NEIGHBOUR_WEIGHT = 0.3  # of a word in the chunk before or after: a table's head is often there
 TITLE_WEIGHT = 0.3  # of a word of the question that stands in the document's title
 
 _WORD = re.compile(r"\w+")
@@ -31,11 +32,15 @@ _thread = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What is scored: a chunk's text, its heading path as one string, its document's title."""
+    """What is scored: a chunk's text, its heading path as one string, its document's title.
+
+    `beside` are the places among the candidates of the chunks before and after it.
+    """
 
     text: str
     heading: str
     title: str
+    beside: tuple[int, ...] = ()
 
 
 def question_words(question: str) -> list[str]:
@@ -57,11 +62,14 @@ def lexical_scores(
     that hold the word and N all of them:
 
         idf = ln(1 + (N - n + 0.5) / (n + 0.5))
-        score = sum idf * f / (f + k1 * (1 - b + b * l / L)) / sum idf
+        score = sum idf^2 * f / (f + k1 * (1 - b + b * l / L)) / sum idf^2
 
-    A question whose rare words are nowhere in the documents thus gets low scores throughout, and
-    a ranking by meaning can overrule them. Words of the document's own title weigh less: they say
-    which document is meant, and within it they lead to whatever repeats its name.
+    The square is that of question and chunk both weighted by idf, as in cosines of tf-idf vectors:
+    six words of a date, common in a filing, do not outweigh the two that say what is asked. f and l
+    count the heading and the chunks beside with less weight, as fields of one text. A question
+    whose rare words are nowhere in the documents gets low scores throughout, and a ranking by
+    meaning can overrule them. Words of the document's own title weigh less: they say which document
+    is meant, and within it they lead to whatever repeats its name.
 
     Args:
         words: from `question_words`.
@@ -70,31 +78,36 @@ def lexical_scores(
         num_chunks: number of chunks of these documents.
 
     Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond",
-    2009, section 3; idf as in Lucene, which is never negative.
+    2009, section 3, with 3.6 on fields; idf as in Lucene, which is never negative.
     """
     stemmed = _stemmer()
-    idf: dict[str, float] = {}
+    squared_idf: dict[str, float] = {}
     for word, stem in zip(words, stemmed(list(words)), strict=True):
         n = min(frequencies.get(word, 0), num_chunks)
-        idf[stem] = math.log(1 + (num_chunks - n + 0.5) / (n + 0.5))
+        squared_idf[stem] = math.log(1 + (num_chunks - n + 0.5) / (n + 0.5)) ** 2
     texts = [stemmed(_WORD.findall(candidate.text.lower())) for candidate in candidates]
-    mean_length = sum(map(len, texts)) / max(len(texts), 1) or 1.0
+    counts = [Counter(text) for text in texts]
+    lengths = [
+        len(text) + NEIGHBOUR_WEIGHT * sum(len(texts[place]) for place in candidate.beside)
+        for text, candidate in zip(texts, candidates, strict=True)
+    ]
+    mean_length = sum(lengths) / max(len(lengths), 1) or 1.0
     weights_of: dict[str, dict[str, float]] = {}
     scores = []
-    for text, candidate in zip(texts, candidates, strict=True):
+    for in_text, length, candidate in zip(counts, lengths, candidates, strict=True):
         if candidate.title not in weights_of:
             in_title = set(stemmed(_WORD.findall(candidate.title.lower())))
             weights_of[candidate.title] = {
                 stem: weight * (TITLE_WEIGHT if stem in in_title else 1.0)
-                for stem, weight in idf.items()
+                for stem, weight in squared_idf.items()
             }
         weights = weights_of[candidate.title]
-        in_text = Counter(text)
         in_heading = Counter(stemmed(_WORD.findall(candidate.heading.lower())))
-        dampening = K1 * (1 - B + B * len(text) / mean_length)
+        dampening = K1 * (1 - B + B * length / mean_length)
         score = 0.0
         for stem, weight in weights.items():
-            count = in_text[stem] + HEADING_WEIGHT * in_heading[stem]
+            beside = sum(counts[place][stem] for place in candidate.beside)
+            count = in_text[stem] + HEADING_WEIGHT * in_heading[stem] + NEIGHBOUR_WEIGHT * beside
             score += weight * count / (count + dampening)
         best = sum(weights.values())
         scores.append(score / best if best else 0.0)

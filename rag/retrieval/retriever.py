@@ -12,7 +12,7 @@ from rag.retrieval.vector_index import VectorIndex
 from rag.store.documents import HEADING_SEPARATOR, DocumentStore, StoredChunk
 from rag.types import Document
 
-NEIGHBOUR_WEIGHT = 0.2  # tuned with everything else here on dev questions: docs/decisions/0014
+NEIGHBOUR_COSINE = 0.1  # tuned with everything else here on dev questions: docs/decisions/0014
 SAME_WORDS = 0.9  # share of the words of two chunks that say the same
 _WORD = re.compile(r"\w+")
 
@@ -22,8 +22,8 @@ class Hit:
     """A chunk found for a question, with the evidence for it.
 
     `cosine` compares meanings, -1 to 1; `lexical` is the share of the question's words that the
-    chunk holds, weighted by their rarity, 0 to 1. `score` orders the hits, higher is nearer: the
-    sum of both, of the chunk and a little of its neighbours, or the reranker's.
+    chunk and, with less weight, its neighbours hold, weighted by their rarity, 0 to 1. `score`
+    orders the hits, higher is nearer: of both by `_either`, or the reranker's.
     """
 
     chunk: StoredChunk
@@ -85,10 +85,12 @@ class Retriever:
         if not candidates:
             return []
 
-        # 3. both scores of each
+        # 3. both scores of each, seen with the chunks before and after it
         cosines = dict(
             self._vectors.search(query, top_k=len(candidates), among=[c.id for c in candidates])
         )
+        candidates = [c for c in candidates if c.id in cosines]
+        beside = _beside(candidates)
         shares = lexical_scores(
             words,
             [
@@ -96,18 +98,19 @@ class Retriever:
                     text=c.chunk.text,
                     heading=HEADING_SEPARATOR.join(c.chunk.heading_path),
                     title=by_id[c.document_id].title,
+                    beside=places,
                 )
-                for c in candidates
+                for c, places in zip(candidates, beside, strict=True)
             ],
             frequencies=self._lexical.frequencies(words, document_ids=scope),
             num_chunks=len(among),
         )
+        nearness = _smoothed([cosines[c.id] for c in candidates], beside)
         hits = [
-            Hit(stored, cosine + share, cosine, share)
-            for stored, share in zip(candidates, shares, strict=True)
-            if (cosine := cosines.get(stored.id)) is not None
+            Hit(stored, _either(near, share), cosines[stored.id], share)
+            for stored, near, share in zip(candidates, nearness, shares, strict=True)
         ]
-        hits = _without_repeats(sorted(_with_neighbours(hits), key=_nearest_first))
+        hits = _without_repeats(sorted(hits, key=_nearest_first))
 
         # 4. the reranker reads question and chunk together
         if self._reranker is None:
@@ -118,15 +121,31 @@ class Retriever:
         return sorted(best, key=_nearest_first)
 
 
-def _with_neighbours(hits: Sequence[Hit]) -> list[Hit]:
-    """Return the hits with a share of the scores before and after them in the text added."""
-    scores = {(hit.chunk.document_id, hit.chunk.chunk.ordinal): hit.score for hit in hits}
-    summed = []
-    for hit in hits:
-        document_id, ordinal = hit.chunk.document_id, hit.chunk.chunk.ordinal
-        around = sum(scores.get((document_id, ordinal + step), 0.0) for step in (-1, 1))
-        summed.append(replace(hit, score=hit.score + NEIGHBOUR_WEIGHT * around))
-    return summed
+def _either(nearness: float, share: float) -> float:
+    """Return both scores joined as two probabilities are of which either may hold.
+
+    What is near in one way gains less from the other; a sum would prefer what is half near in both.
+    """
+    return 1 - (1 - nearness) * (1 - share)
+
+
+def _beside(candidates: Sequence[StoredChunk]) -> list[tuple[int, ...]]:
+    """Return for each candidate the places in the list of the chunks before and after it."""
+    places = {(c.document_id, c.chunk.ordinal): place for place, c in enumerate(candidates)}
+    around = [
+        [places.get((c.document_id, c.chunk.ordinal + step)) for step in (-1, 1)]
+        for c in candidates
+    ]
+    return [tuple(place for place in found if place is not None) for found in around]
+
+
+def _smoothed(cosines: Sequence[float], beside: Sequence[tuple[int, ...]]) -> list[float]:
+    """Return the mean of each cosine and, with less weight, those of the chunks beside."""
+    return [
+        (own + NEIGHBOUR_COSINE * sum(cosines[place] for place in places))
+        / (1 + NEIGHBOUR_COSINE * len(places))
+        for own, places in zip(cosines, beside, strict=True)
+    ]
 
 
 def _without_repeats(hits: Sequence[Hit]) -> list[Hit]:
