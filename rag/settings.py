@@ -44,7 +44,8 @@ class Settings(BaseSettings):
         " by default a SQLite file inside home.",
     )
     model: str = Field(
-        default="auto", description="Language model: catalog name, folder, hub id, or auto."
+        default="auto",
+        description="Language model: catalog name, folder, GGUF file, hub id, or auto.",
     )
     embedder: str = Field(
         default="all-minilm-l6-v2", description="Embedder: catalog name, folder or hub id."

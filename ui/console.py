@@ -29,7 +29,8 @@ err = Console(stderr=True, highlight=False)
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of the library (FATHOM_HOME).")]
 Model = Annotated[
-    str | None, typer.Option("--model", help="Catalog name, folder or hub id (FATHOM_MODEL).")
+    str | None,
+    typer.Option("--model", help="Catalog name, folder, GGUF file or hub id (FATHOM_MODEL)."),
 ]
 Documents = Annotated[
     list[str] | None,

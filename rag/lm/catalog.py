@@ -18,10 +18,9 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -117,21 +116,26 @@ def load_catalog(path: Path = _CATALOG_PATH) -> dict[str, CatalogEntry]:
         ) from error
 
 
-def default_model_name(has_gpu: bool) -> str:
-    """Return the catalog name that `auto` stands for, on a machine with or without CUDA."""
-    return "qwen2.5-coder-1.5b" if has_gpu else "qwen2.5-coder-0.5b"
-
-
 def resolve_model_name(name: str, settings: Settings) -> str:
-    """Return `name`, or for `auto` the default of this machine."""
-    return default_model_name(_has_gpu(settings)) if name == "auto" else name
+    """Return `name`, or for `auto` the model that suits this machine."""
+    if name != "auto":
+        return name
+    from rag.lm.auto_model import choose_auto
+
+    return choose_auto(settings).name
+
+
+def is_gguf(name: str) -> bool:
+    """Return whether `name` is meant as the path of a GGUF file."""
+    return name.lower().endswith(".gguf")
 
 
 def resolve_model(name: str, settings: Settings) -> Path:
     """Return the folder of a model that is already here; nothing is fetched.
 
     Args:
-        name: a catalog name, a local folder, a hub id `owner/name` in the local hub cache, or auto.
+        name: a catalog name, a local folder, a GGUF file that was converted, a hub id `owner/name`
+            in the local hub cache, or auto.
         settings: where fetched models are, and the device that `auto` looks at.
 
     Raises:
@@ -139,6 +143,13 @@ def resolve_model(name: str, settings: Settings) -> Path:
         ModelFetchError: if it is a catalog name or hub id that has not been fetched, or not wholly.
     """
     name = resolve_model_name(name, settings)
+    if is_gguf(name):
+        folder = _gguf_folder(Path(name).expanduser(), settings)
+        if _manifest_problem(folder) is None:
+            return folder
+        raise ModelFetchError(
+            f"the file {name} has not been converted", hint=f"fathom models fetch {name}"
+        )
     if name in load_catalog():
         folder = settings.models_dir / name
         problem = _manifest_problem(folder)
@@ -191,7 +202,7 @@ def fetch_model(
     leaves nothing behind.
 
     Args:
-        name: a catalog name, a hub id `owner/name`, or auto.
+        name: a catalog name, a hub id `owner/name`, the path of a GGUF file, or auto.
         settings: gives `models_dir`.
         progress: called with what is being done, the steps done and the steps in all.
         catalog: the models that are known; by default models.toml.
@@ -200,11 +211,14 @@ def fetch_model(
     Raises:
         UnknownModelError: if the name is neither in the catalog nor a hub id.
         ModelFetchError: if a file could not be had, or its checksum is wrong.
+        UnsupportedModelError: if a GGUF file is damaged or of an unknown architecture.
         StorageFullError: if the disk is full.
     """
     catalog = load_catalog() if catalog is None else catalog
     name = resolve_model_name(name, settings)
     report = progress or _no_progress
+    if is_gguf(name):
+        return _convert_once(Path(name).expanduser(), settings, report)
     entry = catalog.get(name)
     if entry is None:
         if _HUB_ID.fullmatch(name):
@@ -240,14 +254,47 @@ def _fetch_into(
     if gguf:
         report(f"converting {gguf[0]}", 0, 1)
         ready.mkdir()
-        dtype = _convert_gguf(source / gguf[0], ready)
+        from rag.lm.gguf_models import convert_gguf
+
+        dtype = convert_gguf(source / gguf[0], ready)
         report(f"converting {gguf[0]}", 1, 1)
     else:
         source.rename(ready)
+    _put_in_place(ready, target, entry.name, dtype, {f.name: f.sha256 for f in entry.files})
+
+
+def _convert_once(path: Path, settings: Settings, report: Progress) -> Path:
+    """Convert a person's GGUF file into a folder of `models_dir`, and return that; see below."""
+    from rag.lm.gguf_models import convert_gguf, load_gguf_config
+
+    load_gguf_config(path)  # what cannot be converted is refused before minutes of work
+    target = _gguf_folder(path, settings)
+    with _storage_errors(settings.models_dir):
+        settings.models_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(settings.models_dir / f".{target.name}.lock"):
+            if _manifest_problem(target) is None:
+                return target
+            _clear_leftovers(settings.models_dir, target.name)
+            with TemporaryDirectory(prefix=f".{target.name}-", dir=settings.models_dir) as scratch:
+                report(f"converting {path.name}", 0, 1)
+                ready = Path(scratch) / "ready"
+                ready.mkdir()
+                dtype = convert_gguf(path, ready)
+                with path.open("rb") as file:
+                    source = {path.name: hashlib.file_digest(file, "sha256").hexdigest()}
+                _put_in_place(ready, target, path.name, dtype, source)
+                report(f"converting {path.name}", 1, 1)
+    return target
+
+
+def _put_in_place(
+    ready: Path, target: Path, name: str, dtype: str | None, source: dict[str, str]
+) -> None:
+    """Make `ready` the model folder `target`, durably, with its manifest written last."""
     manifest = {
-        "name": entry.name,
+        "name": name,
         "dtype": dtype,
-        "source": {file.name: file.sha256 for file in entry.files},
+        "source": source,
         "files": {
             path.relative_to(ready).as_posix(): path.stat().st_size
             for path in sorted(ready.rglob("*"))
@@ -444,39 +491,6 @@ def _is_whole_snapshot(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-# ---- conversion -------------------------------------------------------------------------------
-
-
-def _convert_gguf(path: Path, folder: Path) -> str:
-    """Write a GGUF file's model as safetensors, with its tokenizer; return the stored dtype."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # Without native bfloat16 a CPU prefills four times slower in it than in float32.
-    native = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    dtype = torch.bfloat16 if native else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    with redirect_stderr(StringIO()):  # the GGUF reader's progress bar cannot be switched off
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    tensors: dict[str, torch.Tensor] = {}
-    written: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in written:  # a tied weight has two names and one storage
-            written.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(dtype).removeprefix("torch.")
-
-
 # ---- small parts ------------------------------------------------------------------------------
 
 
@@ -507,12 +521,23 @@ def _unknown(name: str, catalog: dict[str, CatalogEntry] | None = None) -> Unkno
     )
 
 
-def _has_gpu(settings: Settings) -> bool:
-    if settings.device != "auto":
-        return settings.device.startswith("cuda")
-    import torch
+def _gguf_folder(path: Path, settings: Settings) -> Path:
+    """Return where the converted model of a GGUF file lies: named by the file and its content.
 
-    return torch.cuda.is_available()
+    Its size, time of change and both ends stand for the content; the manifest has its SHA-256.
+    """
+    if not path.is_file():
+        raise UnknownModelError(f"there is no file {path}", hint="give the path of a GGUF file")
+    stat = path.stat()
+    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(2**20))
+        file.seek(max(0, stat.st_size - 2**20))
+        digest.update(file.read(2**20))
+    return (
+        settings.models_dir
+        / f"{re.sub(r'[^A-Za-z0-9._-]', '-', path.stem)}-{digest.hexdigest()[:16]}"
+    )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag.errors import BrokenModelError, ModelError
-from rag.lm.catalog import resolve_model, resolve_model_name
+from rag.lm.catalog import fetch_model, is_gguf, resolve_model, resolve_model_name
 from rag.lm.device import choose_device
 from rag.lm.spec import load_config
 from rag.settings import Settings
@@ -43,7 +43,7 @@ def open_model(name: str, settings: Settings) -> OpenedModel:
     """Return the parts of a model that has been fetched; its weights are not read yet.
 
     Args:
-        name: a catalog name, a folder, a hub id in the local cache, or auto.
+        name: a catalog name, a folder, a GGUF file, a hub id in the local cache, or auto.
         settings: device and the folder of fetched models.
 
     Raises:
@@ -53,7 +53,8 @@ def open_model(name: str, settings: Settings) -> OpenedModel:
         BrokenModelError: if it has no usable tokenizer.
         SettingsError: if the device is not there.
     """
-    folder = resolve_model(name, settings)
+    # A GGUF file is here already; the first time, it is converted.
+    folder = (fetch_model if is_gguf(name) else resolve_model)(name, settings)
 
     import torch
     from transformers.utils import logging

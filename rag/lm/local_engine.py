@@ -23,6 +23,7 @@ from rag.lm.engine import (
 from rag.lm.forward import forward, prefill_chunks
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.loading import open_model
+from rag.lm.peak_bytes import peak_bytes
 from rag.lm.positions import position_limit
 from rag.lm.prefill_rate import PrefillClock
 from rag.lm.spec import ModelSpec
@@ -246,7 +247,7 @@ class LocalEngine:
         most_bytes = kv_cache_bytes(self._spec, len(prompt_ids) + max_new_tokens)
         key = self._kept_as(prompt_ids, prefix)
         reused = self._reuse(key, cache)
-        self._make_room(most_bytes)
+        self._make_room(most_bytes + peak_bytes(self._spec, len(prompt_ids) + max_new_tokens))
         boundary = prefix.num_tokens if prefix and key and not reused else 0
         kept: KeptPrefix | None = None
         end_ids = self._tokenizer.end_ids(model)

@@ -21,6 +21,9 @@ _LONG_TOKENS = 70
 
 _DELTA_BLOCK_TOKENS = 64
 
+# Families whose one head of keys is broadcast, which no fused kernel takes.
+_UNFUSED = frozenset({"falcon"})
+
 # Where configs keep the heads, and the widths of dense and of routed feed-forward layers.
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _FEED_FORWARD = (
@@ -119,6 +122,7 @@ def read_activations(model: Any, text: PreTrainedConfig) -> Activations:  # noqa
         feed_forward_elements=max(dense, experts * (3 * routed + 2 * hidden)),
         scan_elements=_scan_elements(text),
         has_fused_attention=model.config._attn_implementation == "sdpa"
+        and text.model_type not in _UNFUSED
         and not getattr(text, "kv_lora_rank", None),
         repeats_heads=any(1 < count < heads for count in kv_heads),
     )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rag.errors import ModelFetchError, UnknownModelError, UnsupportedModelError
-from rag.lm.catalog import load_catalog, resolve_model, resolve_model_name
+from rag.lm.catalog import is_gguf, load_catalog, resolve_model, resolve_model_name
+from rag.lm.gguf_models import load_gguf_config
 from rag.lm.known_models import find_known_model, known_models
 from rag.lm.spec import ModelSpec, load_config
 from rag.settings import Settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +43,8 @@ def find_model_facts(name: str, settings: Settings) -> ModelFacts:
             cannot be predicted exactly.
     """
     name = resolve_model_name(name, settings)
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf" and (path.is_file() or not find_known_model(name)):
+    if is_gguf(name):
+        path = Path(name).expanduser()
         spec = ModelSpec.from_config(load_gguf_config(path))
         return ModelFacts(path.stem, f"the metadata of {path}", spec, path.stat().st_size, "GGUF")
     folder = _config_folder(name, settings)
@@ -80,37 +76,6 @@ def find_model_facts(name: str, settings: Settings) -> ModelFacts:
         file_bytes=None,
         quantization=known.quantization,
     )
-
-
-def load_gguf_config(path: Path) -> PreTrainedConfig:
-    """Return the config that a GGUF file's metadata amounts to; its tensors are not read.
-
-    Raises:
-        UnsupportedModelError: if there is no such file, it is no GGUF file or is cut short, or
-            transformers does not know its architecture.
-    """
-    import torch
-    from transformers import AutoConfig
-
-    if not path.is_file():
-        raise UnsupportedModelError(
-            f"there is no file {path}", hint="give the path of a GGUF file or another model"
-        )
-    try:
-        with redirect_stderr(StringIO()):
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # its reader raises whatever a damaged file makes of its code
-        detail = " ".join(str(error).split())[:300]
-        raise UnsupportedModelError(
-            f"the GGUF file {path} is not usable: {type(error).__name__}: {detail}",
-            hint="fetch the file again; if it stays so, take the model as safetensors, or serve the"
-            " file with llama.cpp and name that server",
-        ) from error
-    if getattr(config, "dtype", None) is None:
-        config.dtype = torch.bfloat16  # what a GGUF file is converted to
-    return config
 
 
 def _config_folder(name: str, settings: Settings) -> Path | None:

@@ -26,13 +26,13 @@ def peak_bytes(
     - attention: `(4h + 4q) * C * e`, and what its kernel copies: the mask in numbers, `C * S * e`;
       grouped heads repeated to all heads, or a latent expanded to keys and values, `2 * S * q * e`;
       the windowed states joined with the chunk's; and where no fused kernel serves the model, its
-      scores, `H * C * S * (2e + 8)`;
+      scores, `H * C * S * (3e + 8)`;
     - a state's update: what the reference code of its scan holds for each token, in float32;
     - the feed-forward layer: `8h * C * e`, half of it for norms in float32, and its own width;
     - the logits of one token, in float32 and in the model's dtype.
 
-    `fathom bench peak` compares it with what torch allocates. Allocators and threads take more than
-    that: `FATHOM_KV_RESERVE_BYTES` is for them.
+    Tests compare it with what torch allocates on a CPU. Allocators and threads take more than that:
+    `FATHOM_KV_RESERVE_BYTES` is for them.
 
     Args:
         spec: the model's shape.
@@ -67,7 +67,7 @@ def _attention_bytes(spec: ModelSpec, layer: LayerSpec, num_tokens: int, chunk: 
     if layer.window is not None:
         copies += seen * layer.elements_per_token * size
     if not shape.has_fused_attention:
-        copies += shape.num_heads * chunk * seen * 2 * (size + _FLOAT32_BYTES)
+        copies += shape.num_heads * chunk * seen * (3 * size + 2 * _FLOAT32_BYTES)
     return states + max(copies, seen * keys * size)
 
 

@@ -1,0 +1,156 @@
+"""What `auto` chooses, and GGUF files: planned from their metadata, converted once, or refused."""
+
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter, TokenType
+
+from conftest import make_tiny_tokenizer
+from rag.errors import BrokenModelError, UnknownModelError, UnsupportedModelError
+from rag.lm import auto_model
+from rag.lm.auto_model import CPU_DEFAULT, GPU_DEFAULT, choose_auto, choose_for_gpu
+from rag.lm.catalog import FetchedModel, fetch_model, resolve_model
+from rag.lm.engine import GenerationDone
+from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.local_engine import LocalEngine
+from rag.lm.model_facts import find_model_facts
+from rag.settings import Settings
+
+GIB = 2**30
+HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 32, 64, 2, 4, 2
+
+
+def write_gguf(path: Path, *, architecture: str = "llama", leave_out: str = "") -> Path:
+    """Write a tiny random llama as llama.cpp stores it, without one of its tensors if so named."""
+    vocabulary = make_tiny_tokenizer().get_vocab()
+    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "ab"]
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.NORMAL] * len(tokens))
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(vocabulary["<eos>"])
+    writer.add_bos_token_id(vocabulary["<eos>"])
+    shapes = {"token_embd.weight": (len(tokens), HIDDEN), "output_norm.weight": (HIDDEN,)}
+    width = KV_HEADS * HIDDEN // HEADS
+    for layer in range(LAYERS):
+        shapes |= {
+            f"blk.{layer}.attn_norm.weight": (HIDDEN,),
+            f"blk.{layer}.ffn_norm.weight": (HIDDEN,),
+            f"blk.{layer}.attn_q.weight": (HIDDEN, HIDDEN),
+            f"blk.{layer}.attn_k.weight": (width, HIDDEN),
+            f"blk.{layer}.attn_v.weight": (width, HIDDEN),
+            f"blk.{layer}.attn_output.weight": (HIDDEN, HIDDEN),
+            f"blk.{layer}.ffn_gate.weight": (INNER, HIDDEN),
+            f"blk.{layer}.ffn_up.weight": (INNER, HIDDEN),
+            f"blk.{layer}.ffn_down.weight": (HIDDEN, INNER),
+        }
+    random = np.random.default_rng(5)
+    for name, shape in shapes.items():
+        if name != leave_out:
+            writer.add_tensor(name, random.normal(0, 0.05, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Return settings whose models are in a temporary folder."""
+    return Settings(home=tmp_path / "home", models_dir=tmp_path / "models", device="cpu")
+
+
+def test_a_gguf_file_is_planned_from_its_metadata(tmp_path: Path, settings: Settings) -> None:
+    facts = find_model_facts(str(write_gguf(tmp_path / "tiny.gguf")), settings)
+    assert facts.spec.model_type == "llama"
+    assert facts.quantization == "GGUF"
+    assert facts.file_bytes == (tmp_path / "tiny.gguf").stat().st_size
+    assert kv_cache_bytes(facts.spec, 100) == 100 * LAYERS * 2 * KV_HEADS * 8 * 2
+    assert not settings.models_dir.exists()
+
+
+def test_a_gguf_file_is_converted_once_and_answers(tmp_path: Path, settings: Settings) -> None:
+    path = write_gguf(tmp_path / "my tiny.gguf")
+    engine = LocalEngine.load(str(path), settings)
+    *_, done = engine.generate([5, 6, 7], max_new_tokens=2, stop=Event())
+    assert isinstance(done, GenerationDone)
+    folder = resolve_model(str(path), settings)
+    assert folder.parent == settings.models_dir
+    assert folder.name.startswith("my-tiny-")
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert fetch_model(str(path), settings) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    write_gguf(path)  # other bytes under the same name are another model
+    assert fetch_model(str(path), settings) != folder
+
+
+def test_gguf_files_that_cannot_be_used_are_told(tmp_path: Path, settings: Settings) -> None:
+    strange = write_gguf(tmp_path / "strange.gguf", architecture="perceiver")
+    with pytest.raises(UnsupportedModelError, match="perceiver"):
+        fetch_model(str(strange), settings)
+    whole = write_gguf(tmp_path / "cut.gguf")
+    whole.write_bytes(whole.read_bytes()[:700])
+    with pytest.raises(UnsupportedModelError, match=r"cut\.gguf"):
+        fetch_model(str(whole), settings)
+    lacking = write_gguf(tmp_path / "lacking.gguf", leave_out="blk.1.ffn_up.weight")
+    with pytest.raises(BrokenModelError, match="up_proj"):
+        fetch_model(str(lacking), settings)
+    with pytest.raises(UnknownModelError, match=r"none\.gguf"):
+        resolve_model(str(tmp_path / "none.gguf"), settings)
+    kept = [path for path in settings.models_dir.glob("*") if path.is_dir()]
+    assert kept == []
+
+
+def test_a_cpu_gets_the_smallest_that_answers(settings: Settings) -> None:
+    assert choose_auto(settings).name == CPU_DEFAULT
+    assert "no GPU" in choose_auto(settings).reason
+
+
+@pytest.mark.parametrize(
+    ("here", "gib", "chosen", "reason"),
+    [
+        ((), 24, GPU_DEFAULT, "not here yet"),
+        ((), 2, CPU_DEFAULT, "so the smallest"),
+        ((CPU_DEFAULT, GPU_DEFAULT), 24, GPU_DEFAULT, "the largest that is here and fits"),
+        ((CPU_DEFAULT, GPU_DEFAULT), 3, CPU_DEFAULT, f"not {GPU_DEFAULT}, which needs 3.4 GiB"),
+        ((GPU_DEFAULT, "gpt-oss-20b"), 24, GPU_DEFAULT, "not gpt-oss-20b, which needs"),
+        ((GPU_DEFAULT, "gpt-oss-20b"), 78, "gpt-oss-20b", "of 78.0 GiB"),
+        (("smollm2-135m",), 78, GPU_DEFAULT, "not here yet"),
+    ],
+)
+def test_a_gpu_gets_the_largest_that_is_here_and_fits(
+    here: tuple[str, ...],
+    gib: int,
+    chosen: str,
+    reason: str,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fetched = [FetchedModel(name, Path(name), 1, "bfloat16") for name in here]
+    monkeypatch.setattr(auto_model, "fetched_models", lambda settings: fetched)
+    monkeypatch.setattr("rag.lm.spec.measured_layers", lambda model, text: None)  # takes seconds
+    choice = choose_for_gpu(settings, gib * GIB, 1728)
+    assert choice.name == chosen
+    assert reason in choice.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_choice_names_its_free_memory(settings: Settings) -> None:
+    choice = choose_auto(settings.model_copy(update={"device": "cuda"}))
+    assert "GiB free on the GPU" in choice.reason
