@@ -31,7 +31,7 @@ class Row:
     `correct` is: contains a reference and does not abstain, or, where the document does not hold
     the answer, abstains. `f1` and `exact` follow SQuAD 2.0: there they are 1 for abstaining.
     `seconds` is wall-clock time; `cached_tokens` of the `prompt_tokens` cost none of it, so two
-    routes' seconds compare only where both read their prompt afresh.
+    routes' seconds compare only where both read their prompt afresh (None: a server did not tell).
     """
 
     example_id: str
@@ -45,7 +45,7 @@ class Row:
     verbatim: bool
     num_citations: int
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int | None
     new_tokens: int
     seconds: float
 

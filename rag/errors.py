@@ -19,7 +19,9 @@
     │   ├── UnknownModelError         neither catalog name, folder nor hub id
     │   ├── ModelFetchError           a file could not be had, or its checksum is wrong
     │   ├── BrokenModelError          its files are damaged, incomplete or belie its config
-    │   └── UnsupportedModelError     its cache or positions cannot be predicted exactly
+    │   ├── UnsupportedModelError     its cache or positions cannot be predicted exactly
+    │   ├── OutOfMemoryError          a request needed more memory than there is; the model goes on
+    │   └── ModelServerError          the server that runs the model gave no answer
     ├── TooFewPairsError            nothing can be fitted from so few questions
     └── ServeError                  the web page could not be served
 
@@ -111,6 +113,21 @@ class BrokenModelError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """The model's cache or positions cannot be predicted exactly, so it is refused."""
+
+
+class OutOfMemoryError(ModelError):
+    """Memory ran out in the middle of a request; what it held is free again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message,
+            hint="free memory, ask about fewer or shorter documents, or lower"
+            " FATHOM_RETRIEVAL_TOKENS",
+        )
+
+
+class ModelServerError(ModelError):
+    """The server that runs the model could not be reached, refused, or broke off."""
 
 
 class TooFewPairsError(FathomError):

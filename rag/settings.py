@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_path, user_data_path
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -46,6 +46,34 @@ class Settings(BaseSettings):
     model: str = Field(
         default="auto",
         description="Language model: catalog name, folder, GGUF file, hub id, or auto.",
+    )
+    remote_url: str | None = Field(
+        default=None,
+        description="URL of an OpenAI-compatible server (http://127.0.0.1:8000/v1); set it and"
+        " prompts, documents in them, go there instead of to a model in this process.",
+    )
+    remote_model: str | None = Field(
+        default=None, description="The server's name of the model; by default the only one it has."
+    )
+    remote_api_key: SecretStr | None = Field(
+        default=None, description="Key for the server; never shown, logged or stored."
+    )
+    remote_context_tokens: int | None = Field(
+        default=None,
+        ge=256,
+        description="Longest prompt and answer together; needed where the server does not tell it,"
+        " a cap where it does.",
+    )
+    remote_tokenizer: str | None = Field(
+        default=None,
+        description="Tokenizer of the server's model (catalog name, folder or hub id), to count"
+        " exactly where the server does not count; else bytes are counted, which are more.",
+    )
+    remote_timeout_seconds: float = Field(
+        default=120.0, gt=0, description="Longest wait for the server's next word."
+    )
+    remote_parallel: int = Field(
+        default=4, ge=1, description="Questions of a table that the server is asked at once."
     )
     embedder: str = Field(
         default="all-minilm-l6-v2", description="Embedder: catalog name, folder or hub id."
@@ -185,6 +213,12 @@ def load_settings(**flags: Any) -> Settings:  # noqa: ANN401 - one value per fie
             f"database_url begins with {kind!r}; expected sqlite:/// or postgresql+psycopg://",
             hint="give sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE,"
             " or unset FATHOM_DATABASE_URL",
+        )
+    if settings.remote_url is not None and settings.model != "auto":
+        raise SettingsError(
+            f"both a server and the model {settings.model!r} of this process are asked for",
+            hint="unset FATHOM_REMOTE_URL to use that model, or name the server's with"
+            " FATHOM_REMOTE_MODEL",
         )
     return settings
 

@@ -267,26 +267,37 @@ class ReadExtent:
 
 @dataclass(frozen=True, slots=True)
 class KVBytes:
-    """KV-cache bytes of the whole exchange: from the formula, and summed over the real tensors."""
+    """KV-cache bytes of the whole exchange: from the formula, and summed over the real tensors.
 
-    predicted: int
-    actual: int
+    None where a server holds the cache and does not tell.
+    """
+
+    predicted: int | None
+    actual: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Wall-clock seconds of each step."""
+    """Wall-clock seconds of each step.
+
+    Of an answer that was written in step with others, `decode` counts every pass it took part in.
+    Where a server runs the model, `prefill` ends with its first word and has no prediction.
+    """
 
     retrieve: float
     prefill: float
-    prefill_predicted: float
+    prefill_predicted: float | None
     decode: float
     total: float
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """How one answer was made: what was read, what was not, which numbers against which limits."""
+    """How one answer was made: what was read, what was not, which numbers against which limits.
+
+    `escalations` tell each plan that was given up, and why. `cached_tokens` is None where a server
+    does not tell.
+    """
 
     id: str
     route: Route
@@ -295,7 +306,7 @@ class Receipt:
     gates: tuple[Gate, ...]
     read: ReadExtent
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int | None
     new_tokens: int
     kv_bytes: KVBytes
     seconds: Seconds

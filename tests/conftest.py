@@ -4,7 +4,7 @@ from rag.runtime import prepare_process
 
 prepare_process()
 
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -12,6 +12,7 @@ import pytest  # noqa: E402
 
 from hash_embedder import HashEmbedder as HashEmbedder  # noqa: E402
 from postgres_server import PostgresServer, find_binaries, running_server  # noqa: E402
+from rag.lm.engine import Prompt  # noqa: E402
 from rag.lm.local_engine import LocalEngine  # noqa: E402
 from rag.settings import Settings  # noqa: E402
 from ui.assembly import Fathom  # noqa: E402
@@ -89,6 +90,11 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'home' / 'fathom.sqlite'}"
     server: PostgresServer = request.getfixturevalue("postgres")
     return server.url(server.create_database())
+
+
+def prompt_of(ids: Sequence[int]) -> Prompt:
+    """Return a prompt of these tokens, whatever chat they may stand for."""
+    return Prompt((), len(ids), tuple(ids))
 
 
 def make_tiny_tokenizer() -> Any:  # noqa: ANN401 - transformers types it as a union

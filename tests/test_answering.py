@@ -10,10 +10,10 @@ from rag.answering.citations import UNVERIFIED, resolve_citations, split_sentenc
 from rag.answering.context import full_context, retrieved_context
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
 from rag.answering.service import AnswerReady, RouteChosen
-from rag.errors import DocumentNotFoundError, EmptyLibraryError
+from rag.errors import DocumentNotFoundError, EmptyLibraryError, ModelError
 from rag.lm.engine import GenerationDone, PrefillProgress
 from rag.store.receipts import REDACTED
-from rag.types import Route, answer_from_json
+from rag.types import Answer, Route, answer_from_json
 from ui.assembly import Fathom
 
 QUESTION = "What is the harbour fee?"
@@ -23,7 +23,8 @@ def test_a_receipt_tells_what_was_done(small_fathom: Fathom) -> None:
     answer = small_fathom.service().answer(QUESTION)
     receipt = answer.receipt
     assert receipt.route is Route.FULL
-    assert receipt.kv_bytes.predicted == receipt.kv_bytes.actual > 0
+    assert receipt.kv_bytes.predicted == receipt.kv_bytes.actual
+    assert receipt.kv_bytes.predicted
     assert receipt.read.tokens == receipt.read.of_tokens == len(HANDBOOK.encode())
     assert receipt.read.not_read == ""
     assert receipt.new_tokens <= 16
@@ -188,3 +189,61 @@ def test_sentences_keep_their_markers_numbers_and_names() -> None:
         "See python.org for more!",
         "Done",
     ]
+
+
+# ---- many questions ----------------------------------------------------------------------------
+
+TABLE = [QUESTION, "What does the north beacon do?", "How is a berth booked?", "Who pays nothing?"]
+
+
+@pytest.mark.parametrize("route", [Route.FULL, Route.RETRIEVAL])
+def test_a_table_of_questions_gets_the_answers_of_each_alone(
+    small_fathom: Fathom, route: Route
+) -> None:
+    service = small_fathom.service()
+    alone = [service.answer(question, route=route) for question in TABLE]
+    progress: list[tuple[int, int]] = []
+    answered = service.answer_many(
+        TABLE, route=route, on_progress=lambda done, total: progress.append((done, total))
+    )
+    found = dict(answered)
+    assert sorted(found) == [0, 1, 2, 3]
+    assert progress == [(n, 4) for n in (1, 2, 3, 4)]
+    reused = set()
+    for number, expected in enumerate(alone):
+        answer = found[number]
+        assert isinstance(answer, Answer)
+        assert (answer.answer, answer.citations) == (expected.answer, expected.citations)
+        assert answer.receipt.prompt_sha256 == expected.receipt.prompt_sha256
+        assert answer.receipt.route is route
+        assert small_fathom.receipts.load(answer.receipt.id) == answer
+        reused.add(answer.receipt.cached_tokens)
+    assert len(reused) == (2 if route is Route.FULL else 1)  # one reads the document for all
+
+
+def test_a_question_without_an_answer_does_not_take_the_others_with_it(
+    small_fathom: Fathom, tmp_path: Path
+) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("\n\n".join(f"Paragraph {n} is about ship {n * 7}." for n in range(600)))
+    small_fathom.ingest(long)
+    beyond = "ship " * 1200
+    found = dict(small_fathom.service().answer_many([QUESTION, beyond, TABLE[1]]))
+    assert isinstance(found[1], ModelError)
+    assert isinstance(found[0], Answer)
+    assert isinstance(found[2], Answer)
+
+
+def test_stop_leaves_the_rest_of_the_table_unanswered(small_fathom: Fathom) -> None:
+    stop = Event()
+    found = []
+    for number, _ in small_fathom.service().answer_many(TABLE * 20, stop=stop):
+        found.append(number)
+        stop.set()
+    assert found
+    assert max(found) < 32
+    assert list(small_fathom.service().answer_many(TABLE, stop=stop)) == []
+
+
+def test_no_question_is_no_answer(small_fathom: Fathom) -> None:
+    assert list(small_fathom.service().answer_many([])) == []

@@ -87,7 +87,7 @@ def test_a_gguf_file_is_planned_from_its_metadata(tmp_path: Path, settings: Sett
 def test_a_gguf_file_is_converted_once_and_answers(tmp_path: Path, settings: Settings) -> None:
     path = write_gguf(tmp_path / "my tiny.gguf")
     engine = LocalEngine.load(str(path), settings)
-    *_, done = engine.generate([5, 6, 7], max_new_tokens=2, stop=Event())
+    *_, done = engine.generate(prompt_of([5, 6, 7]), max_new_tokens=2, stop=Event())
     assert isinstance(done, GenerationDone)
     folder = resolve_model(str(path), settings)
     assert folder.parent == settings.models_dir

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import make_tiny_engine, make_tiny_tokenizer
+from conftest import make_tiny_engine, make_tiny_tokenizer, prompt_of
 from rag.errors import BrokenModelError, ModelError, UnsupportedModelError
 from rag.lm.engine import GenerationDone
 from rag.lm.loading import open_model
@@ -167,7 +167,7 @@ def test_the_engine_refuses_a_config_that_lies_before_it_reads_weights(
 
 def test_generate_refuses_one_token_beyond_the_positions() -> None:
     engine = make_tiny_engine(max_position_embeddings=64)
-    *_, done = engine.generate([5] * 60, max_new_tokens=4, stop=Event())
+    *_, done = engine.generate(prompt_of([5] * 60), max_new_tokens=4, stop=Event())
     assert isinstance(done, GenerationDone)
     with pytest.raises(ModelError, match="61 prompt tokens and 4 new ones do not fit the 64"):
-        list(engine.generate([5] * 61, max_new_tokens=4, stop=Event()))
+        list(engine.generate(prompt_of([5] * 61), max_new_tokens=4, stop=Event()))

@@ -13,13 +13,14 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from conftest import HashEmbedder, make_tiny_engine, make_tiny_tokenizer
+from conftest import HashEmbedder, make_tiny_engine, make_tiny_tokenizer, prompt_of
 from rag.errors import ModelFetchError
 from rag.lm.catalog import resolve_model
 from rag.lm.document_kv import DocumentKV, KeptPrefix, prefix_key, restore, snapshot
 from rag.lm.engine import DocumentPrefix, GenerationDone, PrefillProgress
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.local_engine import LocalEngine
+from rag.lm.prefill import Prefill
 from rag.settings import Settings
 from rag.types import Answer, Route
 from ui.assembly import Fathom
@@ -171,13 +172,12 @@ def engine_with(documents: DocumentKV | None, **options: Any) -> LocalEngine:  #
         make_tiny_tokenizer(),
         name="tiny-llama",
         document_kv=documents,
-        weights_id="seed 7",
-        **options,
+        **{"weights_id": "seed 7", **options},
     )
 
 
 def ask(engine: LocalEngine, seed: int, *, tenant: str = "") -> tuple[GenerationDone, list[Any]]:
-    prompt = random_ids(DOCUMENT, seed=1) + random_ids(ASKED, seed=seed)
+    prompt = prompt_of(random_ids(DOCUMENT, seed=1) + random_ids(ASKED, seed=seed))
     prefix = DocumentPrefix(DOCUMENT, ("1:1:a",), tenant)
     *steps, done = engine.generate(prompt, max_new_tokens=8, stop=Event(), prefix=prefix)
     assert isinstance(done, GenerationDone)
@@ -200,6 +200,7 @@ def test_the_second_question_skips_the_document_and_answers_the_same(tmp_path: P
             fresh, expected = ask(engine_with(None), seed)
             assert done.reused_tokens == DOCUMENT
             assert (done.kv_tokens, done.kv_bytes) == (fresh.kv_tokens, fresh.kv_bytes)
+            assert done.kv_tokens is not None
             assert done.kv_bytes == kv_cache_bytes(engine.spec, done.kv_tokens)
             assert words(steps) == words(expected)
             done_tokens = [step.done for step in steps if isinstance(step, PrefillProgress)]
@@ -212,8 +213,7 @@ def test_another_tenant_model_or_weights_find_nothing(tmp_path: Path) -> None:
     ask(engine, 2)
     assert ask(engine, 2, tenant="another")[0].reused_tokens == 0
     assert ask(engine, 2)[0].reused_tokens == DOCUMENT
-    engine._weights_id = "seed 8"
-    assert ask(engine, 2)[0].reused_tokens == 0
+    assert ask(engine_with(documents, weights_id="seed 8"), 2)[0].reused_tokens == 0
 
 
 def test_keys_differ_in_each_of_their_parts() -> None:
@@ -232,7 +232,7 @@ def test_keys_differ_in_each_of_their_parts() -> None:
 
 def test_a_stop_within_the_document_keeps_nothing(tmp_path: Path) -> None:
     engine = engine_with(DocumentKV(tmp_path, memory_bytes=8 * MIB, disk_bytes=8 * MIB))
-    prompt, stop = random_ids(DOCUMENT + ASKED, seed=1), Event()
+    prompt, stop = prompt_of(random_ids(DOCUMENT + ASKED, seed=1)), Event()
     prefix = DocumentPrefix(DOCUMENT, ("1:1:a",))
     steps = []
     for step in engine.generate(prompt, max_new_tokens=4, stop=stop, prefix=prefix):
@@ -248,7 +248,7 @@ def test_a_stop_within_the_document_keeps_nothing(tmp_path: Path) -> None:
 
 def test_an_abandoned_question_keeps_the_whole_document_or_nothing(tmp_path: Path) -> None:
     engine = engine_with(DocumentKV(tmp_path, memory_bytes=8 * MIB, disk_bytes=0))
-    prompt = random_ids(DOCUMENT, seed=1) + random_ids(ASKED, seed=2)
+    prompt = prompt_of(random_ids(DOCUMENT, seed=1) + random_ids(ASKED, seed=2))
     prefix = DocumentPrefix(DOCUMENT, ("1:1:a",))
     steps = engine.generate(prompt, max_new_tokens=4, stop=Event(), prefix=prefix)
     assert [next(steps), engine.cached_tokens(prompt, prefix)] == [PrefillProgress(512, 624), 0]
@@ -275,7 +275,7 @@ def test_where_memory_is_short_kept_caches_make_room_and_none_is_kept(
     ask(engine, 2)
     held = documents.memory_used_bytes
     assert held == kv_cache_bytes(engine.spec, DOCUMENT)
-    monkeypatch.setattr(LocalEngine, "_unused_bytes", lambda self: MIB + 1000)
+    monkeypatch.setattr(Prefill, "_unused_bytes", lambda self: MIB + 1000)
     assert engine.free_bytes() == MIB + 1000 + held
     done, _ = ask(engine, 3)
     assert done.reused_tokens == DOCUMENT  # its tensors went on in the question's own cache
@@ -481,9 +481,13 @@ def test_the_receipt_says_what_was_kept_and_the_gate_counts_it(keeping: Fathom) 
     assert first.receipt.cached_tokens == 0
     prompt, cached = second.receipt.prompt_tokens, second.receipt.cached_tokens
     text = keeping.text(1, 0, 10**6)
+    assert cached is not None
     assert len(text.encode()) < cached < prompt  # one token a byte: all of the document
     assert second.receipt.kv_bytes.actual == second.receipt.kv_bytes.predicted
-    assert second.receipt.seconds.prefill_predicted < first.receipt.seconds.prefill_predicted
+    predicted = [answer.receipt.seconds.prefill_predicted for answer in (first, second)]
+    assert predicted[0] is not None
+    assert predicted[1] is not None
+    assert predicted[1] < predicted[0]
     gates = [
         next(gate.value for gate in answer.receipt.gates if gate.gate == "prefill_seconds")
         for answer in (first, second)
@@ -502,8 +506,9 @@ def test_a_kept_document_passes_the_prefill_gate_that_it_failed(
     question = "What is the harbour fee?"
     full(keeping, question)
     engine = keeping.engine
-    prompt = keeping.service().plan(question, keeping.documents(), calibrate=True).prompt_ids
-    whole = engine.predicted_prefill_seconds(len(prompt))
+    prompt = keeping.service().plan(question, keeping.documents(), calibrate=True).prompt
+    whole = engine.predicted_prefill_seconds(prompt.num_tokens)
+    assert whole is not None
     keeping.settings = settings.model_copy(update={"prefill_deadline_seconds": whole / 2})
     keeping.__dict__.pop("_service")
     assert keeping.service().answer(question).receipt.route is Route.FULL

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_tiny_tokenizer
+from conftest import make_tiny_tokenizer, prompt_of
 from rag.lm.forward import forward
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.local_engine import LocalEngine
@@ -280,7 +280,7 @@ def test_an_engine_measures_once_for_all_processes_and_mends_by_its_answers(
     calibrations.save(key, slow.to_json())
     engine = LocalEngine(model, tokenizer, name="tiny", calibrations=calibrations)
     assert engine.predicted_prefill_seconds(2000) > 1e5 * seconds
-    list(engine.generate([5] * 600, max_new_tokens=1, stop=Event()))
+    list(engine.generate(prompt_of([5] * 600), max_new_tokens=1, stop=Event()))
     assert engine.predicted_prefill_seconds(2000) < 1e5 * seconds
 
 

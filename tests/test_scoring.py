@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_tiny_tokenizer
+from conftest import make_tiny_tokenizer, prompt_of
 from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import DocumentPrefix, ScoreRequest
 from rag.lm.local_engine import LocalEngine
@@ -102,7 +102,7 @@ def test_batches_keep_within_the_memory_and_the_scores_stay_the_same(
     requests = one_question_after_each_sentence()
     free = engine.score(requests, stop=Event())
     seen = passes(model)
-    monkeypatch.setattr(engine, "_unused_bytes", lambda: 0)
+    monkeypatch.setattr(engine._prefill, "usable_bytes", lambda: 0)
     tight = engine.score(requests, stop=Event())
     assert [rows for rows, _ in seen] == [1] * (1 + len(requests))
     assert free is not None
@@ -143,7 +143,7 @@ def test_a_kept_document_is_read_once_for_answers_and_scores(tmp_path: Path) -> 
     for request, one, other in zip(requests, first, again, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
         assert one == pytest.approx(one_by_one(model, request), abs=1e-4)
-    prompt = list(requests[0].prompt_ids)
+    prompt = prompt_of(requests[0].prompt_ids)
     assert engine.cached_tokens(prompt, prefix) == 600
     # One request beside it that does not begin with the document: nothing is taken from it.
     other_prompt = ScoreRequest(ids(50, seed=9), ids(5, seed=2))

@@ -98,8 +98,15 @@ class Fathom:
 
     @property
     def engine(self) -> Engine:
-        """The language model; its weights are loaded when it first reads."""
+        """The language model: of a server if one is set, else of this process.
+
+        Its weights are loaded, or the server is asked, when it first reads.
+        """
         with self._building:
+            if self._given_engine is None and self.settings.remote_url is not None:
+                from rag.lm.remote_engine import RemoteEngine
+
+                self._given_engine = RemoteEngine(self.settings)
             if self._given_engine is None:
                 from rag.lm.local_engine import LocalEngine
 

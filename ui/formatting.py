@@ -98,13 +98,14 @@ def receipt_html(receipt: Receipt) -> str:
         ("Read", f"{read.tokens:,} of {read.of_tokens:,} tokens in {read.chunks:,} of"
          f" {read.of_chunks:,} chunks"),
         ("Not read", read.not_read or "nothing was left out"),
+        *(("Given up", words) for words in receipt.escalations),
         ("Question", receipt.question_class.value),
-        ("Prompt", f"{receipt.prompt_tokens:,} tokens, {receipt.cached_tokens:,} of them reused;"
+        ("Prompt", f"{receipt.prompt_tokens:,} tokens, {_reused(receipt)}"
          f" {receipt.new_tokens:,} written"),
         ("KV cache", _kv_words(receipt.kv_bytes)),
         ("Time", f"{seconds.retrieve:.2f} s retrieving, {seconds.prefill:.1f} s reading"
-         f" ({seconds.prefill_predicted:.1f} s predicted), {seconds.decode:.1f} s writing,"
-         f" {seconds.total:.1f} s in all"),
+         f" ({amount(seconds.prefill_predicted, 'seconds')} predicted),"
+         f" {seconds.decode:.1f} s writing, {seconds.total:.1f} s in all"),
         ("Model", f"{receipt.model}; {receipt.embedder}"),
         ("Receipt", receipt.id),
     ]  # fmt: skip
@@ -143,9 +144,16 @@ def _limit(gate: Gate) -> str:
 def _kv_words(kv: KVBytes) -> str:
     """Return both numbers; a difference too small for MiB is still said."""
     words = f"{amount(kv.predicted, 'bytes')} predicted, {amount(kv.actual, 'bytes')} actual"
+    if kv.predicted is None or kv.actual is None:
+        return "unknown: the server holds it"
     if kv.predicted == kv.actual:
         return f"{words}, equal to the byte"
     return f"{words}, {abs(kv.actual - kv.predicted):,} bytes apart"
+
+
+def _reused(receipt: Receipt) -> str:
+    """Return how many tokens of the prompt were not computed again, where that is known."""
+    return "" if receipt.cached_tokens is None else f"{receipt.cached_tokens:,} of them reused;"
 
 
 def _marker_html(name: str) -> str:
@@ -204,10 +212,11 @@ def receipt_text(answer: Answer) -> str:
     lines += [
         f"read {read.tokens:,} of {read.of_tokens:,} tokens"
         + (f"; {read.not_read}" if read.not_read else ""),
+        *(f"given up: {words}" for words in receipt.escalations),
         f"KV cache {amount(kv.predicted, 'bytes')} predicted, {amount(kv.actual, 'bytes')} actual",
         f"{seconds.total:.1f} s: {seconds.retrieve:.2f} retrieving, {seconds.prefill:.1f} reading"
-        f" ({seconds.prefill_predicted:.1f} predicted), {seconds.decode:.1f} writing,"
-        f" {_rest(seconds):.1f} loading and measuring",
+        f" ({amount(seconds.prefill_predicted, 'seconds')} predicted),"
+        f" {seconds.decode:.1f} writing, {_rest(seconds):.1f} loading and measuring",
         f"{receipt.model}, receipt {receipt.id}",
     ]
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _unix_lines("\n".join(lines)))

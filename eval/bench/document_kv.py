@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.bench.machine import CLOCKS, Clock, Machine, this_machine
 from rag.lm.document_kv import DocumentKV, KeptPrefix, restore, snapshot
-from rag.lm.engine import DocumentPrefix, PrefillProgress
+from rag.lm.engine import DocumentPrefix, PrefillProgress, Prompt
 from rag.lm.forward import forward, prefill_chunks
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.local_engine import LocalEngine
@@ -166,10 +166,10 @@ def _ids(num_tokens: int, vocab_size: int, *, seed: int) -> list[int]:
 
 def _ask(engine: LocalEngine, document: list[int], question: list[int], clock: Clock) -> float:
     """Return the seconds until the whole prompt is in the cache: the first token is known then."""
-    prompt = document + question
+    ids = (*document, *question)
     begun = clock()
     steps = engine.generate(
-        prompt,
+        Prompt((), len(ids), ids),
         max_new_tokens=1,
         stop=Event(),
         prefix=DocumentPrefix(len(document), _DOCUMENT),

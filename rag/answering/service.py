@@ -5,17 +5,16 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from threading import Event
 
 from rag.answering.citations import nearest_citation, resolve_citations
 from rag.answering.context import Context, full_context, retrieved_context
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
-from rag.errors import EmptyLibraryError
-from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgress, TextPiece
+from rag.errors import EmptyLibraryError, FathomError, ModelError, OutOfMemoryError
+from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgress, Prompt, TextPiece
 from rag.lm.kv_bytes import kv_cache_bytes
-from rag.lm.positions import position_limit
 from rag.retrieval.retriever import Retriever
 from rag.routing.gates import Limits, Need, check_gates
 from rag.routing.model_plan import longest_context
@@ -42,6 +41,10 @@ logger = logging.getLogger(__name__)
 # around it to be told that it does not fit; its own exact count is enough.
 FAR_TOO_LONG = 2
 
+# So many questions of a table are planned before the first of them is answered: enough for the
+# engine to answer many side by side, few enough that the first answers come soon.
+_PLANNED_AT_ONCE = 32
+
 # Two questions that begin differently: what their prompts share depends on the documents alone.
 _PROBES = ("A", "1")
 
@@ -51,7 +54,11 @@ NEAREST = "The nearest sentence found:"
 
 @dataclass(frozen=True, slots=True)
 class RouteChosen:
-    """The first event: the decision, and what will be read, in words."""
+    """The decision, and what will be read, in words.
+
+    It comes first; and again where memory ran out and the next smaller plan begins, so that what
+    was written until then is void.
+    """
 
     decision: RouteDecision
     read: str
@@ -76,7 +83,7 @@ class Plan:
 
     decision: RouteDecision
     context: Context
-    prompt_ids: tuple[int, ...]
+    prompt: Prompt
     prefix: DocumentPrefix | None
     document_tokens: int
     retrieve_seconds: float
@@ -130,88 +137,172 @@ class AnsweringService:
             EmptyLibraryError: if there is no document, or no question.
             DocumentNotFoundError: if a document is gone.
             ModelError: if the model cannot read even the retrieved passages.
+            OutOfMemoryError: if memory ran out with every plan.
         """
+        stop = stop or Event()
         started = time.perf_counter()
         documents = self.documents(document_ids)
 
         # 1-5. count, classify, retrieve, decide, build the prompt
         plan = self.plan(question, documents, route=route, calibrate=True)
-        read = self._read_extent(plan, documents)
-        yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
+        escalations: list[str] = []
+        while True:
+            read = self._read_extent(plan, documents)
+            yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
 
-        # 6. generate
-        written: list[str] = []
-        done: GenerationDone | None = None
-        predicted_seconds = self._engine.predicted_prefill_seconds(
-            len(plan.prompt_ids),
-            cached_tokens=self._engine.cached_tokens(list(plan.prompt_ids), plan.prefix),
-        )
-        steps = self._engine.generate(
-            list(plan.prompt_ids),
-            max_new_tokens=self._settings.max_new_tokens,
-            stop=stop or Event(),
-            prefix=plan.prefix,
-        )
-        for step in steps:
-            if isinstance(step, GenerationDone):
-                done = step
-                continue
-            if isinstance(step, TextPiece):
-                written.append(step.text)
-            yield step
-        assert done is not None  # the engine's contract
+            # 6. generate
+            predicted_seconds = self._engine.predicted_prefill_seconds(
+                plan.prompt.num_tokens,
+                cached_tokens=self._engine.cached_tokens(plan.prompt, plan.prefix),
+            )
+            written: list[str] = []
+            done: GenerationDone | None = None
+            try:
+                for step in self._engine.generate(
+                    plan.prompt,
+                    max_new_tokens=self._settings.max_new_tokens,
+                    stop=stop,
+                    prefix=plan.prefix,
+                ):
+                    if isinstance(step, GenerationDone):
+                        done = step
+                        continue
+                    if isinstance(step, TextPiece):
+                        written.append(step.text)
+                    yield step
+            except OutOfMemoryError as error:
+                problem = error.message
+            if done is not None:
+                break
+            # Out here, where the error that held the pass's tensors is gone.
+            plan, words = self._smaller_plan(question, documents, plan, problem)
+            escalations.append(words)
+            logger.warning("%s", words)
 
-        # 7. resolve citations to verbatim spans
-        text = "".join(written).strip()
-        cited = resolve_citations(text, question, plan.context.passages, self._store)
-        abstained = not cited.text or is_refusal(text)
-        shown, citations = cited.text, cited.citations
-        if abstained or not citations:
-            shown, citations = CANNOT_ANSWER if abstained else cited.text, ()
-            if nearest := nearest_citation(question, plan.context.passages, self._store):
-                shown, citations = f"{shown} {NEAREST} [1]", (nearest,)
-
-        # 8. store the receipt
-        answer = Answer(
-            answer=shown,
-            abstained=abstained,
-            citations=citations,
-            receipt=Receipt(
-                id=uuid.uuid4().hex[:12],
-                route=plan.decision.route,
-                reason=plan.decision.reason,
-                question_class=plan.decision.question_class,
-                gates=plan.decision.gates,
-                read=read,
-                prompt_tokens=done.prompt_tokens,
-                cached_tokens=done.reused_tokens,
-                new_tokens=done.new_tokens,
-                kv_bytes=KVBytes(
-                    predicted=kv_cache_bytes(self._engine.spec, done.kv_tokens),
-                    actual=done.kv_bytes,
-                ),
-                seconds=Seconds(
-                    retrieve=round(plan.retrieve_seconds, 4),
-                    prefill=round(done.prefill_seconds, 4),
-                    prefill_predicted=round(predicted_seconds, 4),
-                    decode=round(done.decode_seconds, 4),
-                    total=round(time.perf_counter() - started, 4),
-                ),
-                escalations=(),
-                model=self._engine.name,
-                embedder=self._retriever.embedder_name,
-                prompt_sha256=hashlib.sha256(json.dumps(plan.prompt_ids).encode()).hexdigest(),
-            ),
-        )
-        self._receipts.save(question, answer, [document.id for document in documents])
-        logger.info(
-            "answered by %s: %d prompt tokens, %d new, %.1f s",
-            answer.receipt.route,
-            done.prompt_tokens,
-            done.new_tokens,
-            answer.receipt.seconds.total,
+        # 7-8. resolve citations, store the receipt
+        answer = self._finished(
+            question,
+            documents,
+            plan,
+            "".join(written),
+            done,
+            predicted_prefill_seconds=predicted_seconds,
+            total_seconds=time.perf_counter() - started,
+            escalations=escalations,
         )
         yield AnswerReady(answer)
+
+    def answer_many(
+        self,
+        questions: Sequence[str],
+        *,
+        document_ids: Sequence[int] | None = None,
+        route: Route | None = None,
+        stop: Event | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[tuple[int, Answer | FathomError]]:
+        """Answer a table of questions about the same documents, side by side where memory allows.
+
+        Each has its receipt stored, as if it had been asked alone; what it waited for others counts
+        in its total seconds. In float32 the texts are those of `answer`; in 16 bits a batch rounds
+        otherwise, and a close choice of a word may fall the other way.
+
+        Args:
+            questions: in words.
+            document_ids: the documents asked about; None asks all latest versions.
+            route: the route to take where it is possible; None lets the router choose.
+            stop: set it to end; a question that is not answered by then is not yielded.
+            on_progress: called with the questions done and all of them.
+
+        Yields:
+            The number of a question from 0, and its answer or why it has none, as they come.
+
+        Raises:
+            EmptyLibraryError: if there is no document.
+            DocumentNotFoundError: if a document is gone.
+        """
+        stop = stop or Event()
+        documents = self.documents(document_ids)
+        num_done = 0
+        for begin in range(0, len(questions), _PLANNED_AT_ONCE):
+            numbers = range(begin, min(begin + _PLANNED_AT_ONCE, len(questions)))
+            for number, outcome in self._answer_some(numbers, questions, documents, route, stop):
+                num_done += 1
+                on_progress(num_done, len(questions))
+                yield number, outcome
+
+    def _answer_some(
+        self,
+        numbers: Sequence[int],
+        questions: Sequence[str],
+        documents: Sequence[Document],
+        route: Route | None,
+        stop: Event,
+    ) -> Iterator[tuple[int, Answer | FathomError]]:
+        """Plan these questions, then answer together those whose prompts begin with the same."""
+        started = {number: time.perf_counter() for number in numbers}
+        groups: dict[DocumentPrefix | None, dict[int, Plan]] = {}
+        for number in numbers:
+            if stop.is_set():
+                return
+            started[number] = time.perf_counter()
+            try:
+                plan = self.plan(questions[number], documents, route=route, calibrate=True)
+            except FathomError as error:
+                yield number, error
+            else:
+                groups.setdefault(plan.prefix, {})[number] = plan
+        for prefix, plans in groups.items():
+            left = dict(plans)
+            try:
+                for number, text, done, predicted_seconds in self._generate_group(
+                    plans, prefix, stop
+                ):
+                    plan = left.pop(number)
+                    if not done.stopped:
+                        yield (
+                            number,
+                            self._finished(
+                                questions[number],
+                                documents,
+                                plan,
+                                text,
+                                done,
+                                predicted_prefill_seconds=predicted_seconds,
+                                total_seconds=time.perf_counter() - started[number],
+                                escalations=[],
+                            ),
+                        )
+            except ModelError as error:
+                logger.warning("questions asked together are asked one by one: %s", error.message)
+            for number in left:
+                if stop.is_set():
+                    return
+                try:
+                    yield number, self._answer_alone(questions[number], documents, route, stop)
+                except FathomError as error:
+                    yield number, error
+
+    def _generate_group(
+        self, plans: dict[int, Plan], prefix: DocumentPrefix | None, stop: Event
+    ) -> Iterator[tuple[int, str, GenerationDone, float | None]]:
+        """Yield number, text, last step and predicted prefill seconds of each plan as it ends."""
+        numbers = list(plans)
+        prompts = [plans[number].prompt for number in numbers]
+        predict = self._engine.predicted_prefill_seconds
+        # Before the first answer, since each may mend the rate.
+        alone = [predict(prompt.num_tokens) for prompt in prompts]
+        kept = prefix.num_tokens if prefix else 0
+        rest = [predict(prompt.num_tokens, cached_tokens=kept) for prompt in prompts]
+        written: list[list[str]] = [[] for _ in numbers]
+        for index, step in self._engine.generate_many(
+            prompts, max_new_tokens=self._settings.max_new_tokens, stop=stop, prefix=prefix
+        ):
+            if isinstance(step, TextPiece):
+                written[index].append(step.text)
+            elif isinstance(step, GenerationDone):
+                seconds = rest[index] if step.reused_tokens else alone[index]
+                yield numbers[index], "".join(written[index]), step, seconds
 
     def plan(
         self,
@@ -220,6 +311,7 @@ class AnsweringService:
         *,
         route: Route | None = None,
         calibrate: bool = False,
+        retrieval_tokens: int | None = None,
     ) -> Plan:
         """Return what would be done with a question; the model reads nothing.
 
@@ -228,8 +320,10 @@ class AnsweringService:
             documents: those asked about.
             route: a route asked for.
             calibrate: measure the prefill rate, which loads the weights, to have that gate too.
+            retrieval_tokens: the budget of retrieved text; by default that of the settings.
         """
         settings, engine = self._settings, self._engine
+        retrieval_tokens = retrieval_tokens or settings.retrieval_tokens
         document_tokens = self._document_tokens(documents)
 
         retrieve_started = time.perf_counter()
@@ -239,27 +333,30 @@ class AnsweringService:
             documents,
             store=self._store,
             count_tokens=engine.count_tokens,
-            token_budget=settings.retrieval_tokens,
+            token_budget=retrieval_tokens,
         )
         retrieve_seconds = time.perf_counter() - retrieve_started
-        retrieval_ids = engine.encode_chat(build_messages(question, passages.passages))
+        retrieval_prompt = engine.encode_chat(build_messages(question, passages.passages))
 
         limits = self._limits()
         context_tokens = limits.context_tokens or document_tokens
         everything: Context | None = None
-        full_ids: list[int] = []
+        full_prompt = retrieval_prompt
         prefix: DocumentPrefix | None = None
         full_tokens = document_tokens + engine.count_tokens(question)
         if document_tokens <= FAR_TOO_LONG * context_tokens:
             everything = full_context(
                 documents, store=self._store, count_tokens=engine.count_tokens
             )
-            full_ids = engine.encode_chat(build_messages(question, everything.passages))
-            full_tokens = len(full_ids)
-            prefix = self._document_prefix(everything, full_ids, documents)
+            full_prompt = engine.encode_chat(build_messages(question, everything.passages))
+            full_tokens = full_prompt.num_tokens
+            prefix = self._document_prefix(everything, full_prompt, documents)
 
         gates: list[Gate] = []
-        for kind, num_tokens in ((Route.FULL, full_tokens), (Route.RETRIEVAL, len(retrieval_ids))):
+        for kind, num_tokens in (
+            (Route.FULL, full_tokens),
+            (Route.RETRIEVAL, retrieval_prompt.num_tokens),
+        ):
             needs_time = calibrate and kind is Route.FULL
             gates += check_gates(
                 Need(kind, num_tokens, settings.max_new_tokens),
@@ -267,7 +364,7 @@ class AnsweringService:
                 limits,
                 predicted_prefill_seconds=(
                     engine.predicted_prefill_seconds(
-                        num_tokens, cached_tokens=engine.cached_tokens(full_ids, prefix)
+                        num_tokens, cached_tokens=engine.cached_tokens(full_prompt, prefix)
                     )
                     if needs_time
                     else None
@@ -277,15 +374,15 @@ class AnsweringService:
             tuple(gates),
             classify_question(question),
             document_tokens=document_tokens,
-            retrieval_tokens=settings.retrieval_tokens,
+            retrieval_tokens=retrieval_tokens,
             asked_for=route,
         )
         if decision.route is Route.FULL:
             assert everything is not None  # only what was counted exactly can pass the gates
-            ids, context = full_ids, everything
+            prompt, context = full_prompt, everything
         else:
-            ids, context, prefix = retrieval_ids, passages, None
-        return Plan(decision, context, tuple(ids), prefix, document_tokens, retrieve_seconds)
+            prompt, context, prefix = retrieval_prompt, passages, None
+        return Plan(decision, context, prompt, prefix, document_tokens, retrieve_seconds)
 
     def documents(self, document_ids: Sequence[int] | None = None) -> list[Document]:
         """Return the documents asked about; None means the latest version of all.
@@ -305,21 +402,126 @@ class AnsweringService:
             )
         return documents
 
-    def longest_context_tokens(self) -> int:
+    def longest_context_tokens(self) -> int | None:
         """Return the longest prompt and answer together that pass the exact gates here, in tokens.
 
-        Prefill time is not among them: see `plan`.
+        Prefill time is not among them: see `plan`. None if there is no limit.
         """
         limits = self._limits()
-        by_memory = longest_context(self._engine.spec, limits.memory_bytes)
-        return min(by_memory, limits.context_tokens or by_memory)
+        by_memory = None
+        if self._engine.spec is not None and limits.memory_bytes is not None:
+            by_memory = longest_context(self._engine.spec, limits.memory_bytes)
+        known = [n for n in (by_memory, limits.context_tokens) if n is not None]
+        return min(known, default=None)
+
+    def _smaller_plan(
+        self, question: str, documents: Sequence[Document], plan: Plan, problem: str
+    ) -> tuple[Plan, str]:
+        """Return what to do where memory ran out with `plan`, and that in words.
+
+        Everything, then the retrieved passages, then half as many of them.
+
+        Raises:
+            OutOfMemoryError: if there is nothing smaller.
+        """
+        budget = self._settings.retrieval_tokens
+        if plan.decision.route is Route.RETRIEVAL:
+            budget //= 2
+            if plan.context.num_tokens <= budget:
+                raise OutOfMemoryError(problem)
+        smaller = self.plan(
+            question, documents, route=Route.RETRIEVAL, calibrate=True, retrieval_tokens=budget
+        )
+        words = f"{problem}; so at most {budget:,} tokens of retrieved passages were read instead"
+        reason = f"memory ran out on the route {plan.decision.route}: {words}"
+        return replace(smaller, decision=replace(smaller.decision, reason=reason)), words
+
+    def _finished(
+        self,
+        question: str,
+        documents: Sequence[Document],
+        plan: Plan,
+        text: str,
+        done: GenerationDone,
+        *,
+        predicted_prefill_seconds: float | None,
+        total_seconds: float,
+        escalations: Sequence[str],
+    ) -> Answer:
+        """Return the answer with its citations resolved, once its receipt is stored."""
+        # Resolve citations to verbatim spans.
+        text = text.strip()
+        cited = resolve_citations(text, question, plan.context.passages, self._store)
+        abstained = not cited.text or is_refusal(text)
+        shown, citations = cited.text, cited.citations
+        if abstained or not citations:
+            shown, citations = CANNOT_ANSWER if abstained else cited.text, ()
+            if nearest := nearest_citation(question, plan.context.passages, self._store):
+                shown, citations = f"{shown} {NEAREST} [1]", (nearest,)
+
+        # Store the receipt.
+        spec, predicted_bytes = self._engine.spec, None
+        if spec is not None and done.kv_tokens is not None:
+            predicted_bytes = kv_cache_bytes(spec, done.kv_tokens)
+        predicted_seconds = predicted_prefill_seconds
+        reason = plan.decision.reason
+        if done.is_cut_off:
+            reason += f"; the answer was cut off at its limit of {done.new_tokens:,} tokens"
+        answer = Answer(
+            answer=shown,
+            abstained=abstained,
+            citations=citations,
+            receipt=Receipt(
+                id=uuid.uuid4().hex[:12],
+                route=plan.decision.route,
+                reason=reason,
+                question_class=plan.decision.question_class,
+                gates=plan.decision.gates,
+                read=self._read_extent(plan, documents),
+                prompt_tokens=done.prompt_tokens,
+                cached_tokens=done.reused_tokens,
+                new_tokens=done.new_tokens,
+                kv_bytes=KVBytes(predicted=predicted_bytes, actual=done.kv_bytes),
+                seconds=Seconds(
+                    retrieve=round(plan.retrieve_seconds, 4),
+                    prefill=round(done.prefill_seconds, 4),
+                    prefill_predicted=(
+                        None if predicted_seconds is None else round(predicted_seconds, 4)
+                    ),
+                    decode=round(done.decode_seconds, 4),
+                    total=round(total_seconds, 4),
+                ),
+                escalations=tuple(escalations),
+                model=self._engine.name,
+                embedder=self._retriever.embedder_name,
+                prompt_sha256=_prompt_sha256(plan.prompt),
+            ),
+        )
+        self._receipts.save(question, answer, [document.id for document in documents])
+        logger.info(
+            "answered by %s: %d prompt tokens, %d new, %.1f s",
+            answer.receipt.route,
+            done.prompt_tokens,
+            done.new_tokens,
+            answer.receipt.seconds.total,
+        )
+        return answer
+
+    def _answer_alone(
+        self, question: str, documents: Sequence[Document], route: Route | None, stop: Event
+    ) -> Answer:
+        ids = [document.id for document in documents]
+        events = self.stream(question, document_ids=ids, route=route, stop=stop)
+        return next(event.answer for event in events if isinstance(event, AnswerReady))
 
     def _document_prefix(
-        self, everything: Context, prompt_ids: list[int], documents: Sequence[Document]
-    ) -> DocumentPrefix:
+        self, everything: Context, prompt: Prompt, documents: Sequence[Document]
+    ) -> DocumentPrefix | None:
         """Return the tokens that this prompt shares with those of two other questions."""
-        prompts = [prompt_ids] + [
-            self._engine.encode_chat(build_messages(probe, everything.passages))
+        if not prompt.ids:
+            return None  # a server reads the prompt, and sees to such things itself
+        prompts = [prompt.ids] + [
+            self._engine.encode_chat(build_messages(probe, everything.passages)).ids
             for probe in _PROBES
         ]
         shared = 0
@@ -340,10 +542,13 @@ class AnsweringService:
         return sum(counts.values())
 
     def _limits(self) -> Limits:
-        caps = [self._settings.max_context_tokens, position_limit(self._engine.spec)]
+        caps = [self._settings.max_context_tokens, self._engine.context_tokens]
+        free_bytes = self._engine.free_bytes()
         return Limits(
             context_tokens=min((cap for cap in caps if cap is not None), default=None),
-            memory_bytes=max(0, self._engine.free_bytes() - self._settings.kv_reserve_bytes),
+            memory_bytes=(
+                None if free_bytes is None else max(0, free_bytes - self._settings.kv_reserve_bytes)
+            ),
             prefill_seconds=self._settings.prefill_deadline_seconds,
         )
 
@@ -363,3 +568,9 @@ class AnsweringService:
             if left_out
             else "",
         )
+
+
+def _prompt_sha256(prompt: Prompt) -> str:
+    """Return the checksum of the prompt's tokens, or of its messages where a server counts them."""
+    content = prompt.ids or [[message.role, message.content] for message in prompt.messages]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

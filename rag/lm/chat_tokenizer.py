@@ -40,7 +40,7 @@ class ChatTokenizer:
         """
         from jinja2 import TemplateError
 
-        messages = [Message(m.role, self._without_special_tokens(m.content)) for m in messages]
+        messages = [Message(m.role, self.without_special_tokens(m.content)) for m in messages]
         if not self.template:
             text = "".join(f"{message.content}\n\n" for message in messages)
             return list(self._tokenizer.encode(text, verbose=False))
@@ -51,6 +51,13 @@ class ChatTokenizer:
                 raise
             first = Message(messages[1].role, f"{messages[0].content}\n\n{messages[1].content}")
             return self._apply_template([first, *messages[2:]])
+
+    def without_special_tokens(self, text: str) -> str:
+        """Break up special tokens that a text spells out: a document is data, never a turn."""
+        special = {t for t in self._tokenizer.get_added_vocab() if len(t) > 1}
+        for token in special | set(self._tokenizer.all_special_tokens):
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
 
     def end_ids(self, model: Any) -> frozenset[int]:  # noqa: ANN401
         """Return every token id that ends an answer."""
@@ -68,13 +75,6 @@ class ChatTokenizer:
     def stream(self) -> TextStream:
         """Return what turns generated token ids into text."""
         return TextStream(self._tokenizer)
-
-    def _without_special_tokens(self, text: str) -> str:
-        """Break up special tokens that a document spells out: a document is data, never a turn."""
-        special = {t for t in self._tokenizer.get_added_vocab() if len(t) > 1}
-        for token in special | set(self._tokenizer.all_special_tokens):
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
 
     def _apply_template(self, messages: list[Message]) -> list[int]:
         chat = [{"role": message.role, "content": message.content} for message in messages]

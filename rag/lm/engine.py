@@ -17,6 +17,18 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """A chat ready for the model's reply; `num_tokens` counts its template as well.
+
+    `ids` are its tokens, empty where only a server knows them.
+    """
+
+    messages: tuple[Message, ...]
+    num_tokens: int
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentPrefix:
     """The prompt's first `num_tokens` tokens stay the same whatever is asked of `documents`.
 
@@ -61,49 +73,62 @@ class GenerationDone:
     """The last step of a generation: what it took.
 
     `reused_tokens` of the prompt were in a cache already and were not computed again. `kv_tokens`
-    and `kv_bytes` are what the cache really held at the end, the bytes summed over its tensors.
-    `stopped` says that the caller's stop event ended it, not the model and not the token limit.
+    and `kv_bytes` are what the cache really held at the end, the bytes summed over its tensors. All
+    three are None where a server holds the cache and does not tell. `stopped` says that the
+    caller's stop event ended it, `is_cut_off` that the token limit did; else the model ended it.
     """
 
     prompt_tokens: int
-    reused_tokens: int
+    reused_tokens: int | None
     new_tokens: int
-    kv_tokens: int
-    kv_bytes: int
+    kv_tokens: int | None
+    kv_bytes: int | None
     prefill_seconds: float
     decode_seconds: float
     stopped: bool
+    is_cut_off: bool = False
 
 
 GenerationStep = PrefillProgress | TextPiece | GenerationDone
 
 
 class Engine(Protocol):
-    """A language model ready to answer one request at a time."""
+    """A language model ready to answer."""
 
     @property
     def name(self) -> str:
-        """The model's catalog name, folder or hub id, as the receipt shows it."""
+        """What receipts call the model: its catalog name, folder or hub id, and its server."""
 
     @property
-    def spec(self) -> ModelSpec:
-        """The model's shape and limits."""
+    def spec(self) -> ModelSpec | None:
+        """The model's shape and limits; None where a server runs it, whose business they are."""
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The most tokens of prompt and answer together that it takes; None if there is no end."""
+
+    @property
+    def can_score(self) -> bool:
+        """Whether `score` works."""
 
     @property
     def tokenizer_id(self) -> str:
         """A fingerprint of the tokenizer: equal ids give equal token counts."""
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of `text` alone, without any template."""
+        """Return the number of tokens of `text` alone, without any template.
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Return the token ids of the chat in the model's own template, ready for its reply.
+        Where they cannot be counted, no fewer than there are.
+        """
+
+    def encode_chat(self, messages: list[Message]) -> Prompt:
+        """Return the chat in the model's own template, ready for its reply.
 
         A message that spells out one of the model's special tokens cannot end its own turn.
         """
 
-    def free_bytes(self) -> int:
-        """Return the bytes of device memory that a request could have now.
+    def free_bytes(self) -> int | None:
+        """Return the bytes of device memory that a request could have now; None if unknown here.
 
         Caches kept for later questions count as free: they make room.
         """
@@ -111,18 +136,18 @@ class Engine(Protocol):
     def warm_up(self) -> None:
         """Get ready now, so that the first request does not wait for it."""
 
-    def predicted_prefill_seconds(self, num_tokens: int, *, cached_tokens: int = 0) -> float:
+    def predicted_prefill_seconds(self, num_tokens: int, *, cached_tokens: int = 0) -> float | None:
         """Return the seconds that prefilling `num_tokens` takes here, from a measured rate.
 
-        The first `cached_tokens` of them are in a cache already.
+        The first `cached_tokens` of them are in a cache already. None where that is not known.
         """
 
-    def cached_tokens(self, prompt_ids: list[int], prefix: DocumentPrefix | None) -> int:
+    def cached_tokens(self, prompt: Prompt, prefix: DocumentPrefix | None) -> int:
         """Return how many of the prompt's first tokens need no prefill, because they are kept."""
 
     def generate(
         self,
-        prompt_ids: list[int],
+        prompt: Prompt,
         *,
         max_new_tokens: int,
         stop: Event,
@@ -132,6 +157,24 @@ class Engine(Protocol):
 
         `stop` is looked at between prefill chunks and between tokens. With a `prefix`, the engine
         may keep its cache, and use one that was kept.
+
+        Raises:
+            OutOfMemoryError: if memory runs out; the next request finds the engine as before.
+            ModelServerError: if a server runs the model and gives no answer.
+        """
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        stop: Event,
+        prefix: DocumentPrefix | None = None,
+    ) -> Iterator[tuple[int, GenerationStep]]:
+        """Answer several prompts as `generate` answers one, side by side where that is faster.
+
+        Yields:
+            The number of a prompt and a step of it; its GenerationDone is its last.
         """
 
     def score(
@@ -147,4 +190,7 @@ class Engine(Protocol):
         several answers to one long prompt, and one question after each of several short ones.
         `prefix` is what of the prompts is kept, if they share it. None is returned once `stop` is
         set, which is looked at between forward passes.
+
+        Raises:
+            ModelError: if this engine cannot; see `can_score`.
         """

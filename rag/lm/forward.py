@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from rag.errors import OutOfMemoryError
 from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache
+
+# How torch's allocators for the CPU say that there is no memory; on a GPU it has a class for that.
+_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory: you tried to allocate")
 
 
 def forward(
@@ -18,29 +24,50 @@ def forward(
     cache: Cache,
     *,
     keep: Sequence[int] | None = None,
+    front_padding: Sequence[int] | None = None,
 ) -> Tensor:
     """Put rows of one length into the cache and return logits [rows, positions kept, vocabulary].
 
-    No attention mask is given, so a row may be padded on its right alone: no token looks ahead.
+    A row may be padded on its right in any case, for no token looks ahead; on its left with
+    `front_padding`.
 
     Args:
         model: ready to run.
         rows: token ids, as many in each row.
         cache: holds as many sequences as there are rows, or none.
         keep: the positions within the rows whose logits are wanted; by default the last.
+        front_padding: how many of the first tokens of each sequence, those in the cache included,
+            stand for nothing.
+
+    Raises:
+        OutOfMemoryError: if the pass needs more memory than there is; the cache is of no use then.
     """
     import torch
 
-    # Entered anew for each pass: a generator must not leave it on in its caller's thread.
-    with torch.inference_mode():
-        device = model.device
-        logits: Tensor = model(
-            input_ids=torch.tensor(rows, device=device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1 if keep is None else torch.tensor(keep, device=device),
-        ).logits
-    return logits
+    held, device = cache.get_seq_length(), model.device
+    options: dict[str, Any] = {}
+    try:
+        if front_padding is not None and any(front_padding):
+            options = _shifted(model, front_padding, held, len(rows[0]))
+        # Entered anew for each pass: a generator must not leave it on in its caller's thread.
+        with torch.inference_mode():
+            logits: Tensor = model(
+                input_ids=torch.tensor(rows, device=device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1 if keep is None else torch.tensor(keep, device=device),
+                **options,
+            ).logits
+        return logits
+    except (RuntimeError, MemoryError) as error:
+        if not is_allocation_failure(error):
+            raise
+        detail = str(error).strip().splitlines() or ["no memory"]
+    # Raised here, where the error that holds the pass's tensors is gone.
+    raise OutOfMemoryError(
+        f"memory ran out with {held:,} tokens in the cache of {len(rows)} sequence(s), at the next"
+        f" {len(rows[0]):,}: {detail[0]}"
+    )
 
 
 def prefill_chunks(start: int, boundary: int, total: int) -> Iterator[tuple[int, int]]:
@@ -51,3 +78,35 @@ def prefill_chunks(start: int, boundary: int, total: int) -> Iterator[tuple[int,
             end = boundary
         yield start, end
         start = end
+
+
+def is_allocation_failure(error: Exception) -> bool:
+    """Say whether an error of torch or Python means that memory ran out."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(sign in str(error) for sign in _ALLOCATION_FAILED)
+
+
+def _shifted(
+    model: Any,  # noqa: ANN401
+    front_padding: Sequence[int],
+    held: int,
+    new: int,
+) -> dict[str, Tensor]:
+    """Return the mask that hides the padding, and each row's own positions."""
+    import torch
+
+    padding = torch.tensor(front_padding, device=model.device)[:, None]
+    slots = torch.arange(held + new, device=model.device)[None, :]
+    options = {"attention_mask": (slots >= padding).long()}
+    if _takes_positions(type(model).forward):
+        options["position_ids"] = (slots - padding)[:, held:]
+    return options
+
+
+@lru_cache
+def _takes_positions(forward: Callable[..., Any]) -> bool:
+    """Say whether a model is told positions; the others work them out from the mask."""
+    return "position_ids" in signature(forward).parameters

@@ -1,40 +1,42 @@
-"""The engine that runs a transformers model in this process, one request at a time."""
+"""The engine that runs a transformers model in this process, one request at a time.
+
+What it does with the model stands elsewhere: `prefill` (a prompt into a cache), `generation` (the
+answer), `scoring` (likelihoods). Here are the parts put together, and the lock.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 from rag.errors import ModelError, UnsupportedModelError
 from rag.lm.chat_tokenizer import ChatTokenizer
-from rag.lm.device import free_device_bytes
-from rag.lm.document_kv import DocumentKV, KeptPrefix, prefix_key, restore, snapshot
+from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import (
     DocumentPrefix,
     GenerationDone,
     GenerationStep,
     Message,
     PrefillProgress,
+    Prompt,
     ScoreRequest,
-    TextPiece,
 )
-from rag.lm.forward import forward, prefill_chunks
-from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
+from rag.lm.forward import is_allocation_failure
+from rag.lm.generation import Row, batches, decode
+from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.loading import open_model
 from rag.lm.peak_bytes import peak_bytes
 from rag.lm.positions import position_limit
+from rag.lm.prefill import Prefill
 from rag.lm.prefill_rate import PrefillClock
+from rag.lm.scoring import score_tails, shared_tokens
 from rag.lm.spec import ModelSpec
 from rag.settings import Settings
 from rag.store.calibrations import CalibrationStore
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedConfig
-
-# RoPE types whose frequencies follow the length of the prompt: cached keys would not fit another.
-_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+    from transformers import PreTrainedConfig
 
 
 class LocalEngine:
@@ -90,16 +92,21 @@ class LocalEngine:
                 "enters in pieces, as it does here",
                 hint="choose another model; `fathom plan --model` computes its limits all the same",
             )
-        self._device_type = device_type if self._model is None else str(self._model.device.type)
+        if self._model is not None:
+            device_type = str(self._model.device.type)
         self._prefill_clock = PrefillClock(
             self._spec,
             model_name=name,
-            device_type=self._device_type,
+            device_type=device_type,
             calibrations=calibrations,
         )
-        self._document_kv = document_kv
-        self._weights_id = weights_id
-        self._kv_reserve_bytes = kv_reserve_bytes
+        self._prefill = Prefill(
+            self._spec,
+            model_id=_identity(name, weights_id, device_type, self._tokenizer),
+            device_type=device_type,
+            document_kv=document_kv,
+            reserve_bytes=kv_reserve_bytes,
+        )
         self._lock = Lock()
 
     @classmethod
@@ -154,6 +161,16 @@ class LocalEngine:
         return self._spec
 
     @property
+    def context_tokens(self) -> int | None:
+        """The most tokens of prompt and answer together whose positions exist."""
+        return position_limit(self._spec)
+
+    @property
+    def can_score(self) -> bool:
+        """Whether `score` works."""
+        return True
+
+    @property
     def tokenizer_id(self) -> str:
         """A fingerprint of the tokenizer: equal ids give equal token counts."""
         return self._tokenizer.id
@@ -167,9 +184,10 @@ class LocalEngine:
         """Return the number of tokens of `text` alone, without any template."""
         return self._tokenizer.count_tokens(text)
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Return the token ids of the chat in the model's own template, ready for its reply."""
-        return self._tokenizer.encode_chat(messages)
+    def encode_chat(self, messages: list[Message]) -> Prompt:
+        """Return the chat in the model's own template, ready for its reply."""
+        ids = tuple(self._tokenizer.encode_chat(messages))
+        return Prompt(tuple(messages), len(ids), ids)
 
     def free_bytes(self) -> int:
         """Return the bytes of device memory that a request could have, once the weights are there.
@@ -177,8 +195,7 @@ class LocalEngine:
         Caches kept for later questions count as free: `generate` drops them where room is short.
         """
         pending = 0 if self.is_loaded else self._spec.num_parameters * self._spec.dtype_bytes
-        kept = self._document_kv.memory_used_bytes if self._document_kv else 0
-        return max(0, self._unused_bytes() + kept - pending)
+        return max(0, self._prefill.free_bytes() - pending)
 
     def warm_up(self) -> None:
         """Read the weights now, so that the first request does not wait for them."""
@@ -197,16 +214,13 @@ class LocalEngine:
                     self._prefill_clock.measure(self._loaded_model())
         return self._prefill_clock.seconds(num_tokens, cached_tokens=cached_tokens)
 
-    def cached_tokens(self, prompt_ids: list[int], prefix: DocumentPrefix | None) -> int:
+    def cached_tokens(self, prompt: Prompt, prefix: DocumentPrefix | None) -> int:
         """Return how many of the prompt's first tokens need no prefill, because they are kept."""
-        key = self._kept_as(prompt_ids, prefix)
-        if key is None or self._document_kv is None or not self._document_kv.has(key):
-            return 0
-        return prefix.num_tokens if prefix else 0
+        return self._prefill.cached_tokens(prompt.ids, prefix)
 
     def generate(
         self,
-        prompt_ids: list[int],
+        prompt: Prompt,
         *,
         max_new_tokens: int,
         stop: Event,
@@ -214,85 +228,106 @@ class LocalEngine:
     ) -> Iterator[GenerationStep]:
         """Prefill the prompt, then decode greedily, yielding each step; GenerationDone is last.
 
+        See `generate_many`, which does the same with one prompt.
+        """
+        steps = self.generate_many(
+            [prompt], max_new_tokens=max_new_tokens, stop=stop, prefix=prefix
+        )
+        for _, step in steps:
+            yield step
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        stop: Event,
+        prefix: DocumentPrefix | None = None,
+    ) -> Iterator[tuple[int, GenerationStep]]:
+        """Answer several prompts, as many in step as the memory holds; yield each one's steps.
+
         `stop` is looked at between prefill chunks and between tokens. Requests wait for each other;
-        closing the iterator ends its request. The token that ends the answer counts as new, but is
+        closing the iterator ends its request. The token that ends an answer counts as new, but is
         neither shown nor cached. The cache of a `prefix` that is kept is not computed again; one
-        that is not is kept once it is whole, where there is room.
+        that is not is kept once it is whole, where there is room, and the prompts that begin with
+        it share it in any case.
+
+        Yields:
+            The number of a prompt and a step of it, its GenerationDone last.
 
         Raises:
-            ValueError: if the prompt is empty or `max_new_tokens` is not positive.
-            ModelError: if both together are longer than the model's positions.
+            ValueError: if a prompt is empty or `max_new_tokens` is not positive.
+            ModelError: if a prompt and its answer are longer than the model's positions.
+            OutOfMemoryError: if memory runs out; every prompt not yet done is lost.
         """
-        if not prompt_ids or max_new_tokens < 1:
+        if not all(prompt.ids for prompt in prompts) or max_new_tokens < 1:
             raise ValueError("generate needs a prompt and at least one new token")
-        limit = position_limit(self._spec)
-        if limit is not None and len(prompt_ids) + max_new_tokens > limit:
+        limit = self.context_tokens
+        longest = max((prompt.num_tokens for prompt in prompts), default=0)
+        if limit is not None and longest + max_new_tokens > limit:
             raise ModelError(
-                f"{len(prompt_ids):,} prompt tokens and {max_new_tokens:,} new ones do not fit the"
+                f"{longest:,} prompt tokens and {max_new_tokens:,} new ones do not fit the"
                 f" {limit:,} positions of {self._name}",
                 hint="shorten the prompt, or lower FATHOM_MAX_NEW_TOKENS",
             )
+        if prefix and any(prefix.num_tokens >= len(prompt.ids) for prompt in prompts):
+            prefix = None  # of each prompt something is left to compute
         with self._lock:
-            yield from self._generate(prompt_ids, max_new_tokens, stop, prefix)
+            self._loaded_model()
+            numbered = batches(
+                [prompt.ids for prompt in prompts],
+                self._spec,
+                max_new_tokens=max_new_tokens,
+                usable_bytes=self._prefill.usable_bytes(),
+            )
+            for batch in numbered:
+                yield from self._generate_batch(batch, prompts, max_new_tokens, stop, prefix)
+            self._prefill.save()
 
-    def _generate(
+    def _generate_batch(
         self,
-        prompt_ids: list[int],
+        batch: list[int],
+        prompts: Sequence[Prompt],
         max_new_tokens: int,
         stop: Event,
         prefix: DocumentPrefix | None,
-    ) -> Iterator[GenerationStep]:
+    ) -> Iterator[tuple[int, GenerationStep]]:
         model = self._loaded_model()
-        cache = self._new_cache()
-        most_bytes = kv_cache_bytes(self._spec, len(prompt_ids) + max_new_tokens)
-        key = self._kept_as(prompt_ids, prefix)
-        reused = self._reuse(key, cache)
-        self._make_room(most_bytes + peak_bytes(self._spec, len(prompt_ids) + max_new_tokens))
-        boundary = prefix.num_tokens if prefix and key and not reused else 0
-        kept: KeptPrefix | None = None
-        end_ids = self._tokenizer.end_ids(model)
-        text = self._tokenizer.stream()
-        prefill = decode = 0.0
-        new_tokens = 0
-        next_id: int | None = None
-
-        for start, end in prefill_chunks(reused, boundary, len(prompt_ids)):
-            if stop.is_set():
-                break
-            next_id, seconds = self._step(prompt_ids[start:end], cache)
-            prefill += seconds
-            if prefix and key and end == boundary:
-                kept = self._keep(key, prefix, cache, most_bytes)
-            yield PrefillProgress(end, len(prompt_ids))
-        else:
-            while next_id is not None:
-                new_tokens += 1
-                if next_id in end_ids:
-                    break
-                if piece := text.push(next_id):
-                    yield TextPiece(piece)
-                if new_tokens == max_new_tokens or stop.is_set():
-                    break
-                next_id, seconds = self._step([next_id], cache)
-                decode += seconds
-            if piece := text.flush():
-                yield TextPiece(piece)
-
-        if kept is not None and self._document_kv:
-            self._document_kv.save(kept)
-        if cache.get_seq_length() >= len(prompt_ids):
-            self._prefill_clock.observe(len(prompt_ids), prefill, cached_tokens=reused)
-        ended = new_tokens > 0 and (next_id in end_ids or new_tokens == max_new_tokens)
-        yield GenerationDone(
-            prompt_tokens=len(prompt_ids),
-            reused_tokens=reused,
-            kv_tokens=cache.get_seq_length(),
-            new_tokens=new_tokens,
-            kv_bytes=measured_kv_bytes(cache),
-            prefill_seconds=prefill,
-            decode_seconds=decode,
-            stopped=stop.is_set() and not ended,
+        all_ids = [prompts[number].ids for number in batch]
+        longest = max(map(len, all_ids)) + max_new_tokens
+        rows: dict[int, Row] = {}
+        states = self._prefill.read(
+            model,
+            all_ids,
+            most_bytes=len(batch) * kv_cache_bytes(self._spec, longest)
+            + peak_bytes(self._spec, longest),
+            stop=stop,
+            prefix=prefix,
         )
+        for index, state in states:
+            number, total = batch[index], len(all_ids[index])
+            if number not in rows:
+                rows[number] = Row(number, total, state, self._tokenizer.stream())
+            else:
+                yield number, PrefillProgress(state.num_tokens, total)
+        ready = [row for row in rows.values() if row.state.num_tokens == row.prompt_tokens]
+        for row in ready:
+            self._prefill_clock.observe(
+                row.prompt_tokens, row.state.seconds, cached_tokens=row.state.reused_tokens
+            )
+        if ready:
+            yield from decode(
+                model,
+                ready,
+                end_ids=self._tokenizer.end_ids(model),
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+            )
+        for number, ids in zip(batch, all_ids, strict=True):  # those that the stop came before
+            if number not in rows:
+                yield number, GenerationDone(len(ids), 0, 0, 0, 0, 0.0, 0.0, stopped=True)
+            elif rows[number] not in ready:
+                yield number, rows[number].stopped_early()
 
     def score(
         self,
@@ -306,111 +341,64 @@ class LocalEngine:
         What all prompts begin with is prefilled once, or taken from what is kept of `prefix`; the
         rest runs in padded batches. None is returned once `stop` is set, which is looked at
         between forward passes.
-        """
-        from rag.lm.scoring import score_tails, shared_tokens
 
+        Raises:
+            OutOfMemoryError: if memory runs out.
+        """
         if not requests:
             return []
         with self._lock:
             model = self._loaded_model()
-            cache = self._new_cache()
             shared = shared_tokens(requests)
-            prompt_ids = list(requests[0].prompt_ids)
-            longest = max(len(r.prompt_ids) + len(r.continuation_ids) for r in requests)
-            most_bytes = 2 * kv_cache_bytes(self._spec, longest)  # one prefix, one row or more
             if prefix and prefix.num_tokens > shared:
                 prefix = None
-            key = self._kept_as(prompt_ids, prefix)
-            reused = self._reuse(key, cache)
-            self._make_room(most_bytes)
-            boundary = prefix.num_tokens if prefix and key and not reused else 0
-            for start, end in prefill_chunks(reused, boundary, shared):
-                if stop.is_set():
-                    return None
-                self._step(prompt_ids[start:end], cache)
-                if prefix and key and end == boundary:
-                    kept = self._keep(key, prefix, cache, most_bytes)
-                    if kept is not None and self._document_kv:
-                        self._document_kv.save(kept)
+            longest = max(len(r.prompt_ids) + len(r.continuation_ids) for r in requests)
+            states = self._prefill.read(
+                model,
+                [requests[0].prompt_ids[:shared]],
+                most_bytes=2 * kv_cache_bytes(self._spec, longest),  # the prefix, and a row
+                stop=stop,
+                prefix=prefix,
+            )
+            state = None
+            for _, state in states:  # noqa: B007 - the last one is wanted
+                pass
+            self._prefill.save()
+            if state is None or state.num_tokens < shared:
+                return None
             return score_tails(
                 model,
                 self._spec,
                 requests,
-                cache,
+                state.cache,
                 shared=shared,
-                free_bytes=max(0, self._unused_bytes() - self._kv_reserve_bytes),
+                usable_bytes=self._prefill.usable_bytes(),
                 stop=stop,
             )
 
-    def _kept_as(self, prompt_ids: list[int], prefix: DocumentPrefix | None) -> str | None:
-        """Return the key of a prefix; None where it is not kept, or is no proper prefix."""
-        if self._document_kv is None or prefix is None:
-            return None
-        if not 0 < prefix.num_tokens < len(prompt_ids):
-            return None
-        if any(reach.kind in _LENGTH_DEPENDENT_ROPE for reach in self._spec.positions):
-            return None
-        import transformers
-
-        tokenizer = (self._tokenizer.id, self._tokenizer.template)
-        model = (self._name, self._weights_id, self._device_type, *tokenizer)
-        return prefix_key(f"{model} transformers {transformers.__version__}", prefix, prompt_ids)
-
-    def _reuse(self, key: str | None, cache: Cache) -> int:
-        """Fill a new cache with the kept prefix, if there is one; return its tokens."""
-        if key is None or self._document_kv is None:
-            return 0
-        kept = self._document_kv.load(key, str(self._model.device))
-        if kept is None:
-            return 0
-        restore(kept, cache)
-        return kept.num_tokens
-
-    def _make_room(self, num_bytes: int) -> None:
-        """Drop kept caches, least recently used first, where a request would lack room.
-
-        The one that this request continues may be dropped too: its tensors then live in this
-        request's cache alone, each until the layer grows.
-        """
-        if self._document_kv:
-            room = self._unused_bytes() - self._kv_reserve_bytes
-            self._document_kv.release(num_bytes - room)
-
-    def _keep(
-        self, key: str, prefix: DocumentPrefix, cache: Cache, most_bytes: int
-    ) -> KeptPrefix | None:
-        """Keep what the cache holds at the end of the documents, if there is room beside it.
-
-        The answer grows a second copy, `most_bytes` long, while the kept tensors stay.
-        """
-        if self._document_kv is None:
-            return None
-        if self._unused_bytes() - self._kv_reserve_bytes < most_bytes:
-            return None
-        layers = snapshot(cache, self._spec.model_type)
-        if layers is None:
-            return None
-        kept = KeptPrefix(key, prefix.documents, prefix.num_tokens, layers)
-        self._document_kv.keep(kept)
-        return kept
-
-    def _unused_bytes(self) -> int:
-        return free_device_bytes(self._device_type)
-
-    def _step(self, ids: list[int], cache: Cache) -> tuple[int, float]:
-        """Put `ids` into the cache; return the likeliest next token and the seconds it took."""
-        begun = time.perf_counter()
-        logits = forward(self._model, [ids], cache)
-        next_id = int(logits[0, -1].argmax())  # waits for the GPU
-        return next_id, time.perf_counter() - begun
-
     def _loaded_model(self) -> Any:  # noqa: ANN401
-        """Return the model, reading its weights on first use; call it with the lock held."""
+        """Return the model, reading its weights on first use; call it with the lock held.
+
+        Raises:
+            ModelError: if there is no memory for them.
+        """
         if self._model is None and self._load_model is not None:
-            self._model = self._load_model()
+            try:
+                self._model = self._load_model()
+            except (RuntimeError, MemoryError) as error:
+                if not is_allocation_failure(error):
+                    raise
+                size = self._spec.weights_bytes / 2**20
+                raise ModelError(
+                    f"memory ran out while the weights of {self._name} were read: {size:,.0f} MiB",
+                    hint="free memory, or choose a smaller model with FATHOM_MODEL",
+                ) from None
         return self._model
 
-    def _new_cache(self) -> Cache:
-        from rag.lm.native_cache import native_cache
 
-        return native_cache(self._model.config)
+def _identity(name: str, weights_id: str, device_type: str, tokenizer: ChatTokenizer) -> str:
+    """Return what must be equal for a kept cache to be this model's: the code's version too."""
+    import transformers
+
+    parts = (name, weights_id, device_type, tokenizer.id, tokenizer.template)
+    return f"{parts} transformers {transformers.__version__}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -42,8 +44,48 @@ def branch(cache: Cache, num_sequences: int) -> Cache:
     branched.layers = [_shallow_copy(layer) for layer in cache.layers]
     # What beam search does, with every beam going on from the first; all tensors are new ones.
     first = torch.zeros(num_sequences, dtype=torch.long)
-    branched.reorder_cache(first)  # type: ignore[arg-type]  # a LongTensor is no type of torch's
+    branched.reorder_cache(first)  # type: ignore[arg-type]  # torch has no class LongTensor
     return branched
+
+
+def merge(caches: Sequence[Cache]) -> Cache:
+    """Return one cache of as many sequences as there are caches of one sequence each.
+
+    Where they differ in length, the shorter ones get nothing but zeros at their front; whoever
+    reads from the cache hides them with a mask.
+    """
+    if len(caches) == 1:
+        return caches[0]
+    merged = copy.copy(caches[0])
+    merged.layers = [
+        _merged_layer(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)
+    ]
+    return merged
+
+
+def select(cache: Cache, rows: Sequence[int]) -> None:
+    """Drop every sequence of the cache but `rows`."""
+    cache.reorder_cache(torch.tensor(rows))  # type: ignore[arg-type]  # as in `branch`
+
+
+def _merged_layer(layers: Sequence[Any]) -> Any:  # noqa: ANN401
+    merged = _shallow_copy(layers[0])
+    for name, value in vars(merged).items():
+        parts = [getattr(layer, name) for layer in layers]
+        if isinstance(value, dict) and any(isinstance(part, Tensor) for part in value.values()):
+            states = {
+                key: None if state is None else torch.cat([part[key] for part in parts])
+                for key, state in value.items()
+            }
+            setattr(merged, name, states)
+        elif name in ("keys", "values") and value is not None:
+            longest = max(part.shape[-2] for part in parts)
+            setattr(
+                merged, name, torch.cat([pad(p, (0, 0, longest - p.shape[-2], 0)) for p in parts])
+            )
+        elif name == "cumulative_length":
+            setattr(merged, name, max(parts))
+    return merged
 
 
 def _shallow_copy(layer: Any) -> Any:  # noqa: ANN401 - a cache layer of any kind

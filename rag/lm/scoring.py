@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # Most tokens, padding included, that the rows of one batch hold together: a wider batch is no
 # faster on a CPU, and what a pass computes beside the cache grows with it.
 _BATCH_TOKENS = 2048
-# Of the memory that is free, the share that a batch may plan to fill: the rest is for what a pass
-# computes on its way.
+# Of the memory that a batch may take, the share that it may plan to fill: the rest is for what a
+# pass computes on its way.
 _BATCH_SHARE = 0.5
 _FLOAT32_BYTES = 4
 
@@ -45,7 +45,7 @@ def score_tails(
     cache: Cache,
     *,
     shared: int,
-    free_bytes: int,
+    usable_bytes: int,
     stop: Event,
 ) -> list[tuple[float, ...]] | None:
     """Score what follows the first `shared` tokens of each request, which are in `cache`.
@@ -59,7 +59,7 @@ def score_tails(
         requests: all of them begin with the same `shared` tokens.
         cache: one sequence; it is not usable afterwards.
         shared: tokens in it.
-        free_bytes: what batches may fill.
+        usable_bytes: what batches may fill.
         stop: looked at before each forward pass.
 
     Returns:
@@ -67,7 +67,7 @@ def score_tails(
         was stopped.
     """
     scores: dict[int, tuple[float, ...]] = {}
-    for batch in _batches(requests, spec, shared, free_bytes):
+    for batch in _batches(requests, spec, shared, usable_bytes):
         is_last = len(scores) + len(batch) == len(requests)
         own: Cache = native_cache(model.config)
         if shared:
@@ -80,7 +80,7 @@ def score_tails(
 
 
 def _batches(
-    requests: Sequence[ScoreRequest], spec: ModelSpec, shared: int, free_bytes: int
+    requests: Sequence[ScoreRequest], spec: ModelSpec, shared: int, usable_bytes: int
 ) -> list[list[int]]:
     """Return the numbers of the requests that run together: near in length, within the memory."""
     lengths = [_num_tokens(request) for request in requests]
@@ -94,7 +94,7 @@ def _batches(
             row_bytes += (padded - first_scored) * spec.vocab_size * spec.dtype_bytes
             if (
                 len(rows) * padded <= _BATCH_TOKENS
-                and len(rows) * row_bytes <= _BATCH_SHARE * free_bytes
+                and len(rows) * row_bytes <= _BATCH_SHARE * usable_bytes
             ):
                 batches[-1] = rows
                 continue

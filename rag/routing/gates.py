@@ -28,17 +28,18 @@ class Limits:
     """What there is: the context in tokens, free bytes, the longest prefill.
 
     `memory_bytes` is free device memory less the reserve: the cache and what a forward pass takes
-    beside it have to fit. `context_tokens` is None if the model declares no end and no cap is set.
+    beside it have to fit; None where a server has it. `context_tokens` is None if the model
+    declares no end and no cap is set.
     """
 
     context_tokens: int | None
-    memory_bytes: int
+    memory_bytes: int | None
     prefill_seconds: float
 
 
 def check_gates(
     need: Need,
-    spec: ModelSpec,
+    spec: ModelSpec | None,
     limits: Limits,
     *,
     predicted_prefill_seconds: float | None,
@@ -51,17 +52,14 @@ def check_gates(
 
     Args:
         need: exact counts of the templated prompt.
-        spec: the loaded model's shape.
+        spec: the loaded model's shape; None where a server runs it, and then the gates for
+            positions and KV bytes are left out: they are the server's.
         limits: what this machine has now.
         predicted_prefill_seconds: for `need.prompt_tokens`; None where it was not measured, and
             then that gate is left out.
         kv_dtype: the format of the cache; by default the model's own.
     """
     total = need.total_tokens
-    kv_bytes = kv_cache_bytes(spec, total, kv_dtype=kv_dtype)
-    kv_limit = max(0, limits.memory_bytes - peak_bytes(spec, total))
-    verdict = position_verdict(spec, total)
-    in_range = verdict in (PositionVerdict.NATIVE, PositionVerdict.EXTENDED)
     gates = [
         Gate(
             "tokens",
@@ -71,9 +69,18 @@ def check_gates(
             limits.context_tokens is None or total <= limits.context_tokens,
             need.route,
         ),
-        Gate("positions", total, position_limit(spec), "positions", in_range, need.route),
-        Gate("kv_bytes", kv_bytes, kv_limit, "bytes", kv_bytes <= kv_limit, need.route),
     ]
+    if spec is not None:
+        verdict = position_verdict(spec, total)
+        in_range = verdict in (PositionVerdict.NATIVE, PositionVerdict.EXTENDED)
+        gates.append(
+            Gate("positions", total, position_limit(spec), "positions", in_range, need.route)
+        )
+    if spec is not None and limits.memory_bytes is not None:
+        kv_bytes = kv_cache_bytes(spec, total, kv_dtype=kv_dtype)
+        kv_limit = max(0, limits.memory_bytes - peak_bytes(spec, total))
+        fits = kv_bytes <= kv_limit
+        gates.append(Gate("kv_bytes", kv_bytes, kv_limit, "bytes", fits, need.route))
     if predicted_prefill_seconds is not None:
         gates.append(
             Gate(

@@ -176,6 +176,7 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
                     yield [*turns, {**reply, "content": _reply(event.answer)}], event.answer
                     return
                 if isinstance(event, RouteChosen):
+                    written.clear()
                     status = f"{event.decision.route}: reading {event.read}"
                     reply = {**reply, "content": f"<i>{status} …</i>"}
                 elif isinstance(event, PrefillProgress):

@@ -129,7 +129,7 @@ def plan(
                 "question_class": decision.question_class,
                 "gates": [gate.to_json() for gate in decision.gates],
                 "document_tokens": planned.document_tokens,
-                "prompt_tokens": len(planned.prompt_ids),
+                "prompt_tokens": planned.prompt.num_tokens,
                 "longest_context_tokens": service.longest_context_tokens(),
                 "model": fathom.engine.name,
             }
@@ -140,7 +140,8 @@ def plan(
         verdict = "passed" if gate.passed else "FAILED"
         out.print(f"  {gate.route:<10} {verdict}  {describe(gate)}", markup=False)
     longest = service.longest_context_tokens()
-    out.print(f"longest context that fits {fathom.engine.name} here: {longest:,} tokens")
+    room = "no end" if longest is None else f"{longest:,} tokens"
+    out.print(f"longest context that fits {fathom.engine.name} here: {room}")
 
 
 @app.command(epilog="Examples: fathom receipt 1f2e3d4c5b6a  |  fathom receipt ID --json")

@@ -1,0 +1,152 @@
+"""Greedy decoding: one answer, or several in step, each ending in its own time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Any
+
+from rag.lm.chat_tokenizer import TextStream
+from rag.lm.engine import GenerationDone, GenerationStep, TextPiece
+from rag.lm.forward import forward
+from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
+from rag.lm.native_cache import merge, select
+from rag.lm.prefill import Prefilled
+from rag.lm.spec import ModelSpec
+
+# Most answers written in step: beyond, a row more costs a CPU nearly what it costs alone.
+_MOST_ROWS = 32
+# Of the memory that a batch may take, the share that its caches may plan to fill. While they are
+# joined each stands in memory twice.
+_BATCH_SHARE = 0.4
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One answer being written: its prompt's state, and what was written so far.
+
+    `decode_seconds` are those of every pass it took part in, in company or alone.
+    """
+
+    number: int
+    prompt_tokens: int
+    state: Prefilled
+    text: TextStream
+    new_tokens: int = 0
+    decode_seconds: float = 0.0
+    padding: int = field(default=0, init=False)
+
+    def stopped_early(self) -> GenerationDone:
+        """Return the last step of an answer whose prompt was not read to its end."""
+        held = measured_kv_bytes(self.state.cache)
+        return self.done(kv_tokens=self.state.num_tokens, kv_bytes=held, stopped=True)
+
+    def done(
+        self, *, kv_tokens: int, kv_bytes: int, stopped: bool = False, is_cut_off: bool = False
+    ) -> GenerationDone:
+        """Return the last step of this answer."""
+        return GenerationDone(
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.state.reused_tokens,
+            new_tokens=self.new_tokens,
+            kv_tokens=kv_tokens,
+            kv_bytes=kv_bytes,
+            prefill_seconds=self.state.seconds,
+            decode_seconds=self.decode_seconds,
+            stopped=stopped,
+            is_cut_off=is_cut_off,
+        )
+
+
+def batches(
+    prompts: Sequence[Sequence[int]], spec: ModelSpec, *, max_new_tokens: int, usable_bytes: int
+) -> list[list[int]]:
+    """Return the numbers of the prompts that are answered in step, the longest first.
+
+    A batch has the memory for all its caches, as long as the longest of them may become; a single
+    prompt is a batch whatever it takes.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+    found: list[list[int]] = []
+    for number in by_length:
+        if found:
+            row_bytes = kv_cache_bytes(spec, len(prompts[found[-1][0]]) + max_new_tokens)
+            rows = len(found[-1]) + 1
+            if rows <= _MOST_ROWS and rows * row_bytes <= _BATCH_SHARE * usable_bytes:
+                found[-1].append(number)
+                continue
+        found.append([number])
+    return found
+
+
+def decode(
+    model: Any,  # noqa: ANN401 - a causal model of transformers
+    rows: Sequence[Row],
+    *,
+    end_ids: frozenset[int],
+    max_new_tokens: int,
+    stop: Event,
+) -> Iterator[tuple[int, GenerationStep]]:
+    """Write on from prefilled prompts, all rows in step, until each has ended.
+
+    Shorter rows are padded at their front, where a mask hides it: each keeps its own positions, and
+    its windows hold its own tokens. A row writes what it would alone, as far as rounding goes: a
+    batch adds up in another order, which in 16 bits can tip a close choice. The bytes of a row are
+    its share of the batch's cache, padding included.
+
+    Yields:
+        Each row's number with its text pieces and, last, its GenerationDone.
+
+    Raises:
+        OutOfMemoryError: if memory runs out; every row not yet done is lost.
+    """
+    active = list(rows)
+    longest = max(row.state.num_tokens for row in active)
+    for row in active:
+        row.padding = longest - row.state.num_tokens
+    cache = merge([row.state.cache for row in active])
+    for row in active:
+        if len(active) > 1:  # joined: what a row held alone is no longer needed
+            row.state.cache.layers.clear()
+    while True:
+        ended: set[int] = set()
+        for row in active:
+            row.new_tokens += 1
+            is_end = row.state.next_id in end_ids
+            assert row.state.next_id is not None  # a prompt has a token, and it was computed
+            if not is_end and (piece := row.text.push(row.state.next_id)):
+                yield row.number, TextPiece(piece)
+            is_full = not is_end and row.new_tokens == max_new_tokens
+            if is_end or is_full or stop.is_set():
+                if piece := row.text.flush():
+                    yield row.number, TextPiece(piece)
+                yield (
+                    row.number,
+                    row.done(
+                        kv_tokens=cache.get_seq_length() - row.padding,
+                        kv_bytes=measured_kv_bytes(cache) // len(active),
+                        stopped=not is_end and not is_full,
+                        is_cut_off=is_full,
+                    ),
+                )
+                ended.add(row.number)
+        if ended:
+            left = [index for index, row in enumerate(active) if row.number not in ended]
+            active = [active[index] for index in left]
+            if not active:
+                return
+            select(cache, left)
+        begun = time.perf_counter()
+        logits = forward(
+            model,
+            [[row.state.next_id or 0] for row in active],
+            cache,
+            front_padding=[row.padding for row in active],
+        )
+        next_ids = logits[:, -1].argmax(-1).tolist()  # waits for the GPU
+        seconds = time.perf_counter() - begun
+        for row, next_id in zip(active, next_ids, strict=True):
+            row.state.next_id = next_id
+            row.decode_seconds += seconds
