@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf import GGUFWriter, TokenType
 
-from conftest import make_tiny_tokenizer
+from conftest import make_tiny_tokenizer, prompt_of
 from rag.errors import BrokenModelError, UnknownModelError, UnsupportedModelError
 from rag.lm import auto_model
 from rag.lm.auto_model import CPU_DEFAULT, GPU_DEFAULT, choose_auto, choose_for_gpu
