@@ -141,10 +141,7 @@ class AnsweringService:
         # 6. generate
         written: list[str] = []
         done: GenerationDone | None = None
-        predicted_seconds = self._engine.predicted_prefill_seconds(
-            len(plan.prompt_ids),
-            cached_tokens=self._engine.cached_tokens(list(plan.prompt_ids), plan.prefix),
-        )
+        predicted_seconds = self._predicted_seconds(list(plan.prompt_ids), plan.prefix)
         steps = self._engine.generate(
             list(plan.prompt_ids),
             max_new_tokens=self._settings.max_new_tokens,
@@ -265,9 +262,7 @@ class AnsweringService:
                 engine.spec,
                 limits,
                 predicted_prefill_seconds=(
-                    engine.predicted_prefill_seconds(
-                        num_tokens, cached_tokens=engine.cached_tokens(full_ids, prefix)
-                    )
+                    self._predicted_seconds(full_ids, prefix, num_tokens=num_tokens)
                     if needs_time
                     else None
                 ),
@@ -327,6 +322,20 @@ class AnsweringService:
                 break
             shared += 1
         return DocumentPrefix(shared, tuple(document.version_key for document in documents))
+
+    def _predicted_seconds(
+        self, prompt_ids: list[int], prefix: DocumentPrefix | None, *, num_tokens: int | None = None
+    ) -> float:
+        """Return the predicted seconds until a prompt is in the cache, loading what is kept too.
+
+        `num_tokens` is its length where it was not written out, being far too long.
+        """
+        return self._engine.load_seconds(
+            prompt_ids, prefix
+        ) + self._engine.predicted_prefill_seconds(
+            num_tokens or len(prompt_ids),
+            cached_tokens=self._engine.cached_tokens(prompt_ids, prefix),
+        )
 
     def _document_tokens(self, documents: Sequence[Document]) -> int:
         """Return the documents' length in the model's tokens, counted once and remembered."""

@@ -202,6 +202,11 @@ class LocalEngine:
             return 0
         return prefix.num_tokens if prefix else 0
 
+    def load_seconds(self, prompt_ids: list[int], prefix: DocumentPrefix | None) -> float:
+        """Return the seconds that reading what is kept from disk takes; 0 if it is in memory."""
+        key = self._kept_as(prompt_ids, prefix)
+        return self._document_kv.load_seconds(key) if key and self._document_kv else 0.0
+
     def generate(
         self,
         prompt_ids: list[int],
@@ -236,7 +241,9 @@ class LocalEngine:
         cache = self._new_cache()
         most_bytes = kv_cache_bytes(self._spec, len(prompt_ids) + max_new_tokens)
         key = self._kept_as(prompt_ids, prefix)
+        begun = time.perf_counter()
         reused = self._reuse(key, cache)
+        load_seconds = time.perf_counter() - begun if reused else 0.0
         self._make_room(most_bytes)
         boundary = prefix.num_tokens if prefix and key and not reused else 0
         kept: KeptPrefix | None = None
@@ -268,8 +275,10 @@ class LocalEngine:
             if piece := text.flush():
                 yield TextPiece(piece)
 
-        if kept is not None and self._document_kv:
-            self._document_kv.save(kept)
+        if self._document_kv:
+            if kept is not None:
+                self._document_kv.save(kept)
+            self._document_kv.save_rest()
         if cache.get_seq_length() >= len(prompt_ids):
             self._prefill_clock.observe(len(prompt_ids), prefill, cached_tokens=reused)
         ended = new_tokens > 0 and (next_id in end_ids or new_tokens == max_new_tokens)
@@ -279,7 +288,7 @@ class LocalEngine:
             kv_tokens=cache.get_seq_length(),
             new_tokens=new_tokens,
             kv_bytes=measured_kv_bytes(cache),
-            prefill_seconds=prefill,
+            prefill_seconds=load_seconds + prefill,
             decode_seconds=decode,
             stopped=stop.is_set() and not ended,
         )
