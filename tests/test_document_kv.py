@@ -247,7 +247,8 @@ def test_a_stop_within_the_document_keeps_nothing(tmp_path: Path) -> None:
 
 
 def test_an_abandoned_question_keeps_the_whole_document_or_nothing(tmp_path: Path) -> None:
-    engine = engine_with(DocumentKV(tmp_path, memory_bytes=8 * MIB, disk_bytes=0))
+    """In memory at once; on disk with the next answer, for who abandons it waits for nothing."""
+    engine = engine_with(DocumentKV(tmp_path, memory_bytes=8 * MIB, disk_bytes=8 * MIB))
     prompt = prompt_of(random_ids(DOCUMENT, seed=1) + random_ids(ASKED, seed=2))
     prefix = DocumentPrefix(DOCUMENT, ("1:1:a",))
     steps = engine.generate(prompt, max_new_tokens=4, stop=Event(), prefix=prefix)
@@ -256,7 +257,35 @@ def test_an_abandoned_question_keeps_the_whole_document_or_nothing(tmp_path: Pat
     assert isinstance(steps, Iterator)
     steps.close()  # type: ignore[attr-defined]
     assert engine.cached_tokens(prompt, prefix) == DOCUMENT
+    assert list(tmp_path.glob("*.safetensors")) == []
     assert ask(engine, 2)[0].reused_tokens == DOCUMENT
+    restarted = engine_with(on_disk(tmp_path, 8 * MIB))
+    assert restarted.cached_tokens(prompt, prefix) == DOCUMENT
+
+
+def test_loading_from_disk_is_part_of_the_prediction_and_of_the_seconds(tmp_path: Path) -> None:
+    documents = DocumentKV(tmp_path, memory_bytes=8 * MIB, disk_bytes=8 * MIB)
+    engine = engine_with(documents)
+    prompt = prompt_of(random_ids(DOCUMENT, seed=1) + random_ids(ASKED, seed=2))
+    prefix = DocumentPrefix(DOCUMENT, ("1:1:a",))
+    assert engine.load_seconds(prompt, prefix) == 0.0  # nothing is kept
+    ask(engine, 2)
+    assert engine.load_seconds(prompt, prefix) == 0.0  # it is in memory
+    assert engine.load_seconds(prompt, None) == 0.0
+    folder = on_disk(tmp_path, 8 * MIB)
+    restarted = engine_with(folder)
+    (file,) = tmp_path.glob("*.safetensors")
+    size = file.stat().st_size
+    sampled = restarted.load_seconds(prompt, prefix)
+    assert folder._bytes_per_second is not None
+    assert sampled == size / folder._bytes_per_second > 0
+    folder._bytes_per_second = 1.0  # a very slow disk
+    assert restarted.load_seconds(prompt, prefix) == size
+    done, _ = ask(restarted, 2)
+    assert done.reused_tokens == DOCUMENT
+    assert 0 < restarted.load_seconds(prompt, prefix) < size  # it knows better now
+    file.unlink()
+    assert restarted.load_seconds(prompt, prefix) == 0.0
 
 
 def test_the_prediction_counts_only_what_is_not_kept(tmp_path: Path) -> None:
@@ -428,6 +457,31 @@ def test_two_processes_share_the_folder(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 300 * 1024
 
 
+def test_a_lowered_budget_deletes_what_it_has_no_room_for(tmp_path: Path) -> None:
+    documents = on_disk(tmp_path, 300 * 1024)
+    for number in range(3):
+        documents.save(kept_of(key_of(number), tokens=70))
+        os.utime(documents._path(key_of(number)), (number, number))
+    on_disk(tmp_path, 200 * 1024).shrink()
+    assert [documents.has(key_of(n)) for n in range(3)] == [False, True, True]
+    on_disk(tmp_path, 0).shrink()
+    assert [path.name for path in tmp_path.iterdir()] == ["document_kv.lock"]
+    on_disk(tmp_path / "never", 0).shrink()
+    assert not (tmp_path / "never").exists()
+
+
+def test_an_evicted_prefix_is_not_written_again_with_every_answer(tmp_path: Path) -> None:
+    documents = DocumentKV(tmp_path, memory_bytes=MIB, disk_bytes=200 * 1024)
+    for number in range(3):
+        documents.keep(kept_of(key_of(number), tokens=70))
+        documents.save_rest()
+        os.utime(documents._path(key_of(number)), (number, number))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    documents.save_rest()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not documents._path(key_of(0)).exists()
+
+
 def test_what_a_crash_left_half_written_goes_with_the_next_writing(tmp_path: Path) -> None:
     (tmp_path / f"{key_of(9)}.tmp").write_bytes(b"half")
     documents = on_disk(tmp_path)
@@ -526,6 +580,60 @@ def test_deleting_a_document_deletes_its_kv(keeping: Fathom) -> None:
     keeping.delete(keeping.documents()[0].id)
     assert [path.name for path in folder.iterdir()] == ["document_kv.lock"]
     assert keeping.document_kv.memory_used_bytes == 0
+
+
+def test_deleting_a_collection_deletes_the_kv_of_its_documents(
+    keeping: Fathom, tmp_path: Path
+) -> None:
+    full(keeping, "What is the harbour fee?")
+    other = tmp_path / "other.md"
+    other.write_text("# Lights\n\nThe north beacon flashes green every four seconds.\n")
+    stays = keeping.ingest(other).document
+    keeping.service().answer("north?", document_ids=[stays.id], route=Route.FULL)
+    keeping.store.add_to_collection("harbour", [1])
+    folder = keeping.settings.document_kv_dir
+    assert len(list(folder.glob("*.safetensors"))) == 2
+    keeping.delete_collection("harbour")
+    (path,) = folder.glob("*.safetensors")
+    assert keeping.document_kv.strays({stays.version_key}) == []
+    assert keeping.document_kv.memory_used_bytes == path.stat().st_size - _header_bytes(path)
+
+
+def _header_bytes(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_after_a_deletion_no_file_in_home_holds_the_document(keeping: Fathom) -> None:
+    """Neither its words nor any stretch of its keys and values."""
+    full(keeping, "What is the harbour fee?")
+    home = keeping.settings.home
+    held = [
+        t.view(torch.uint8).numpy().tobytes()[:64]
+        for kept in keeping.document_kv._kept.values()
+        for layer in kept.layers
+        for t in (layer[0].flatten(), layer[1].flatten())
+    ]
+    needles = [b"crowns a night", b"Berth seven", *held]
+    assert len(held) == 4
+
+    def found() -> set[bytes]:
+        files = [path.read_bytes() for path in home.rglob("*") if path.is_file()]
+        return {needle for needle in needles if any(needle in data for data in files)}
+
+    assert found() == set(needles)
+    keeping.delete(keeping.documents()[0].id)
+    assert found() == set()
+
+
+def test_a_budget_of_nothing_erases_what_an_earlier_one_wrote(
+    keeping: Fathom, settings: Settings
+) -> None:
+    full(keeping, "What is the harbour fee?")
+    folder = settings.document_kv_dir
+    assert len(list(folder.glob("*.safetensors"))) == 1
+    later = Fathom(settings.model_copy(update={"document_kv_disk_bytes": 0}))
+    assert later.document_kv.memory_used_bytes == 0
+    assert list(folder.glob("*.safetensors")) == []
 
 
 def test_doctor_names_strays_and_repair_removes_them(keeping: Fathom) -> None:

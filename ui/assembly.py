@@ -121,12 +121,14 @@ class Fathom:
     @cached_property
     def document_kv(self) -> DocumentKV:
         """The caches of documents that the language model has read."""
-        return DocumentKV(
+        documents = DocumentKV(
             self.settings.document_kv_dir,
             memory_bytes=self.settings.document_kv_memory_bytes,
             disk_bytes=self.settings.document_kv_disk_bytes,
             is_there=self._are_there,
         )
+        documents.shrink()
+        return documents
 
     @cached_property
     def index(self) -> VectorIndex:

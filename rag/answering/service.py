@@ -151,10 +151,7 @@ class AnsweringService:
             yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
 
             # 6. generate
-            predicted_seconds = self._engine.predicted_prefill_seconds(
-                plan.prompt.num_tokens,
-                cached_tokens=self._engine.cached_tokens(plan.prompt, plan.prefix),
-            )
+            predicted_seconds = self._predicted_seconds(plan.prompt, plan.prefix)
             written: list[str] = []
             done: GenerationDone | None = None
             try:
@@ -363,9 +360,7 @@ class AnsweringService:
                 engine.spec,
                 limits,
                 predicted_prefill_seconds=(
-                    engine.predicted_prefill_seconds(
-                        num_tokens, cached_tokens=engine.cached_tokens(full_prompt, prefix)
-                    )
+                    self._predicted_seconds(full_prompt, prefix, num_tokens=num_tokens)
                     if needs_time
                     else None
                 ),
@@ -530,6 +525,20 @@ class AnsweringService:
                 break
             shared += 1
         return DocumentPrefix(shared, tuple(document.version_key for document in documents))
+
+    def _predicted_seconds(
+        self, prompt: Prompt, prefix: DocumentPrefix | None, *, num_tokens: int | None = None
+    ) -> float | None:
+        """Return the predicted seconds until a prompt is in the cache, loading what is kept too.
+
+        `num_tokens` is its length where it was not written out, being far too long. None where a
+        server reads it.
+        """
+        seconds = self._engine.predicted_prefill_seconds(
+            num_tokens or prompt.num_tokens,
+            cached_tokens=self._engine.cached_tokens(prompt, prefix),
+        )
+        return None if seconds is None else seconds + self._engine.load_seconds(prompt, prefix)
 
     def _document_tokens(self, documents: Sequence[Document]) -> int:
         """Return the documents' length in the model's tokens, counted once and remembered."""

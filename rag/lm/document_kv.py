@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _LOCK = "document_kv.lock"
 # Names, shapes and metadata that stand before the tensors of a file, at most.
 _HEADER_BYTES = 64 * 1024
+# Read and checked once to know how fast loading is here, before anything was loaded.
+_SAMPLE_BYTES = 2**24
 # Families that keep a state outside the layers of the cache: the layers alone would not be all.
 _STATE_ELSEWHERE = frozenset({"minimax", "recurrent_gemma"})
 
@@ -130,6 +133,8 @@ class DocumentKV:
         self._disk_bytes = disk_bytes
         self._is_there = is_there
         self._kept: OrderedDict[str, KeptPrefix] = OrderedDict()  # least recently used first
+        self._written: set[str] = set()  # the keys that this process need not write again
+        self._bytes_per_second: float | None = None  # of loading from disk
         self._lock = Lock()
 
     @property
@@ -142,6 +147,28 @@ class DocumentKV:
         """Say whether a prefix is kept here; that a file is sound is checked when it is loaded."""
         with self._lock:
             return key in self._kept or (self._disk_bytes > 0 and self._path(key).is_file())
+
+    def load_seconds(self, key: str) -> float:
+        """Return the seconds that `load` is going to take: 0 in memory, or where nothing is kept.
+
+        From disk they are the file's bytes over the speed of the last loading, or, before the
+        first, of reading and checking the beginning of this one.
+        """
+        with self._lock:
+            if key in self._kept or not self._disk_bytes:
+                return 0.0
+        path = self._path(key)
+        try:
+            num_bytes = path.stat().st_size
+            if self._bytes_per_second is None and num_bytes:
+                begun = time.perf_counter()
+                with path.open("rb") as file:
+                    sample = file.read(_SAMPLE_BYTES)
+                hashlib.sha256(sample).digest()
+                self._bytes_per_second = len(sample) / (time.perf_counter() - begun)
+        except OSError:
+            return 0.0
+        return num_bytes / self._bytes_per_second if self._bytes_per_second else 0.0
 
     def load(self, key: str, device: str) -> KeptPrefix | None:
         """Return a kept prefix with its tensors on `device`, None if there is none."""
@@ -179,6 +206,7 @@ class DocumentKV:
         """Write a prefix to disk durably; where that fails, log it and keep none."""
         from safetensors import SafetensorError
 
+        self._written.add(kept.key)
         if kept.num_bytes + _HEADER_BYTES > self._disk_bytes:
             return
         try:
@@ -189,6 +217,25 @@ class DocumentKV:
                 self._write(kept)
         except (OSError, SafetensorError) as error:
             logger.warning("document KV was not written: %s", error)
+
+    def save_rest(self) -> None:
+        """Write what memory holds and was never written: its question was abandoned."""
+        with self._lock:
+            rest = [kept for key, kept in self._kept.items() if key not in self._written]
+        for kept in rest:
+            self.save(kept)
+
+    def shrink(self) -> None:
+        """Delete the files used longest ago that the budget has no room for; with 0, all of them.
+
+        The budget may have been lowered since they were written.
+        """
+        try:
+            if self._folder.is_dir():
+                with self._locked():
+                    self._make_room_on_disk(0)
+        except OSError as error:
+            logger.warning("document KV beyond its budget was not deleted: %s", error)
 
     def forget(self, documents: set[str]) -> None:
         """Drop every prefix that holds one of these document versions, here and on disk."""
@@ -239,7 +286,11 @@ class DocumentKV:
         try:
             # Opening a file and mapping its tensors are two steps: nobody may delete it between.
             with self._locked(fcntl.LOCK_SH):
-                return _read_file(path, device)
+                begun = time.perf_counter()
+                kept = _read_file(path, device)
+                self._bytes_per_second = kept.num_bytes / (time.perf_counter() - begun)
+            self._written.add(key)
+            return kept
         except FileNotFoundError:
             return None
         except _damage() as error:

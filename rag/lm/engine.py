@@ -145,6 +145,9 @@ class Engine(Protocol):
     def cached_tokens(self, prompt: Prompt, prefix: DocumentPrefix | None) -> int:
         """Return how many of the prompt's first tokens need no prefill, because they are kept."""
 
+    def load_seconds(self, prompt: Prompt, prefix: DocumentPrefix | None) -> float:
+        """Return the seconds that fetching what is kept takes; 0 if it is in memory, or nothing."""
+
     def generate(
         self,
         prompt: Prompt,

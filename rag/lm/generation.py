@@ -53,7 +53,7 @@ class Row:
             new_tokens=self.new_tokens,
             kv_tokens=kv_tokens,
             kv_bytes=kv_bytes,
-            prefill_seconds=self.state.seconds,
+            prefill_seconds=self.state.load_seconds + self.state.seconds,
             decode_seconds=self.decode_seconds,
             stopped=stopped,
             is_cut_off=is_cut_off,

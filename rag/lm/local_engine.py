@@ -218,6 +218,10 @@ class LocalEngine:
         """Return how many of the prompt's first tokens need no prefill, because they are kept."""
         return self._prefill.cached_tokens(prompt.ids, prefix)
 
+    def load_seconds(self, prompt: Prompt, prefix: DocumentPrefix | None) -> float:
+        """Return the seconds that reading what is kept from disk takes; 0 if it is in memory."""
+        return self._prefill.load_seconds(prompt.ids, prefix)
+
     def generate(
         self,
         prompt: Prompt,

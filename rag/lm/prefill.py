@@ -28,14 +28,15 @@ _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 class Prefilled:
     """How far one prompt has come: the first `num_tokens` of it are in `cache`.
 
-    `reused_tokens` of them were not computed for it; the rest took `seconds`. `next_id` is the
-    likeliest token after them, None as long as nothing was computed.
+    `reused_tokens` of them were not computed for it, but fetched in `load_seconds`; the rest took
+    `seconds`. `next_id` is the likeliest token after them, None as long as nothing was computed.
     """
 
     cache: Cache
     num_tokens: int
     reused_tokens: int
     seconds: float = 0.0
+    load_seconds: float = 0.0
     next_id: int | None = None
 
 
@@ -87,6 +88,11 @@ class Prefill:
             return 0
         return prefix.num_tokens if prefix else 0
 
+    def load_seconds(self, prompt_ids: Sequence[int], prefix: DocumentPrefix | None) -> float:
+        """Return the seconds that reading what is kept from disk takes; 0 if it is in memory."""
+        key = self._key(prompt_ids, prefix)
+        return self._document_kv.load_seconds(key) if key and self._document_kv else 0.0
+
     def release(self, num_bytes: int) -> None:
         """Drop kept caches, least recently used first, until `num_bytes` are free or none is left.
 
@@ -129,7 +135,9 @@ class Prefill:
             boundary, prefix = 0, None
         key = self._key(prompts[0], prefix)
         first = native_cache(model.config)
+        begun = time.perf_counter()
         reused = self._reuse(key, first, model)
+        load_seconds = time.perf_counter() - begun if reused else 0.0
         self.release(most_bytes)  # only now: what is reused may be what goes
         is_shared = len(prompts) > 1 and boundary > 0
         base = branch(first, 1) if is_shared and reused else None
@@ -137,7 +145,7 @@ class Prefill:
             if stop.is_set():
                 break
             if number == 0:
-                state = Prefilled(first, reused, reused)
+                state = Prefilled(first, reused, reused, load_seconds=load_seconds)
             elif base is not None:
                 state = Prefilled(branch(base, 1), boundary, boundary)
             else:
@@ -154,15 +162,17 @@ class Prefill:
                 state.num_tokens = end
                 if end == boundary and not state.reused_tokens:
                     if prefix and key:
-                        self._unsaved = self._keep(key, prefix, state.cache, most_bytes)
+                        self._keep(key, prefix, state.cache, most_bytes)
                     if is_shared:
                         base = branch(state.cache, 1)
                 yield number, state
 
     def save(self) -> None:
         """Write to disk what was kept since the last time; an answer should not wait for that."""
-        if self._unsaved is not None and self._document_kv:
-            self._document_kv.save(self._unsaved)
+        if self._document_kv:
+            if self._unsaved is not None:  # the memory may have no room for it
+                self._document_kv.save(self._unsaved)
+            self._document_kv.save_rest()
         self._unsaved = None
 
     def _check_room(self, start: int, end: int) -> None:
@@ -199,21 +209,18 @@ class Prefill:
         restore(kept, cache)
         return kept.num_tokens
 
-    def _keep(
-        self, key: str, prefix: DocumentPrefix, cache: Cache, most_bytes: int
-    ) -> KeptPrefix | None:
+    def _keep(self, key: str, prefix: DocumentPrefix, cache: Cache, most_bytes: int) -> None:
         """Keep what the cache holds at the end of the documents, if there is room beside it.
 
         The answer grows a second copy, `most_bytes` long, while the kept tensors stay.
         """
         if self._document_kv is None or self._unused_bytes() - self._reserve_bytes < most_bytes:
-            return None
+            return
         layers = snapshot(cache, self.spec.model_type)
-        if layers is None:
-            return None
-        kept = KeptPrefix(key, prefix.documents, prefix.num_tokens, layers)
-        self._document_kv.keep(kept)
-        return kept
+        if layers is not None:
+            kept = KeptPrefix(key, prefix.documents, prefix.num_tokens, layers)
+            self._document_kv.keep(kept)
+            self._unsaved = kept
 
     def _unused_bytes(self) -> int:
         return free_device_bytes(self._device_type)

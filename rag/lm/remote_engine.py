@@ -128,6 +128,10 @@ class RemoteEngine:
         """Return 0: what the server keeps it tells afterwards, if at all."""
         return 0
 
+    def load_seconds(self, prompt: Prompt, prefix: DocumentPrefix | None) -> float:
+        """Return 0: nothing is kept here."""
+        return 0.0
+
     def generate(
         self,
         prompt: Prompt,
