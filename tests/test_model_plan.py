@@ -11,18 +11,23 @@ import pytest
 import torch
 import typer
 from transformers import AutoConfig, DynamicCache
+from typer.testing import CliRunner
 
 from rag.errors import FathomError, UnknownModelError, UnsupportedModelError
 from rag.lm.known_models import find_known_model, known_models
 from rag.lm.kv_bytes import KVDtype, kv_cache_bytes, measured_kv_bytes
 from rag.lm.model_facts import find_model_facts
 from rag.lm.peak_bytes import peak_bytes
+from rag.lm.prefill_rate import PrefillClock
 from rag.lm.spec import ModelSpec
 from rag.routing.model_plan import ModelPlan, longest_context, plan_model
 from rag.settings import Settings
+from rag.store.calibrations import CalibrationStore
+from rag.store.database import Database
 from tiny_families import tiny_config, tiny_model
+from ui.cli import app
 from ui.plots import draw_model_plan
-from ui.verbs.model_plan import parse_kv_dtype, parse_size
+from ui.verbs.model_plan import parse_kv_dtype, parse_size, remembered_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -137,6 +142,9 @@ def test_positions_and_a_cap_end_the_context_and_a_slow_prefill_fails() -> None:
         "positions",
         "prefill_seconds",
     ]
+    slow = tiny_plan(2**40, reserve_bytes=0, predicted_prefill_seconds=61.0)
+    assert slow.fits
+    assert not slow.gates[-1].passed
 
 
 def test_a_quantised_cache_takes_its_share() -> None:
@@ -236,11 +244,24 @@ def test_the_verb_tells_people_and_refuses_what_does_not_go_together(tmp_path: P
     assert "longest context that fits: 2,048 tokens" in done.stdout
     assert "not measured here" in done.stdout
     for wrong in (("--tokens", "4096", "-d", "1"), ("--plot", "x.png"), (*here, "--plot", "x.doc")):
-        assert plan_verb(tmp_path, *wrong).returncode == 2
-    unknown = plan_verb(tmp_path, "--model", "gpt-9", "--tokens", "10")
-    assert unknown.returncode == 1
-    assert "gpt-9" in unknown.stderr
-    assert "Traceback" not in unknown.stderr
+        assert CliRunner().invoke(app, ["plan", *wrong]).exit_code == 2
+
+
+def test_a_rate_that_the_library_remembers_is_used(tmp_path: Path, settings: Settings) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    here = settings.model_copy(update={"model": str(tmp_path / "model"), "device": "cpu"})
+    facts = find_model_facts(here.model, here)
+    assert remembered_seconds(facts.name, facts.spec, 900, here) is None
+    assert not here.home.exists()
+    clock = PrefillClock(
+        facts.spec,
+        model_name=facts.name,
+        device_type="cpu",
+        calibrations=CalibrationStore(Database(here.resolved_database_url)),
+    )
+    clock.measure(model)
+    assert remembered_seconds(facts.name, facts.spec, 900, here) == clock.seconds(900)
 
 
 @pytest.mark.parametrize(

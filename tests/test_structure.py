@@ -40,6 +40,7 @@ def test_heavy_libraries_have_one_home() -> None:
         "pikepdf": {"ingest/readers/pdf.py"},
         "kreuzberg": {"ingest/readers/office.py"},
         "httpx": {"ingest/sources.py", "rag/lm/model_server.py"},
+        "matplotlib": {"ui/plots.py"},
     }
     for library, allowed in homes.items():
         users = {

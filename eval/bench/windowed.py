@@ -125,23 +125,10 @@ def load_checked_model(name: str, settings: Settings) -> WindowedModel:
         ModelFetchError: if it has not been fetched.
         UnsupportedModelError: if a window cannot be fitted to it.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from rag.lm.catalog import resolve_model
-    from rag.lm.device import choose_device
+    from rag.lm.loading import open_model
     from rag.lm.windowed_attention import check_windowed
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    device = choose_device(settings)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        resolve_model(name, settings),
-        dtype=torch.bfloat16 if device.type == "cuda" else "auto",
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    return check_windowed(model.to(device).eval())
+    return check_windowed(open_model(name, settings).load())
 
 
 def peak_allocated_bytes(work: Callable[[], Any], device: str) -> int:

@@ -74,7 +74,7 @@ def show_model_plan(
         kv_dtype=dtype,
         max_context_tokens=settings.max_context_tokens,
         prefill_deadline_seconds=settings.prefill_deadline_seconds,
-        predicted_prefill_seconds=_remembered_seconds(facts.name, facts.spec, tokens, settings),
+        predicted_prefill_seconds=remembered_seconds(facts.name, facts.spec, tokens, settings),
     )
     if plot is not None:
         from ui.plots import draw_model_plan
@@ -88,9 +88,7 @@ def show_model_plan(
         out.print(f"drawn in {plot}", markup=False)
 
 
-def _remembered_seconds(
-    name: str, spec: ModelSpec, tokens: int, settings: Settings
-) -> float | None:
+def remembered_seconds(name: str, spec: ModelSpec, tokens: int, settings: Settings) -> float | None:
     """Return the prefill seconds by a rate that this library remembers, None if it has none."""
     url = settings.resolved_database_url
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
