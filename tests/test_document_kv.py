@@ -663,16 +663,25 @@ def test_doctor_names_strays_and_repair_removes_them(keeping: Fathom) -> None:
 
 
 @pytest.mark.model
-def test_smollm2_gives_the_logits_of_a_fresh_prefill(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 1.0)])
+def test_smollm2_gives_the_logits_of_a_fresh_prefill(
+    tmp_path: Path, dtype: torch.dtype, tolerance: float
+) -> None:
+    """The very same ones where the chunks are the same; elsewhere the number format rounds.
+
+    In bfloat16 two fresh prefills in other chunks differ by up to 0.6 (seen), at a standard
+    deviation of 2.6 of the logits: that is the tolerance, not what keeping adds.
+    """
     try:
         folder = resolve_model("smollm2-135m", Settings())
     except ModelFetchError:
         pytest.skip("smollm2-135m is not fetched (make test fetches it)")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, local_files_only=True
+        folder, config=config, dtype=dtype, local_files_only=True
     )
     document = torch.tensor([random_ids(300, seed=1)])
+    question = torch.tensor([random_ids(ASKED, seed=2)])
     cache = DynamicCache(config=config)
     logits_of(model, document, cache)
     layers = snapshot(cache, config.model_type)
@@ -685,9 +694,9 @@ def test_smollm2_gives_the_logits_of_a_fresh_prefill(tmp_path: Path) -> None:
     assert read is not None
     again = DynamicCache(config=config)
     restore(read, again)
-    question = torch.tensor([random_ids(ASKED, seed=2)])
-    found = logits_of(model, question, again)
+    found = logits_of(model, question, again).float()
+    assert torch.equal(found, logits_of(model, question, cache).float())
     whole = torch.cat([document, question], dim=1)
-    fresh = logits_of(model, whole, DynamicCache(config=config))[-ASKED:]
-    assert (found - fresh).abs().max() < 1e-3
-    assert bool((found.argmax(-1) == fresh.argmax(-1)).all())
+    fresh = logits_of(model, whole, DynamicCache(config=config))[-ASKED:].float()
+    assert (found - fresh).abs().max() < tolerance
+    assert bool(found[-1].argmax() == fresh[-1].argmax())
