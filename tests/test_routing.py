@@ -6,7 +6,7 @@ from rag.errors import ModelError
 from rag.lm.local_engine import LocalEngine
 from rag.lm.peak_bytes import peak_bytes
 from rag.routing.gates import Limits, Need, check_gates, describe, failed
-from rag.routing.question_class import classify_question
+from rag.routing.question_class import ClassifiedQuestion, classify_question
 from rag.routing.router import decide_route
 from rag.types import Gate, QuestionClass, Route
 
@@ -61,13 +61,15 @@ def test_gates_by_hand(
     ],
 )
 def test_question_classes(question: str, expected: QuestionClass) -> None:
-    assert classify_question(question) is expected
+    assert classify_question(question).question_class is expected
 
 
 def _gate(name: str, route: Route, *, passed: bool) -> Gate:
     return Gate(name, 10_000, 8192, "tokens", passed, route)
 
 
+LOOKUP = ClassifiedQuestion(QuestionClass.LOOKUP, "a test")
+SUMMARY = ClassifiedQuestion(QuestionClass.SUMMARY, "a test")
 FITS = (_gate("tokens", Route.FULL, passed=True), _gate("tokens", Route.RETRIEVAL, passed=True))
 TOO_LONG = (_gate("tokens", Route.FULL, passed=False), FITS[1])
 SLOW = (Gate("prefill_seconds", 99, 60, "seconds", False, Route.FULL), *FITS)
@@ -88,7 +90,7 @@ SLOW = (Gate("prefill_seconds", 99, 60, "seconds", False, Route.FULL), *FITS)
 def test_routes(gates: tuple[Gate, ...], asked: Route | None, route: Route, words: str) -> None:
     decision = decide_route(
         gates,
-        QuestionClass.LOOKUP,
+        LOOKUP,
         document_tokens=9000,
         retrieval_tokens=1024,
         asked_for=asked,
@@ -98,16 +100,14 @@ def test_routes(gates: tuple[Gate, ...], asked: Route | None, route: Route, word
 
 
 def test_a_summary_by_retrieval_is_warned_about() -> None:
-    decision = decide_route(
-        TOO_LONG, QuestionClass.SUMMARY, document_tokens=9000, retrieval_tokens=1024
-    )
+    decision = decide_route(TOO_LONG, SUMMARY, document_tokens=9000, retrieval_tokens=1024)
     assert "may be missing" in decision.reason
 
 
 def test_a_prompt_that_fits_nowhere_is_an_error() -> None:
     gates = (_gate("kv_bytes", Route.RETRIEVAL, passed=False),)
     with pytest.raises(ModelError, match="even the retrieved passages"):
-        decide_route(gates, QuestionClass.LOOKUP, document_tokens=1, retrieval_tokens=1)
+        decide_route(gates, LOOKUP, document_tokens=1, retrieval_tokens=1)
 
 
 def test_gates_in_words() -> None:

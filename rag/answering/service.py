@@ -11,6 +11,7 @@ from threading import Event
 
 from rag.answering.citations import nearest_citation, resolve_citations
 from rag.answering.context import Context, full_context, retrieved_context
+from rag.answering.counting import Counted, answer_by_count, count_from_text
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
 from rag.errors import EmptyLibraryError, FathomError, ModelError, OutOfMemoryError
 from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgress, Prompt, TextPiece
@@ -19,7 +20,7 @@ from rag.retrieval.retriever import Retriever
 from rag.routing.gates import Limits, Need, check_gates
 from rag.routing.model_plan import longest_context
 from rag.routing.question_class import classify_question
-from rag.routing.router import decide_route
+from rag.routing.router import counted_decision, decide_route
 from rag.settings import Settings
 from rag.store.documents import DocumentStore
 from rag.store.receipts import ReceiptStore
@@ -79,6 +80,7 @@ class Plan:
     """What would be done with a question, before the model reads a token.
 
     `prefix` is the part of the prompt that another question would share, None if it is not kept.
+    `counted` is the answer where the text itself proves a count; the model then has nothing to do.
     """
 
     decision: RouteDecision
@@ -87,6 +89,7 @@ class Plan:
     prefix: DocumentPrefix | None
     document_tokens: int
     retrieve_seconds: float
+    counted: Counted | None = None
 
 
 class AnsweringService:
@@ -145,6 +148,20 @@ class AnsweringService:
 
         # 1-5. count, classify, retrieve, decide, build the prompt
         plan = self.plan(question, documents, route=route, calibrate=True)
+        if plan.counted:
+            read = self._read_extent(plan, documents)
+            yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
+            answer = answer_by_count(
+                plan.counted,
+                plan.decision,
+                read,
+                total_seconds=time.perf_counter() - started,
+                model=self._engine.name,
+                embedder=self._retriever.embedder_name,
+            )
+            self._receipts.save(question, answer, [document.id for document in documents])
+            yield AnswerReady(answer)
+            return
         escalations: list[str] = []
         while True:
             read = self._read_extent(plan, documents)
@@ -245,6 +262,9 @@ class AnsweringService:
             started[number] = time.perf_counter()
             try:
                 plan = self.plan(questions[number], documents, route=route, calibrate=True)
+                if plan.decision.route is Route.SCAN:  # nothing to share with others
+                    yield number, self._answer_alone(questions[number], documents, route, stop)
+                    continue
             except FathomError as error:
                 yield number, error
             else:
@@ -322,6 +342,12 @@ class AnsweringService:
         settings, engine = self._settings, self._engine
         retrieval_tokens = retrieval_tokens or settings.retrieval_tokens
         document_tokens = self._document_tokens(documents)
+        if route in (None, Route.SCAN):
+            counted = count_from_text(question, documents, self._store)
+            if counted:
+                decision = counted_decision(counted.reason)
+                nothing = Prompt((), 0)
+                return Plan(decision, Context((), 0, 0), nothing, None, document_tokens, 0, counted)
 
         retrieve_started = time.perf_counter()
         hits = self._retriever.retrieve(question, documents, num_candidates=settings.num_candidates)
@@ -489,6 +515,7 @@ class AnsweringService:
                 escalations=tuple(escalations),
                 model=self._engine.name,
                 embedder=self._retriever.embedder_name,
+                class_reason=plan.decision.class_reason,
                 prompt_sha256=_prompt_sha256(plan.prompt),
             ),
         )
@@ -564,7 +591,7 @@ class AnsweringService:
     def _read_extent(self, plan: Plan, documents: Sequence[Document]) -> ReadExtent:
         of_chunks = sum(document.num_chunks for document in documents)
         num_tokens = min(plan.context.num_tokens, plan.document_tokens)
-        if plan.decision.route is Route.FULL:
+        if plan.decision.route is not Route.RETRIEVAL:
             return ReadExtent(plan.document_tokens, plan.document_tokens, of_chunks, of_chunks, "")
         left_out = of_chunks - plan.context.num_chunks
         return ReadExtent(
