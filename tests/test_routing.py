@@ -1,5 +1,7 @@
 """Gates, question classes and the route: numbers worked by hand."""
 
+from functools import partial
+
 import pytest
 
 from rag.errors import ModelError
@@ -102,6 +104,19 @@ def test_routes(gates: tuple[Gate, ...], asked: Route | None, route: Route, word
 def test_a_summary_by_retrieval_is_warned_about() -> None:
     decision = decide_route(TOO_LONG, SUMMARY, document_tokens=9000, retrieval_tokens=1024)
     assert "may be missing" in decision.reason
+
+
+def test_a_summary_that_does_not_fit_is_scanned_where_a_window_fits() -> None:
+    fits, too_wide = (_gate("kv_bytes", Route.SCAN, passed=passed) for passed in (True, False))
+    decide = partial(decide_route, document_tokens=9000, retrieval_tokens=1024)
+    scanned = decide((*TOO_LONG, fits), SUMMARY)
+    assert scanned.route is Route.SCAN
+    assert "needs everything, so it is read in windows" in scanned.reason
+    assert decide((*TOO_LONG, fits), LOOKUP).route is Route.RETRIEVAL
+    refused = decide((*TOO_LONG, too_wide), SUMMARY, asked_for=Route.SCAN)
+    assert refused.route is Route.RETRIEVAL
+    assert "a scan was asked for but fails a gate: kv_bytes" in refused.reason
+    assert decide((*FITS, fits), SUMMARY).route is Route.FULL
 
 
 def test_a_prompt_that_fits_nowhere_is_an_error() -> None:

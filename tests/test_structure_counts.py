@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import INGEST_DOCS, HashEmbedder, make_tiny_engine
+from documents import docx_parts, pdf_line, write_pdf
 from ingest.readers.chat import chat_sections
 from ingest.readers.data import read_json
 from ingest.readers.text import markdown_headings
@@ -337,6 +338,15 @@ def test_words_and_numbers() -> None:
     assert numbering_words([1, 2, 5]) == "numbered 1 to 5; 3 and 4 are missing"
 
 
+def test_a_page_without_text_is_counted_and_not_quoted(library: Fathom, tmp_path: Path) -> None:
+    path = write_pdf(tmp_path / "a.pdf", [pdf_line("First page."), "", pdf_line("Third page.")])
+    answer = _ask(library, path, "How many pages does the document have?")
+    assert answer.answer.startswith("3 pages.")
+    assert "without text among them: 1" in answer.answer
+    assert "2 of them are quoted" in answer.answer
+    assert [c.page for c in answer.citations] == [1, 3]
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), number=st.integers(3, 60))
 def test_n_items_of_any_shape_count_n_and_are_quoted(data: st.DataObject, number: int) -> None:
@@ -386,8 +396,6 @@ def test_real_books(name: str, noun: str, number: int) -> None:
 
 
 def _write_docx_table(path: Path, rows: list[list[str]]) -> None:
-    from documents import docx_parts
-
     cells = "".join(
         "<w:tr>"
         + "".join(f"<w:tc><w:p><w:r><w:t>{cell}</w:t></w:r></w:p></w:tc>" for cell in row)

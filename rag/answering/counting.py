@@ -5,9 +5,7 @@ one structure of the document is clearly what it speaks of. What was counted is 
 For anything else there is no count here, and the question goes its usual way.
 """
 
-import hashlib
 import re
-import uuid
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,19 +14,7 @@ from rag.answering.structures.finder import find_structures
 from rag.answering.structures.item import Item, Structure, singulars, words_of
 from rag.answering.structures.tables import fields_within
 from rag.store.documents import DocumentStore
-from rag.types import (
-    Answer,
-    Citation,
-    Document,
-    KVBytes,
-    Page,
-    ReadExtent,
-    Receipt,
-    RouteDecision,
-    ScanTally,
-    Seconds,
-    Section,
-)
+from rag.types import Citation, Document, Page, Section
 
 # More would make the receipt a second copy of the document; the answer says how many are quoted.
 MOST_CITATIONS = 1_000
@@ -154,38 +140,6 @@ def count_from_text(
             return None
         counts.append(count)
     return _answer(asked, counts, store) if counts else None
-
-
-def answer_by_count(
-    counted: Counted,
-    decision: RouteDecision,
-    read: ReadExtent,
-    *,
-    total_seconds: float,
-    model: str,
-    embedder: str,
-) -> Answer:
-    """Return the finished answer of a count, whose receipt says that no model read a token."""
-    receipt = Receipt(
-        id=uuid.uuid4().hex[:12],
-        route=decision.route,
-        reason=decision.reason,
-        question_class=decision.question_class,
-        gates=decision.gates,
-        read=read,
-        prompt_tokens=0,
-        cached_tokens=0,
-        new_tokens=0,
-        kv_bytes=KVBytes(predicted=0, actual=0),
-        seconds=Seconds(0.0, 0.0, 0.0, 0.0, total=round(total_seconds, 4)),
-        escalations=(),
-        model=model,
-        embedder=embedder,
-        prompt_sha256=hashlib.sha256(b"[]").hexdigest(),
-        class_reason=decision.class_reason,
-        scan=ScanTally(windows=1, items=counted.num_items, dropped_unverified=0, dropped_repeats=0),
-    )
-    return Answer(counted.answer, abstained=False, citations=counted.citations, receipt=receipt)
 
 
 def count_question(question: str) -> CountQuestion | None:
@@ -375,8 +329,10 @@ def _answer(asked: CountQuestion, counts: list[_Count], store: DocumentStore) ->
         lines.append(
             f"Counted from the text itself{where}: {len(count.items):,} {count.described}."
         )
-    if len(citations) < total:
+    if total > MOST_CITATIONS:
         lines.append(f"The first {len(citations):,} are quoted.")
+    elif len(citations) < total:
+        lines.append(f"{len(citations):,} of them are quoted.")
     head = " ".join(lines)
     if asked.wants_list:
         shown = "\n".join(f"{_shortened(c.quote)} [{c.marker}]" for c in citations)
@@ -399,6 +355,7 @@ def _citations(count: _Count, store: DocumentStore, *, first: int) -> list[Citat
     document = count.document
     stored = store.text(document.id)
     pages, sections = store.pages(document.id), store.sections(document.id)
+    quoted = [item for item in count.items if item.end > item.start]  # a page may be empty
     page_starts = [page.start for page in pages]
     section_starts = [section.start for section in sections]
     return [
@@ -414,7 +371,7 @@ def _citations(count: _Count, store: DocumentStore, *, first: int) -> list[Citat
             quote=count.text[item.start : item.end],
             verified=stored[item.start : item.end] == count.text[item.start : item.end],
         )
-        for marker, item in enumerate(count.items[: max(0, MOST_CITATIONS - first + 1)], first)
+        for marker, item in enumerate(quoted[: max(0, MOST_CITATIONS - first + 1)], first)
     ]
 
 

@@ -65,11 +65,9 @@ def decide_route(
             reason += f", though it is slow: {describe(against[0])}"
     elif against:
         route = Route.SCAN if can_scan and question_class in NEEDS_EVERYTHING else Route.RETRIEVAL
-        begin = "reading everything at once"
-        if asked_for:
-            begin = ("a scan" if asked_for is Route.SCAN else "reading everything") + (
-                " was asked for but"
-            )
+        begin = "reading everything" + (" at once" if route is Route.SCAN else "")
+        if asked_for is Route.FULL:
+            begin = "reading everything was asked for but"
         reason = f"{begin} fails a gate: {'; '.join(map(describe, hard or against))}"
         if route is Route.SCAN:
             reason += f"; the class {question_class} needs everything, so it is read in windows"
@@ -78,6 +76,9 @@ def decide_route(
         reason = f"all {document_tokens:,} tokens fit the retrieval budget of {retrieval_tokens:,}"
     else:
         route, reason = Route.FULL, "the whole document passes every gate"
+    if asked_for is Route.SCAN and route is not Route.SCAN:
+        gates_failed = "; ".join(map(describe, failed(gates, Route.SCAN)))
+        reason = f"a scan was asked for but fails a gate: {gates_failed}; {reason}"
     if route is Route.RETRIEVAL and question_class in NEEDS_EVERYTHING:
         reason += (
             f"; the question is of the class {question_class}, which needs everything read, so"

@@ -144,20 +144,12 @@ def definitions(text: str, media_type: str, sections: Sequence[Section]) -> list
 
 
 def pages_and_slides(text: str, media_type: str, pages: Sequence[Page]) -> list[Structure]:
-    """Return the pages; those of a presentation are slides."""
-    items = [
-        line_item(text, page.start, page.end)
-        for page in pages
-        if text[page.start : page.end].strip()
-    ]
+    """Return the pages; those of a presentation are slides. One without text is an empty item."""
+    items = tuple(line_item(text, page.start, page.end) for page in pages)
     name = "slide" if "presentation" in media_type else "page"
-    silent = len(pages) - len(items)
-    notes = (f"{name}s without text, which are not among them: {silent}",) if silent else ()
-    return (
-        [Structure(frozenset({name}), 1, f"{name}s with text", tuple(items), notes)]
-        if items
-        else []
-    )
+    silent = sum(item.start == item.end for item in items)
+    notes = (f"without text among them: {silent}",) if silent else ()
+    return [Structure(frozenset({name}), 1, f"{name}s", items, notes)] if items else []
 
 
 def paragraphs(text: str, sections: Sequence[Section]) -> list[Structure]:

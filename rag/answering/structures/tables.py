@@ -199,8 +199,8 @@ def _delimited(text: str, delimiter: str) -> Iterator[tuple[int, int, list[str]]
 def _header(rows: list[list[str]]) -> tuple[list[str], str]:
     """Return the cells of the header, and in words what was counted.
 
-    The first row is one if its cells are distinct words, and differ in kind from those below or at
-    least stand nowhere below.
+    The first row is one if its cells are distinct words, and numbers stand below some of them or
+    they themselves stand nowhere below.
     """
     first, rest = rows[0], rows[1:101]
     if not rest:
@@ -208,7 +208,9 @@ def _header(rows: list[list[str]]) -> tuple[list[str], str]:
     cells = [cell.lower() for cell in first if cell]
     wordy = bool(cells) and len(set(cells)) == len(cells) and not any(map(_is_value, cells))
     below = {cell.lower() for row in rest for cell in row}
-    if not wordy or set(cells) & below:
+    columns = [[row[n] for row in rest if n < len(row) and row[n]] for n in range(len(first))]
+    has_values = any(column and all(map(_is_value, column)) for column in columns)
+    if not wordy or (set(cells) & below and not has_values):
         return [], "none of them a header"
     shown = " | ".join(cell for cell in first if cell)
     return first, f"below the header “{shown if len(shown) <= 80 else shown[:77] + '...'}”"
