@@ -190,6 +190,7 @@ class Route(StrEnum):
 
     FULL = "full"
     RETRIEVAL = "retrieval"
+    SCAN = "scan"
 
 
 class QuestionClass(StrEnum):
@@ -224,12 +225,16 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class RouteDecision:
-    """The route taken, the reason in one sentence, and every number that was compared."""
+    """The route taken, the reason in one sentence, and every number that was compared.
+
+    `class_reason` says why the question is of its class.
+    """
 
     route: Route
     reason: str
     question_class: QuestionClass
     gates: tuple[Gate, ...]
+    class_reason: str = ""
 
 
 # ---- answers ----------------------------------------------------------------------------------
@@ -292,11 +297,25 @@ class Seconds:
 
 
 @dataclass(frozen=True, slots=True)
+class ScanTally:
+    """What a scan did: windows read, items found, and findings dropped.
+
+    `dropped_unverified` are those that do not stand in the window, `dropped_repeats` those that
+    were found before. A count from the text itself has one window and drops nothing.
+    """
+
+    windows: int
+    items: int
+    dropped_unverified: int
+    dropped_repeats: int
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """How one answer was made: what was read, what was not, which numbers against which limits.
 
     `escalations` tell each plan that was given up, and why. `cached_tokens` is None where a server
-    does not tell.
+    does not tell. `scan` is None for answers by another route.
     """
 
     id: str
@@ -314,6 +333,8 @@ class Receipt:
     model: str
     embedder: str
     prompt_sha256: str
+    class_reason: str = ""
+    scan: ScanTally | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +361,8 @@ def answer_from_json(value: Mapping[str, Any]) -> Answer:
     receipt["kv_bytes"] = KVBytes(**receipt["kv_bytes"])
     receipt["seconds"] = Seconds(**receipt["seconds"])
     receipt["escalations"] = tuple(receipt["escalations"])
+    if receipt.get("scan"):
+        receipt["scan"] = ScanTally(**receipt["scan"])
     return Answer(
         answer=value["answer"],
         abstained=value["abstained"],

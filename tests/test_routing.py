@@ -1,12 +1,14 @@
 """Gates, question classes and the route: numbers worked by hand."""
 
+from functools import partial
+
 import pytest
 
 from rag.errors import ModelError
 from rag.lm.local_engine import LocalEngine
 from rag.lm.peak_bytes import peak_bytes
 from rag.routing.gates import Limits, Need, check_gates, describe, failed
-from rag.routing.question_class import classify_question
+from rag.routing.question_class import ClassifiedQuestion, classify_question
 from rag.routing.router import decide_route
 from rag.types import Gate, QuestionClass, Route
 
@@ -61,13 +63,15 @@ def test_gates_by_hand(
     ],
 )
 def test_question_classes(question: str, expected: QuestionClass) -> None:
-    assert classify_question(question) is expected
+    assert classify_question(question).question_class is expected
 
 
 def _gate(name: str, route: Route, *, passed: bool) -> Gate:
     return Gate(name, 10_000, 8192, "tokens", passed, route)
 
 
+LOOKUP = ClassifiedQuestion(QuestionClass.LOOKUP, "a test")
+SUMMARY = ClassifiedQuestion(QuestionClass.SUMMARY, "a test")
 FITS = (_gate("tokens", Route.FULL, passed=True), _gate("tokens", Route.RETRIEVAL, passed=True))
 TOO_LONG = (_gate("tokens", Route.FULL, passed=False), FITS[1])
 SLOW = (Gate("prefill_seconds", 99, 60, "seconds", False, Route.FULL), *FITS)
@@ -88,7 +92,7 @@ SLOW = (Gate("prefill_seconds", 99, 60, "seconds", False, Route.FULL), *FITS)
 def test_routes(gates: tuple[Gate, ...], asked: Route | None, route: Route, words: str) -> None:
     decision = decide_route(
         gates,
-        QuestionClass.LOOKUP,
+        LOOKUP,
         document_tokens=9000,
         retrieval_tokens=1024,
         asked_for=asked,
@@ -98,16 +102,27 @@ def test_routes(gates: tuple[Gate, ...], asked: Route | None, route: Route, word
 
 
 def test_a_summary_by_retrieval_is_warned_about() -> None:
-    decision = decide_route(
-        TOO_LONG, QuestionClass.SUMMARY, document_tokens=9000, retrieval_tokens=1024
-    )
+    decision = decide_route(TOO_LONG, SUMMARY, document_tokens=9000, retrieval_tokens=1024)
     assert "may be missing" in decision.reason
+
+
+def test_a_summary_that_does_not_fit_is_scanned_where_a_window_fits() -> None:
+    fits, too_wide = (_gate("kv_bytes", Route.SCAN, passed=passed) for passed in (True, False))
+    decide = partial(decide_route, document_tokens=9000, retrieval_tokens=1024)
+    scanned = decide((*TOO_LONG, fits), SUMMARY)
+    assert scanned.route is Route.SCAN
+    assert "needs everything, so it is read in windows" in scanned.reason
+    assert decide((*TOO_LONG, fits), LOOKUP).route is Route.RETRIEVAL
+    refused = decide((*TOO_LONG, too_wide), SUMMARY, asked_for=Route.SCAN)
+    assert refused.route is Route.RETRIEVAL
+    assert "a scan was asked for but fails a gate: kv_bytes" in refused.reason
+    assert decide((*FITS, fits), SUMMARY).route is Route.FULL
 
 
 def test_a_prompt_that_fits_nowhere_is_an_error() -> None:
     gates = (_gate("kv_bytes", Route.RETRIEVAL, passed=False),)
     with pytest.raises(ModelError, match="even the retrieved passages"):
-        decide_route(gates, QuestionClass.LOOKUP, document_tokens=1, retrieval_tokens=1)
+        decide_route(gates, LOOKUP, document_tokens=1, retrieval_tokens=1)
 
 
 def test_gates_in_words() -> None:

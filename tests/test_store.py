@@ -489,7 +489,7 @@ def _answer(document: Document, quote: str) -> Answer:
         id="r1",
         route=Route.FULL,
         reason="",
-        question_class=classify_question("Who?"),
+        question_class=classify_question("Who?").question_class,
         gates=(),
         read=ReadExtent(1, 1, 1, 1, ""),
         prompt_tokens=1,

@@ -3,9 +3,9 @@
 import re
 from datetime import timedelta
 
-from rag.types import Answer, Citation, Gate, IngestProgress, KVBytes, Receipt, Seconds
+from rag.types import Answer, Citation, Gate, IngestProgress, KVBytes, Receipt, ScanTally, Seconds
 
-_MARKER = re.compile(r"\[(\d{1,3}|unverified)\]")
+_MARKER = re.compile(r"\[(\d{1,4}|unverified)\]")
 # Everything that Markdown, HTML or a bare address could be made of.
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 # What moves a terminal's cursor or colours; tab and line feed stay.
@@ -99,7 +99,8 @@ def receipt_html(receipt: Receipt) -> str:
          f" {read.of_chunks:,} chunks"),
         ("Not read", read.not_read or "nothing was left out"),
         *(("Given up", words) for words in receipt.escalations),
-        ("Question", receipt.question_class.value),
+        ("Question", _class_words(receipt)),
+        *([("Scan", _scan_words(receipt.scan))] if receipt.scan else []),
         ("Prompt", f"{receipt.prompt_tokens:,} tokens, {_reused(receipt)}"
          f" {receipt.new_tokens:,} written"),
         ("KV cache", _kv_words(receipt.kv_bytes)),
@@ -156,6 +157,24 @@ def _reused(receipt: Receipt) -> str:
     return "" if receipt.cached_tokens is None else f"{receipt.cached_tokens:,} of them reused;"
 
 
+def _scan_words(scan: ScanTally) -> str:
+    """Return what a scan did, in words."""
+    return (
+        f"{scan.items:,} items found in {_plural(scan.windows, 'window')};"
+        f" {scan.dropped_unverified:,} findings dropped because they do not stand there,"
+        f" {scan.dropped_repeats:,} as repeats"
+    )
+
+
+def _class_words(receipt: Receipt) -> str:
+    words = receipt.question_class.value
+    return f"{words}: {receipt.class_reason}" if receipt.class_reason else words
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def _marker_html(name: str) -> str:
     if name == "unverified":
         return '<span class="unverified">unverified</span>'
@@ -204,6 +223,9 @@ def receipt_text(answer: Answer) -> str:
     if answer.citations:
         lines.append("")
     lines.append(f"{receipt.route}: {receipt.reason}")
+    lines.append(f"question: {_class_words(receipt)}")
+    if receipt.scan:
+        lines.append(f"scan: {_scan_words(receipt.scan)}")
     kv = receipt.kv_bytes
     for gate in receipt.gates:
         verdict = "passed" if gate.passed else "FAILED"

@@ -260,7 +260,7 @@ def _features(document: LaraDocument, questions: Mapping[str, str]) -> dict[str,
             effective_tokens=CONTEXT_TOKENS,
             shares=tuple(shares[place] for place in best),
             places=places_of(best, len(windows)),
-            question_class=classify_question(question),
+            question_class=classify_question(question).question_class,
         )
     return found
 

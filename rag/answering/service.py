@@ -11,15 +11,25 @@ from threading import Event
 
 from rag.answering.citations import nearest_citation, resolve_citations
 from rag.answering.context import Context, full_context, retrieved_context
+from rag.answering.counting import Counted, count_from_text
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
+from rag.answering.scan import ScanDone, scan
+from rag.answering.scan_receipt import (
+    answer_by_count,
+    predicted_scan_seconds,
+    scan_answer,
+    scan_extent,
+    scan_gates,
+    stride_tokens,
+)
 from rag.errors import EmptyLibraryError, FathomError, ModelError, OutOfMemoryError
 from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgress, Prompt, TextPiece
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.retrieval.retriever import Retriever
 from rag.routing.gates import Limits, Need, check_gates
 from rag.routing.model_plan import longest_context
-from rag.routing.question_class import classify_question
-from rag.routing.router import decide_route
+from rag.routing.question_class import NEEDS_EVERYTHING, classify_question
+from rag.routing.router import counted_decision, decide_route
 from rag.settings import Settings
 from rag.store.documents import DocumentStore
 from rag.store.receipts import ReceiptStore
@@ -79,6 +89,7 @@ class Plan:
     """What would be done with a question, before the model reads a token.
 
     `prefix` is the part of the prompt that another question would share, None if it is not kept.
+    `counted` is the answer where the text itself proves a count; the model then has nothing to do.
     """
 
     decision: RouteDecision
@@ -87,6 +98,7 @@ class Plan:
     prefix: DocumentPrefix | None
     document_tokens: int
     retrieve_seconds: float
+    counted: Counted | None = None
 
 
 class AnsweringService:
@@ -145,6 +157,23 @@ class AnsweringService:
 
         # 1-5. count, classify, retrieve, decide, build the prompt
         plan = self.plan(question, documents, route=route, calibrate=True)
+        if plan.counted:
+            read = self._read_extent(plan, documents)
+            yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
+            answer = answer_by_count(
+                plan.counted,
+                plan.decision,
+                read,
+                total_seconds=time.perf_counter() - started,
+                model=self._engine.name,
+                embedder=self._retriever.embedder_name,
+            )
+            self._receipts.save(question, answer, [document.id for document in documents])
+            yield AnswerReady(answer)
+            return
+        if plan.decision.route is Route.SCAN:
+            yield from self._scan(question, documents, plan, stop, started)
+            return
         escalations: list[str] = []
         while True:
             read = self._read_extent(plan, documents)
@@ -245,6 +274,9 @@ class AnsweringService:
             started[number] = time.perf_counter()
             try:
                 plan = self.plan(questions[number], documents, route=route, calibrate=True)
+                if plan.decision.route is Route.SCAN:  # nothing to share with others
+                    yield number, self._answer_alone(questions[number], documents, route, stop)
+                    continue
             except FathomError as error:
                 yield number, error
             else:
@@ -322,6 +354,12 @@ class AnsweringService:
         settings, engine = self._settings, self._engine
         retrieval_tokens = retrieval_tokens or settings.retrieval_tokens
         document_tokens = self._document_tokens(documents)
+        if route in (None, Route.SCAN):
+            counted = count_from_text(question, documents, self._store)
+            if counted:
+                decision = counted_decision(counted.reason)
+                nothing = Prompt((), 0)
+                return Plan(decision, Context((), 0, 0), nothing, None, document_tokens, 0, counted)
 
         retrieve_started = time.perf_counter()
         hits = self._retriever.retrieve(question, documents, num_candidates=settings.num_candidates)
@@ -365,9 +403,12 @@ class AnsweringService:
                     else None
                 ),
             )
+        classified = classify_question(question)
+        if route is Route.SCAN or classified.question_class in NEEDS_EVERYTHING:
+            gates += scan_gates(engine, limits, document_tokens, calibrate=calibrate)
         decision = decide_route(
             tuple(gates),
-            classify_question(question),
+            classified,
             document_tokens=document_tokens,
             retrieval_tokens=retrieval_tokens,
             asked_for=route,
@@ -375,9 +416,54 @@ class AnsweringService:
         if decision.route is Route.FULL:
             assert everything is not None  # only what was counted exactly can pass the gates
             prompt, context = full_prompt, everything
+        elif decision.route is Route.SCAN:
+            prompt, context, prefix = Prompt((), 0), Context((), 0, 0), None
         else:
             prompt, context, prefix = retrieval_prompt, passages, None
         return Plan(decision, context, prompt, prefix, document_tokens, retrieve_seconds)
+
+    def _scan(
+        self,
+        question: str,
+        documents: Sequence[Document],
+        plan: Plan,
+        stop: Event,
+        started: float,
+    ) -> Iterator[AnswerEvent]:
+        """Read everything once, window by window; see `rag.answering.scan`."""
+        seconds = predicted_scan_seconds(plan.decision)
+        tokens = f"{plan.document_tokens:,} of {plan.document_tokens:,} tokens, in windows"
+        yield RouteChosen(
+            plan.decision, tokens if seconds is None else f"{tokens}, about {seconds:,.0f} s"
+        )
+        done: ScanDone | None = None
+        for event in scan(
+            question,
+            plan.decision.question_class,
+            documents,
+            store=self._store,
+            engine=self._engine,
+            stride_tokens=stride_tokens(self._limits()),
+            retrieval_tokens=self._settings.retrieval_tokens,
+            max_new_tokens=self._settings.max_new_tokens,
+            stop=stop,
+        ):
+            if isinstance(event, ScanDone):
+                done = event
+            else:
+                yield event
+        assert done is not None  # the last event of a scan
+        answer = scan_answer(
+            done,
+            plan.decision,
+            scan_extent(done, documents, plan.document_tokens, self._engine.count_tokens),
+            engine=self._engine,
+            retrieve_seconds=plan.retrieve_seconds,
+            total_seconds=time.perf_counter() - started,
+            embedder=self._retriever.embedder_name,
+        )
+        self._receipts.save(question, answer, [document.id for document in documents])
+        yield AnswerReady(answer)
 
     def documents(self, document_ids: Sequence[int] | None = None) -> list[Document]:
         """Return the documents asked about; None means the latest version of all.
@@ -489,6 +575,7 @@ class AnsweringService:
                 escalations=tuple(escalations),
                 model=self._engine.name,
                 embedder=self._retriever.embedder_name,
+                class_reason=plan.decision.class_reason,
                 prompt_sha256=_prompt_sha256(plan.prompt),
             ),
         )
@@ -564,7 +651,7 @@ class AnsweringService:
     def _read_extent(self, plan: Plan, documents: Sequence[Document]) -> ReadExtent:
         of_chunks = sum(document.num_chunks for document in documents)
         num_tokens = min(plan.context.num_tokens, plan.document_tokens)
-        if plan.decision.route is Route.FULL:
+        if plan.decision.route is not Route.RETRIEVAL:
             return ReadExtent(plan.document_tokens, plan.document_tokens, of_chunks, of_chunks, "")
         left_out = of_chunks - plan.context.num_chunks
         return ReadExtent(

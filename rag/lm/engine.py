@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rag.lm.spec import ModelSpec
 
@@ -196,4 +196,32 @@ class Engine(Protocol):
 
         Raises:
             ModelError: if this engine cannot; see `can_score`.
+        """
+
+
+@runtime_checkable
+class ReadsInStrides(Protocol):
+    """An engine that can read a text once through a window, and be asked at every stride."""
+
+    def generate_in_strides(
+        self,
+        prompts: Sequence[Prompt],
+        frames: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        stop: Event,
+    ) -> Iterator[tuple[int, GenerationStep]]:
+        """Reply to prompts that differ in their middle alone, which is read as one running text.
+
+        Args:
+            prompts: one a stride, in the order of the text.
+            frames: the same prompt around two middles that begin and end differently.
+            max_new_tokens: the longest reply to a stride.
+            stop: looked at between chunks of the text and between tokens.
+
+        Yields:
+            The number of a prompt and a step of it, its GenerationDone last.
+
+        Raises:
+            UnsupportedModelError: if no window can be fitted to the model exactly.
         """

@@ -32,11 +32,14 @@ from rag.lm.prefill import Prefill
 from rag.lm.prefill_rate import PrefillClock
 from rag.lm.scoring import score_tails, shared_tokens
 from rag.lm.spec import ModelSpec
+from rag.lm.strides import read_strides, take_apart
 from rag.settings import Settings
 from rag.store.calibrations import CalibrationStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from rag.lm.windowed_attention import WindowedModel
 
 
 class LocalEngine:
@@ -107,6 +110,7 @@ class LocalEngine:
             document_kv=document_kv,
             reserve_bytes=kv_reserve_bytes,
         )
+        self._windowed: WindowedModel | None = None
         self._lock = Lock()
 
     @classmethod
@@ -332,6 +336,39 @@ class LocalEngine:
                 yield number, GenerationDone(len(ids), 0, 0, 0, 0, 0.0, 0.0, stopped=True)
             elif rows[number] not in ready:
                 yield number, rows[number].stopped_early()
+
+    def generate_in_strides(
+        self,
+        prompts: Sequence[Prompt],
+        frames: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        stop: Event,
+    ) -> Iterator[tuple[int, GenerationStep]]:
+        """Reply to prompts that differ in their middle alone, which is read as one running text.
+
+        See `rag.lm.strides`. The window is proven on the model itself before it is first used.
+
+        Raises:
+            UnsupportedModelError: if no window can be fitted to the model exactly.
+        """
+        from rag.lm.windowed_attention import check_windowed
+
+        strides = take_apart([p.ids for p in prompts], [p.ids for p in frames])
+        with self._lock:
+            model = self._loaded_model()
+            if self._windowed is None:
+                self._windowed = check_windowed(model)
+            held = len(strides.front) + strides.window(max_new_tokens)
+            self._prefill.release(2 * kv_cache_bytes(self._spec, held))
+            yield from read_strides(
+                self._windowed,
+                strides,
+                end_ids=self._tokenizer.end_ids(model),
+                new_stream=self._tokenizer.stream,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+            )
 
     def score(
         self,

@@ -2,13 +2,28 @@
 
 from rag.errors import ModelError
 from rag.routing.gates import describe, failed
-from rag.routing.question_class import NEEDS_EVERYTHING
+from rag.routing.question_class import NEEDS_EVERYTHING, ClassifiedQuestion
 from rag.types import Gate, QuestionClass, Route, RouteDecision
+
+
+def counted_decision(reason: str) -> RouteDecision:
+    """Return the decision for a count that the text itself proves: exact, and no token is read.
+
+    Args:
+        reason: what was counted, in short: `102 records`.
+    """
+    return RouteDecision(
+        Route.SCAN,
+        f"counted from the text itself: {reason}",
+        QuestionClass.AGGREGATE,
+        (),
+        "it asks for a count, and one structure of the text is what it speaks of",
+    )
 
 
 def decide_route(
     gates: tuple[Gate, ...],
-    question_class: QuestionClass,
+    classified: ClassifiedQuestion,
     *,
     document_tokens: int,
     retrieval_tokens: int,
@@ -16,12 +31,13 @@ def decide_route(
 ) -> RouteDecision:
     """Return the route, with the reason in one sentence.
 
-    The whole document is read where every gate of `full` passes, retrieval takes the rest. A
-    prefill that is merely slow does not stop a person who asked for `full`.
+    The whole document is read where every gate of `full` passes. Where one fails, a question that
+    needs everything is scanned, if the gates of `scan` are among those given and pass; retrieval
+    takes the rest. A prefill that is merely slow does not stop a person who asked for `full`.
 
     Args:
-        gates: those of both routes.
-        question_class: what the question asks for.
+        gates: those of all routes.
+        classified: what the question asks for, and why that is thought.
         document_tokens: length of the documents asked about.
         retrieval_tokens: budget of the retrieval route.
         asked_for: a route that the person chose.
@@ -35,26 +51,37 @@ def decide_route(
             f"even the retrieved passages do not fit: {describe(too_small[0])}",
             hint="lower FATHOM_RETRIEVAL_TOKENS or FATHOM_MAX_NEW_TOKENS, or free memory",
         )
+    question_class = classified.question_class
     against = failed(gates, Route.FULL)
     hard = [gate for gate in against if gate.gate != "prefill_seconds"]
+    can_scan = any(gate.route == Route.SCAN for gate in gates) and not failed(gates, Route.SCAN)
     if asked_for is Route.RETRIEVAL:
         route, reason = Route.RETRIEVAL, "retrieval was asked for"
+    elif asked_for is Route.SCAN and can_scan:
+        route, reason = Route.SCAN, "a scan was asked for"
     elif asked_for is Route.FULL and not hard:
         route, reason = Route.FULL, "reading everything was asked for, and it fits"
         if against:
             reason += f", though it is slow: {describe(against[0])}"
     elif against:
-        route = Route.RETRIEVAL
-        begin = "reading everything was asked for but" if asked_for else "reading everything"
+        route = Route.SCAN if can_scan and question_class in NEEDS_EVERYTHING else Route.RETRIEVAL
+        begin = "reading everything" + (" at once" if route is Route.SCAN else "")
+        if asked_for is Route.FULL:
+            begin = "reading everything was asked for but"
         reason = f"{begin} fails a gate: {'; '.join(map(describe, hard or against))}"
+        if route is Route.SCAN:
+            reason += f"; the class {question_class} needs everything, so it is read in windows"
     elif document_tokens <= retrieval_tokens:
         route = Route.FULL
         reason = f"all {document_tokens:,} tokens fit the retrieval budget of {retrieval_tokens:,}"
     else:
         route, reason = Route.FULL, "the whole document passes every gate"
+    if asked_for is Route.SCAN and route is not Route.SCAN:
+        gates_failed = "; ".join(map(describe, failed(gates, Route.SCAN)))
+        reason = f"a scan was asked for but fails a gate: {gates_failed}; {reason}"
     if route is Route.RETRIEVAL and question_class in NEEDS_EVERYTHING:
         reason += (
             f"; the question is of the class {question_class}, which needs everything read, so"
             " parts of the answer may be missing"
         )
-    return RouteDecision(route, reason, question_class, gates)
+    return RouteDecision(route, reason, question_class, gates, classified.reason)

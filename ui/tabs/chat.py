@@ -29,7 +29,7 @@ from ui.formatting import (
 
 logger = logging.getLogger(__name__)
 
-_ROUTES = {"Auto": None, "Full": Route.FULL, "Retrieval": Route.RETRIEVAL}
+_ROUTES = {"Auto": None, "Full": Route.FULL, "Retrieval": Route.RETRIEVAL, "Scan": Route.SCAN}
 _EVIDENCE_CHARS = 500
 _EMPTY = (
     "### Ask your documents\nEvery answer shows the sentences it stands on, and a receipt of how"

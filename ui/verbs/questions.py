@@ -127,6 +127,7 @@ def plan(
                 "route": decision.route,
                 "reason": decision.reason,
                 "question_class": decision.question_class,
+                "class_reason": decision.class_reason,
                 "gates": [gate.to_json() for gate in decision.gates],
                 "document_tokens": planned.document_tokens,
                 "prompt_tokens": planned.prompt.num_tokens,
@@ -136,6 +137,8 @@ def plan(
         )
         return
     out.print(f"{decision.route}: {decision.reason}", markup=False)
+    if question:
+        out.print(f"question: {decision.question_class}: {decision.class_reason}", markup=False)
     for gate in decision.gates:
         verdict = "passed" if gate.passed else "FAILED"
         out.print(f"  {gate.route:<10} {verdict}  {describe(gate)}", markup=False)

@@ -1,0 +1,1 @@
+"""What repeats in a text, and can therefore be counted without a model."""
