@@ -292,6 +292,8 @@ def test_the_prediction_counts_only_what_is_not_kept(tmp_path: Path) -> None:
     engine = engine_with(DocumentKV(tmp_path, memory_bytes=8 * MIB, disk_bytes=0))
     whole = engine.predicted_prefill_seconds(1000)
     rest = engine.predicted_prefill_seconds(1000, cached_tokens=900)
+    assert whole is not None
+    assert rest is not None
     assert 0 < rest < whole
     assert engine.predicted_prefill_seconds(1000, cached_tokens=0) == whole
 

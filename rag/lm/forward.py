@@ -81,10 +81,10 @@ def prefill_chunks(start: int, boundary: int, total: int) -> Iterator[tuple[int,
 
 
 def is_allocation_failure(error: Exception) -> bool:
-    """Say whether an error of torch or Python means that memory ran out."""
+    """Say whether an error of torch, of Python or of ours means that memory ran out."""
     import torch
 
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemoryError)):
         return True
     return any(sign in str(error) for sign in _ALLOCATION_FAILED)
 

@@ -6,11 +6,12 @@ answer), `scoring` (likelihoods). Here are the parts put together, and the lock.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
-from rag.errors import ModelError, UnsupportedModelError
+from rag.errors import ModelError, OutOfMemoryError, UnsupportedModelError
 from rag.lm.chat_tokenizer import ChatTokenizer
 from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import (
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from rag.lm.windowed_attention import WindowedModel
+
+logger = logging.getLogger(__name__)
 
 
 class LocalEngine:
@@ -206,16 +209,17 @@ class LocalEngine:
         with self._lock:
             self._loaded_model()
 
-    def predicted_prefill_seconds(self, num_tokens: int, *, cached_tokens: int = 0) -> float:
+    def predicted_prefill_seconds(self, num_tokens: int, *, cached_tokens: int = 0) -> float | None:
         """Return the seconds that prefilling `num_tokens` takes here, from a measured rate.
 
         The first `cached_tokens` of them are in a cache already. Where no rate is remembered for
-        this model on this device, the first call loads the weights and times a few chunks.
+        this model on this device, the first call loads the weights and times a few chunks. None
+        where there is no memory even for that: whether a prompt fits is for another gate to say.
         """
         if not self._prefill_clock.is_set:
             with self._lock:
-                if not self._prefill_clock.is_set:
-                    self._prefill_clock.measure(self._loaded_model())
+                if not self._prefill_clock.is_set and not self._measure_rate():
+                    return None
         return self._prefill_clock.seconds(num_tokens, cached_tokens=cached_tokens)
 
     def cached_tokens(self, prompt: Prompt, prefix: DocumentPrefix | None) -> int:
@@ -416,6 +420,17 @@ class LocalEngine:
                 usable_bytes=self._prefill.usable_bytes(),
                 stop=stop,
             )
+
+    def _measure_rate(self) -> bool:
+        model = self._loaded_model()
+        try:
+            self._prefill_clock.measure(model)
+        except (RuntimeError, MemoryError, OutOfMemoryError) as error:
+            if not is_allocation_failure(error):
+                raise
+            logger.warning("memory ran out while the rate of a prefill was measured")
+            return False
+        return True
 
     def _loaded_model(self) -> Any:  # noqa: ANN401
         """Return the model, reading its weights on first use; call it with the lock held.
