@@ -34,7 +34,7 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text` alone, without any template or special token."""
-        plain = self._without_special_tokens(text)
+        plain = self.without_special_tokens(text)
         return list(self._tokenizer.encode(plain, add_special_tokens=False, verbose=False))
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
