@@ -121,6 +121,7 @@ def score(
         text_of: from document id, start and end to the canonical text there.
     """
     text = _MARKS.sub(" ", answer.answer)
+    stretch = _quoted_stretch(answer) or text
     rightly = abstained_rightly(answer.abstained, example.answerable)
     scored = example.answerable and not answer.abstained
     return Row(
@@ -128,8 +129,8 @@ def score(
         asked=asked,
         taken=answer.receipt.route,
         correct=contains_answer(text, example.answers) if scored else rightly,
-        exact=exact_match(text, example.answers) if scored else rightly,
-        f1=token_f1(text, example.answers) if scored else float(rightly),
+        exact=exact_match(stretch, example.answers) if scored else rightly,
+        f1=token_f1(stretch, example.answers) if scored else float(rightly),
         abstained=answer.abstained,
         abstained_rightly=rightly,
         verbatim=citations_are_verbatim(answer, text_of),
@@ -152,9 +153,12 @@ def summarise(rows: Sequence[Row]) -> Verdict:
     if len({(row.example_id, row.asked) for row in rows}) < len(rows):
         raise ValueError("a question stands twice in the rows of one route")
     by_route = {
-        route: {r.example_id: r for r in rows if r.asked is r.taken is route} for route in Route
+        route: {r.example_id: r for r in rows if r.asked is r.taken is route}
+        for route in (Route.FULL, Route.RETRIEVAL)
     }
-    taken = {route: _share([r.correct for r in by_route[route].values()]) for route in Route}
+    taken = {
+        route: _share([r.correct for r in found.values()]) for route, found in by_route.items()
+    }
     full, retrieval = by_route[Route.FULL], by_route[Route.RETRIEVAL]
     pairs = [(full[i].correct, retrieval[i].correct) for i in full if i in retrieval]
     only_full = pairs.count((True, False))
@@ -185,6 +189,14 @@ def _ask(
 ) -> Row:
     answer = service.answer(example.question, document_ids=[document.id], route=route)
     return score(example, route, answer, store.text)
+
+
+def _quoted_stretch(answer: Answer) -> str:
+    """Return the stretch that a quotation answers with, "" where the answer is no quotation."""
+    for c in answer.citations:
+        if c.answer_start is not None and c.answer_end is not None:
+            return c.quote[c.answer_start - c.start : c.answer_end - c.start]
+    return ""
 
 
 def _share(correct: list[bool]) -> Share:

@@ -15,12 +15,16 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class EvidenceQuestion:
-    """A question with the stretches `[start, end)` of its document's text that answer it."""
+    """A question with the stretches `[start, end)` of its document's text that answer it.
+
+    `answers` are the accepted wordings. A question that its document does not answer has neither.
+    """
 
     id: str
     question: str
     document: str
     spans: tuple[Span, ...]
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ SETS = {
 
 
 def load_evidence_set(
-    data: Path, name: str, split: str, *, limit: int | None = None
+    data: Path, name: str, split: str, *, limit: int | None = None, answerable: bool = True
 ) -> EvidenceSet:
     """Return one set's questions that have evidence, and the documents they are about.
 
@@ -76,6 +80,8 @@ def load_evidence_set(
         name: a key of SETS.
         split: dev or test.
         limit: take the first so many questions; None takes all.
+        answerable: take those that have evidence; else those that have none, without the ones that
+            are asked with evidence too, word for word.
 
     Raises:
         ReadError: if the name is unknown, a file is missing or damaged, or nothing is left.
@@ -84,10 +90,15 @@ def load_evidence_set(
         raise ReadError(f"there is no set {name!r}", hint=f"known are: {', '.join(SETS)}")
     source = SETS[name]
     rows = _read(data / source.folder / "questions.jsonl.gz")
+    answered = {row["question"] for row in rows if _spans(row)}
     questions = [
-        EvidenceQuestion(row["qid"], row["question"], row["doc_id"], _spans(row))
+        EvidenceQuestion(
+            row["qid"], row["question"], row["doc_id"], _spans(row), tuple(row.get("answers") or ())
+        )
         for row in rows
-        if row["split"] == split and _spans(row) and source.takes(row)
+        if row["split"] == split
+        and source.takes(row)
+        and (bool(_spans(row)) if answerable else row["question"] not in answered)
     ]
     if limit is not None:
         questions = questions[:limit]

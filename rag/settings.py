@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from platformdirs import user_cache_path, user_data_path
 from pydantic import Field, SecretStr, ValidationError
@@ -102,6 +102,11 @@ class Settings(BaseSettings):
     )
     num_candidates: int = Field(
         default=50, ge=1, description="Chunks taken from each of the dense and lexical searches."
+    )
+    answer_mode: Literal["auto", "free", "quotation"] = Field(
+        default="auto",
+        description="quotation: answers are quoted word for word; free: the model writes them;"
+        " auto: lookups are quoted where the catalog says so of the model.",
     )
     max_context_tokens: int | None = Field(
         default=None, ge=256, description="Cap on the context below what the model declares."

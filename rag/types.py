@@ -191,6 +191,7 @@ class Route(StrEnum):
     FULL = "full"
     RETRIEVAL = "retrieval"
     SCAN = "scan"
+    QUOTATION = "quotation"
 
 
 class QuestionClass(StrEnum):
@@ -244,7 +245,8 @@ class RouteDecision:
 class Citation:
     """`quote` is `[start, end)` of the document's canonical text.
 
-    `verified` says that the stored text at that place was read again and equals the quote.
+    `verified` says that the stored text at that place was read again and equals the quote. Where
+    the answer is a stretch of it, that is `[answer_start, answer_end)` of the same text.
     """
 
     marker: int
@@ -257,6 +259,8 @@ class Citation:
     end: int
     quote: str
     verified: bool
+    answer_start: int | None = None
+    answer_end: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +278,7 @@ class ReadExtent:
 class KVBytes:
     """KV-cache bytes of the whole exchange: from the formula, and summed over the real tensors.
 
-    None where a server holds the cache and does not tell.
+    None where a server holds the cache and does not tell, and for quotations, which keep none.
     """
 
     predicted: int | None

@@ -104,7 +104,9 @@ def test_batches_keep_within_the_memory_and_the_scores_stay_the_same(
     seen = passes(model)
     monkeypatch.setattr(engine._prefill, "usable_bytes", lambda: 0)
     tight = engine.score(requests, stop=Event())
-    assert [rows for rows, _ in seen] == [1] * (1 + len(requests))
+    assert [rows for rows, _ in seen] == [1] * len(
+        set(requests)
+    )  # two are equal; the prefix is kept
     assert free is not None
     assert tight is not None
     for one, other in zip(free, tight, strict=True):
@@ -150,6 +152,24 @@ def test_a_kept_document_is_read_once_for_answers_and_scores(tmp_path: Path) -> 
     mixed = engine.score([requests[0], other_prompt], stop=Event(), prefix=prefix)
     assert mixed is not None
     assert mixed[1] == pytest.approx(one_by_one(model, other_prompt), abs=1e-4)
+
+
+def test_what_others_begin_with_costs_no_row_and_the_same_prompt_no_prefill() -> None:
+    model = tiny_model("qwen2")
+    engine = LocalEngine(model, make_tiny_tokenizer(), name="tiny")
+    prompt, stretch = ids(40, seed=1), ids(9, seed=3)
+    requests = [
+        ScoreRequest(prompt, (*stretch[:n], option)) for n in range(9) for option in (5, 6, 7)
+    ]
+    seen = passes(model)
+    found = engine.score(requests, stop=Event())
+    assert seen == [(1, 39), (1, 9)]
+    assert found is not None
+    for request, scores in zip(requests, found, strict=True):
+        assert list(scores) == pytest.approx(one_by_one(model, request), abs=1e-4)
+    seen.clear()
+    assert engine.score(requests, stop=Event()) == found
+    assert seen == [(1, 9)]
 
 
 def test_nothing_to_score() -> None:

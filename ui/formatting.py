@@ -74,12 +74,24 @@ def citations_html(answer: Answer) -> str:
     if not answer.citations:
         return ""
     items = "".join(
-        f"<li value={c.marker}><blockquote>{plain_html(_one_line(c.quote))}</blockquote>"
+        f"<li value={c.marker}><blockquote>{_quote_html(c)}</blockquote>"
         f"<cite>{plain_html(place(c))}"
         f"{'' if c.verified else ' (not verified)'}</cite></li>"
         for c in answer.citations
     )
     return f'<ol class="citations" aria-label="Quotations">{items}</ol>'
+
+
+def _quote_html(citation: Citation) -> str:
+    """Return the quotation on one line, with the answer marked where it is a stretch of it."""
+    if citation.answer_start is None or citation.answer_end is None:
+        return plain_html(_one_line(citation.quote))
+    start, end = citation.answer_start - citation.start, citation.answer_end - citation.start
+    before, answer, after = (
+        plain_html(re.sub(r"\s+", " ", part))
+        for part in (citation.quote[:start], citation.quote[start:end], citation.quote[end:])
+    )
+    return f"{before}<mark>{answer}</mark>{after}"
 
 
 def evidence_html(where: str, before: str, quote: str, after: str) -> str:

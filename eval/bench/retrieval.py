@@ -106,7 +106,7 @@ def bench_retrieval(
     count_tokens = cache(lambda text: len(embedder.token_offsets(text)))
     with tempfile.TemporaryDirectory(prefix="fathom-bench-") as folder:
         library = settings.model_copy(update={"home": Path(folder), "database_url": None})
-        store, retrievers, documents = _library(
+        store, retrievers, documents = ingested_library(
             evidence, embedder, library, reranker, cache_folder, progress
         )
         texts = {document.id: document.text for document in evidence.documents}
@@ -228,7 +228,7 @@ class CachedEmbedder:
         return bytes(row[0]) if row else None
 
 
-def _library(
+def ingested_library(
     evidence: EvidenceSet,
     embedder: Embedder,
     settings: Settings,

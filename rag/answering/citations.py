@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from rag.answering.context import page_at, section_at
 from rag.store.documents import DocumentStore
-from rag.types import Citation, ContextPassage
+from rag.types import Citation, ContextPassage, Document
 
 UNVERIFIED = "[unverified]"
 # Share of a statement's weighty words that its quotation must hold: docs/decisions/0006.
@@ -199,24 +199,29 @@ def _quotation(
     return [" ".join(passage.text[best.start - passage.start : best.end - passage.start].split())]
 
 
-def _citation(marker: int, sentence: _Sentence, store: DocumentStore) -> Citation:
-    document = sentence.passage.passage.document
-    start = sentence.start - sentence.passage.passage.start
-    quote = sentence.passage.passage.text[start : start + sentence.end - sentence.start]
+def verified_citation(
+    marker: int, document: Document, start: int, end: int, quote: str, store: DocumentStore
+) -> Citation:
+    """Return the citation of `[start, end)` of a document, which is read again to prove it."""
     citation = Citation(
         marker=marker,
         document=document.id,
         title=document.title,
         version=document.version,
-        page=page_at(store.pages(document.id), sentence.start),
-        section=section_at(store.sections(document.id), sentence.start),
-        start=sentence.start,
-        end=sentence.end,
+        page=page_at(store.pages(document.id), start),
+        section=section_at(store.sections(document.id), start),
+        start=start,
+        end=end,
         quote=quote,
         verified=False,
     )
-    stored = store.text(document.id, citation.start, citation.end)
-    return replace(citation, verified=stored == quote)
+    return replace(citation, verified=store.text(document.id, start, end) == quote)
+
+
+def _citation(marker: int, sentence: _Sentence, store: DocumentStore) -> Citation:
+    passage = sentence.passage.passage
+    quote = passage.text[sentence.start - passage.start : sentence.end - passage.start]
+    return verified_citation(marker, passage.document, sentence.start, sentence.end, quote, store)
 
 
 def _words(text: str) -> list[str]:

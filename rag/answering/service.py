@@ -13,6 +13,7 @@ from rag.answering.citations import nearest_citation, resolve_citations
 from rag.answering.context import Context, full_context, retrieved_context
 from rag.answering.counting import Counted, count_from_text
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
+from rag.answering.quoting import decide_quotation, quoted_answer
 from rag.answering.scan import ScanDone, scan
 from rag.answering.scan_receipt import (
     answer_by_count,
@@ -154,6 +155,25 @@ class AnsweringService:
         stop = stop or Event()
         started = time.perf_counter()
         documents = self.documents(document_ids)
+
+        # quoted, where the model is not to be trusted with words of its own
+        quoting = decide_quotation(question, route, engine=self._engine, settings=self._settings)
+        if quoting:
+            yield RouteChosen(quoting, "the sentences found")
+            answer = quoted_answer(
+                question,
+                documents,
+                quoting,
+                store=self._store,
+                retriever=self._retriever,
+                engine=self._engine,
+                settings=self._settings,
+                document_tokens=self._document_tokens(documents),
+                stop=stop,
+            )
+            self._receipts.save(question, answer, [document.id for document in documents])
+            yield AnswerReady(answer)
+            return
 
         # 1-5. count, classify, retrieve, decide, build the prompt
         plan = self.plan(question, documents, route=route, calibrate=True)

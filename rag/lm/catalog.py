@@ -78,6 +78,8 @@ class ModelFile:
 class CatalogEntry:
     """One model of models.toml; `use` is embedder or language-model.
 
+    `answers` of a language model is free, or quotation where it is too small to be trusted with
+    words of its own.
     A model without `files` is the snapshot of its hub repository, and its checksums are the hub's.
     """
 
@@ -88,6 +90,7 @@ class CatalogEntry:
     hub_revision: str
     notes: str
     files: tuple[ModelFile, ...] = ()
+    answers: str = "free"
 
 
 @dataclass(frozen=True, slots=True)

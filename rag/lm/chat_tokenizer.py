@@ -32,6 +32,11 @@ class ChatTokenizer:
         """Return the number of tokens of `text` alone, without any template."""
         return len(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text` alone, without any template or special token."""
+        plain = self.without_special_tokens(text)
+        return list(self._tokenizer.encode(plain, add_special_tokens=False, verbose=False))
+
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """Return the token ids of the chat in the model's own template, ready for its reply.
 

@@ -121,6 +121,13 @@ class Engine(Protocol):
         Where they cannot be counted, no fewer than there are.
         """
 
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text` alone, without any template or special token.
+
+        Raises:
+            ModelError: if this engine cannot; see `can_score`.
+        """
+
     def encode_chat(self, messages: list[Message]) -> Prompt:
         """Return the chat in the model's own template, ready for its reply.
 
@@ -189,8 +196,10 @@ class Engine(Protocol):
     ) -> list[tuple[float, ...]] | None:
         """Return the log-likelihood, in nats, of each token of each request's continuation.
 
-        What all prompts begin with is prefilled once; the rest runs in batches. So it serves
-        several answers to one long prompt, and one question after each of several short ones.
+        What all prompts begin with is prefilled once; the rest runs in batches, and a request
+        that another begins with costs nothing. So it serves several answers to one long prompt,
+        and one question after each of several short ones. A call with the prompt of the one
+        before it does not prefill it again, where that is short.
         `prefix` is what of the prompts is kept, if they share it. None is returned once `stop` is
         set, which is looked at between forward passes.
 

@@ -27,6 +27,7 @@ from rag.lm.forward import is_allocation_failure
 from rag.lm.generation import Row, batches, decode
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.loading import open_model
+from rag.lm.native_cache import branch
 from rag.lm.peak_bytes import peak_bytes
 from rag.lm.positions import position_limit
 from rag.lm.prefill import Prefill
@@ -34,15 +35,18 @@ from rag.lm.prefill_rate import PrefillClock
 from rag.lm.scoring import score_tails, shared_tokens
 from rag.lm.spec import ModelSpec
 from rag.lm.strides import read_strides, take_apart
-from rag.settings import Settings
+from rag.settings import MIB, Settings
 from rag.store.calibrations import CalibrationStore
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import Cache, PreTrainedConfig
 
     from rag.lm.windowed_attention import WindowedModel
 
 logger = logging.getLogger(__name__)
+
+# The longest prefix of a `score` that is kept for the next one.
+_SCORED_PREFIX_BYTES = 64 * MIB
 
 
 class LocalEngine:
@@ -114,6 +118,7 @@ class LocalEngine:
             reserve_bytes=kv_reserve_bytes,
         )
         self._windowed: WindowedModel | None = None
+        self._last_scored: tuple[tuple[int, ...], Cache] | None = None
         self._lock = Lock()
 
     @classmethod
@@ -190,6 +195,10 @@ class LocalEngine:
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of `text` alone, without any template."""
         return self._tokenizer.count_tokens(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text` alone, without any template or special token."""
+        return self._tokenizer.encode(text)
 
     def encode_chat(self, messages: list[Message]) -> Prompt:
         """Return the chat in the model's own template, ready for its reply."""
@@ -398,24 +407,32 @@ class LocalEngine:
             if prefix and prefix.num_tokens > shared:
                 prefix = None
             longest = max(len(r.prompt_ids) + len(r.continuation_ids) for r in requests)
-            states = self._prefill.read(
-                model,
-                [requests[0].prompt_ids[:shared]],
-                most_bytes=2 * kv_cache_bytes(self._spec, longest),  # the prefix, and a row
-                stop=stop,
-                prefix=prefix,
-            )
-            state = None
-            for _, state in states:  # noqa: B007 - the last one is wanted
-                pass
-            self._prefill.save()
-            if state is None or state.num_tokens < shared:
-                return None
+            shared_ids = requests[0].prompt_ids[:shared]
+            if self._last_scored and self._last_scored[0] == shared_ids:
+                cache = branch(self._last_scored[1], 1)
+            else:
+                states = self._prefill.read(
+                    model,
+                    [shared_ids],
+                    most_bytes=2 * kv_cache_bytes(self._spec, longest),  # the prefix, and a row
+                    stop=stop,
+                    prefix=prefix,
+                )
+                state = None
+                for _, state in states:  # noqa: B007 - the last one is wanted
+                    pass
+                self._prefill.save()
+                if state is None or state.num_tokens < shared:
+                    return None
+                cache = state.cache
+                self._last_scored = None
+                if shared and kv_cache_bytes(self._spec, shared) <= _SCORED_PREFIX_BYTES:
+                    self._last_scored = (shared_ids, branch(cache, 1))
             return score_tails(
                 model,
                 self._spec,
                 requests,
-                state.cache,
+                cache,
                 shared=shared,
                 usable_bytes=self._prefill.usable_bytes(),
                 stop=stop,

@@ -106,6 +106,13 @@ class RemoteEngine:
         """Return the number of tokens of `text` alone, or no fewer than there are."""
         return self._tokens.count(text)
 
+    def encode(self, text: str) -> list[int]:
+        """Raise: see `can_score`."""
+        raise ModelError(
+            f"the server {self._server.host} does not tell the tokens of a text",
+            hint="unset FATHOM_REMOTE_URL to use a model in this process",
+        )
+
     def encode_chat(self, messages: list[Message]) -> Prompt:
         """Return the chat as it will be sent, and its tokens in the model's template."""
         tokens = self._tokens

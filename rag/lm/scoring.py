@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -67,65 +68,105 @@ def score_tails(
         was stopped.
     """
     scores: dict[int, tuple[float, ...]] = {}
-    for batch in _batches(requests, spec, shared, usable_bytes):
-        is_last = len(scores) + len(batch) == len(requests)
+    rows = _rows(requests, shared)
+    batches = _batches(rows, requests, spec, shared, usable_bytes)
+    for batch in batches:
         own: Cache = native_cache(model.config)
         if shared:
+            is_last = batch is batches[-1]
             own = cache if is_last and len(batch) == 1 else branch(cache, len(batch))
-        found = _score_batch(model, [requests[n] for n in batch], own, shared, stop)
+        found = _score_batch(model, batch, requests, own, shared, stop)
         if found is None:
             return None
-        scores.update(zip(batch, found, strict=True))
+        scores.update(found)
     return [scores[number] for number in range(len(requests))]
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What enters the model once for all requests, by number, whose own tails it begins with."""
+
+    tail: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+
+def _rows(requests: Sequence[ScoreRequest], shared: int) -> list[_Row]:
+    """Return as few rows as hold every request, longest first.
+
+    A tail that another begins with needs no row of its own: the options for the next token after
+    each token of a stretch of text cost no more than the stretch.
+    """
+    tails = {
+        number: (*request.prompt_ids[shared:], *request.continuation_ids[:-1])
+        for number, request in enumerate(requests)
+    }
+    rows: list[_Row] = []
+    # In the order of their tokens, a tail is followed by those that begin with it.
+    for number in sorted(tails, key=tails.__getitem__, reverse=True):
+        tail = tails[number]
+        if rows and rows[-1].tail[: len(tail)] == tail:
+            rows[-1] = _Row(rows[-1].tail, (*rows[-1].numbers, number))
+        else:
+            rows.append(_Row(tail, (number,)))
+    return sorted(rows, key=lambda row: len(row.tail), reverse=True)
+
+
 def _batches(
-    requests: Sequence[ScoreRequest], spec: ModelSpec, shared: int, usable_bytes: int
-) -> list[list[int]]:
-    """Return the numbers of the requests that run together: near in length, within the memory."""
-    lengths = [_num_tokens(request) for request in requests]
-    batches: list[list[int]] = []
-    for number in sorted(range(len(requests)), key=lengths.__getitem__, reverse=True):
+    rows: Sequence[_Row],
+    requests: Sequence[ScoreRequest],
+    spec: ModelSpec,
+    shared: int,
+    usable_bytes: int,
+) -> list[list[_Row]]:
+    """Return the rows that run together: near in length, within the memory."""
+    batches: list[list[_Row]] = []
+    for row in rows:
         if batches:
-            rows = [*batches[-1], number]
-            padded = lengths[rows[0]] - shared
-            first_scored = min(len(requests[n].prompt_ids) - 1 for n in rows) - shared
-            row_bytes = kv_cache_bytes(spec, lengths[rows[0]])
+            together = [*batches[-1], row]
+            padded = len(together[0].tail)
+            first_scored = min(
+                len(requests[number].prompt_ids) - 1 - shared
+                for one in together
+                for number in one.numbers
+            )
+            row_bytes = kv_cache_bytes(spec, shared + padded)
             row_bytes += (padded - first_scored) * spec.vocab_size * spec.dtype_bytes
             if (
-                len(rows) * padded <= _BATCH_TOKENS
-                and len(rows) * row_bytes <= _BATCH_SHARE * usable_bytes
+                len(together) * padded <= _BATCH_TOKENS
+                and len(together) * row_bytes <= _BATCH_SHARE * usable_bytes
             ):
-                batches[-1] = rows
+                batches[-1] = together
                 continue
-        batches.append([number])
+        batches.append([row])
     return batches
-
-
-def _num_tokens(request: ScoreRequest) -> int:
-    """Return the tokens of a request that enter the model: its last one predicts nothing."""
-    return len(request.prompt_ids) + len(request.continuation_ids) - 1
 
 
 def _score_batch(
     model: Any,  # noqa: ANN401
+    batch: Sequence[_Row],
     requests: Sequence[ScoreRequest],
     cache: Cache,
     shared: int,
     stop: Event,
-) -> list[tuple[float, ...]] | None:
+) -> dict[int, tuple[float, ...]] | None:
     import torch
 
-    tails = [[*r.prompt_ids[shared:], *r.continuation_ids[:-1]] for r in requests]
-    padded = max(map(len, tails))
-    rows = [tail + [0] * (padded - len(tail)) for tail in tails]
-    # Where each row's scored tokens are predicted.
-    places = [range(len(r.prompt_ids) - 1 - shared, _num_tokens(r) - shared) for r in requests]
-    scores: list[list[torch.Tensor]] = [[] for _ in requests]
+    padded = len(batch[0].tail)
+    rows = [[*row.tail, *[0] * (padded - len(row.tail))] for row in batch]
+    # Where each request's tokens are predicted.
+    places = {
+        number: range(
+            begin := len(requests[number].prompt_ids) - 1 - shared,
+            begin + len(requests[number].continuation_ids),
+        )
+        for row in batch
+        for number in row.numbers
+    }
+    scores: dict[int, list[torch.Tensor]] = {number: [] for number in places}
     for start, end in prefill_chunks(0, 0, padded):
         if stop.is_set():
             return None
-        wanted = sorted({at for place in places for at in place if start <= at < end})
+        wanted = sorted({at for place in places.values() for at in place if start <= at < end})
         logits = forward(
             model,
             [row[start:end] for row in rows],
@@ -133,13 +174,18 @@ def _score_batch(
             keep=[at - start for at in wanted] or None,
         )
         kept = {at: index for index, at in enumerate(wanted)}
-        for row, place in enumerate(places):
-            here = [at for at in place if start <= at < end]
-            if not here:
+        for index, row in enumerate(batch):
+            here = {n: [at for at in places[n] if start <= at < end] for n in row.numbers}
+            if not any(here.values()):
                 continue
-            # Consecutive positions, all of them wanted: one slice of one row at a time, in float32.
-            own = logits[row, kept[here[0]] : kept[here[-1]] + 1].float()
-            targets = [requests[row].continuation_ids[at - place.start] for at in here]
-            picked = own.gather(-1, torch.tensor(targets, device=own.device)[:, None])[:, 0]
-            scores[row].append(picked - own.logsumexp(-1))
-    return [tuple(torch.cat(parts).tolist()) for parts in scores]
+            own = logits[index].float()  # one row at a time in float32
+            normaliser = own.logsumexp(-1)
+            for number, ats in here.items():
+                positions = torch.tensor(
+                    [kept[at] for at in ats], device=own.device, dtype=torch.long
+                )
+                first = places[number].start
+                targets = [requests[number].continuation_ids[at - first] for at in ats]
+                picked = own[positions, torch.tensor(targets, device=own.device, dtype=torch.long)]
+                scores[number].append(picked - normaliser[positions])
+    return {number: tuple(torch.cat(parts).tolist()) for number, parts in scores.items()}

@@ -49,6 +49,16 @@ def question_words(question: str) -> list[str]:
     return [word for word in words if word not in _STOP_WORDS] or words
 
 
+def is_stop_word(word: str) -> bool:
+    """Say whether a word, lower case, carries the grammar of a question, not its matter."""
+    return word in _STOP_WORDS
+
+
+def stems(text: str) -> list[str]:
+    """Return the words of a text in order, lower case, each as the stem that words are found by."""
+    return _stemmer()(_WORD.findall(text.lower()))
+
+
 def lexical_scores(
     words: Sequence[str],
     candidates: Sequence[Candidate],

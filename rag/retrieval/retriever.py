@@ -54,6 +54,17 @@ class Retriever:
         """The embedder's fingerprint, for receipts."""
         return self._embedder.fingerprint
 
+    def with_embedder(self, embedder: Embedder) -> "Retriever":
+        """Return this retriever with another way to the same vectors, e.g. one that keeps them."""
+        return Retriever(self._store, self._vectors, self._lexical, embedder, self._reranker)
+
+    def similarities(self, question: str, texts: Sequence[str]) -> list[float]:
+        """Return the cosine of the question's meaning to that of each text, -1 to 1."""
+        if not texts:
+            return []
+        query = self._embedder.embed([question])[0]
+        return [float(cosine) for cosine in self._embedder.embed(texts) @ query]
+
     def retrieve(
         self, question: str, documents: Sequence[Document], *, num_candidates: int
     ) -> list[Hit]:

@@ -1,14 +1,16 @@
 """fathom bench: speed and quality on this machine, a card for people and one JSON line last."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rag.errors import FathomError
+from rag.errors import FathomError, ReadError
 from rag.settings import load_settings
-from ui.console import Json, err, open_fathom, out, print_json, show_error, stages_bar
+from ui.console import Json, Model, err, open_fathom, out, print_json, show_error, stages_bar
 
 if TYPE_CHECKING:
     from rag.lm.loading import OpenedModel
@@ -114,6 +116,102 @@ def bench_retrieval_verb(
         "sets": [report.to_json() for report in reports],
     }
     print_json(line)
+
+
+@app.command(
+    "quotation",
+    epilog="Examples: fathom bench quotation --data sets --split dev --limit 50"
+    "  |  fathom bench quotation --data sets --fit weights.json",
+)
+def bench_quotation_verb(
+    data: Annotated[Path, typer.Option("--data", help="Folder that holds a folder for each set.")],
+    split: Annotated[str, typer.Option(help="dev (to tune on) or test (to report).")] = "dev",
+    only: Annotated[
+        list[str] | None, typer.Option("--set", help="A set's name; may be repeated.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each set, of each kind; default: all.")
+    ] = None,
+    read: Annotated[
+        bool, typer.Option(help="Let the model choose a span; without, sentences alone.")
+    ] = True,
+    model: Model = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the chunks' vectors between runs.")
+    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="Write a JSON line a question here.")] = None,
+    fit: Annotated[
+        Path | None,
+        typer.Option(help="Fit the weights on --split and write them here instead."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure verbatim answers: do they hold the answer, how long are they, what do they take."""
+    from eval.bench.quotation import bench_quotation, card, spread, with_questions
+    from eval.evidence_sets import load_evidence_set
+    from eval.fit_quotation import fit_quotation
+
+    settings = load_settings(model=model)
+    fathom = open_fathom(settings)
+    sets = []
+    for name in only or ["squad2_articles", "covidqa"]:
+        whole = load_evidence_set(data, name, split)
+        try:
+            without = load_evidence_set(data, name, split, answerable=False).questions
+        except ReadError:
+            without = ()  # every question of the set has an answer
+        about = {document.id for document in whole.documents}
+        unanswerable = [question for question in without if question.document in about]
+        sets.append(
+            (
+                with_questions(whole, spread(whole.questions, limit)),
+                spread(unanswerable, limit),
+            )
+        )
+    if fit is not None:
+        with stages_bar("fitting") as on_progress:
+            weights = fit_quotation(
+                sets,
+                embedder=fathom.embedder,
+                settings=settings,
+                engine=fathom.engine if read else None,
+                cache_folder=cache,
+                on_progress=on_progress,
+            )
+        fitted = {name: table for name, table in asdict(weights).items() if table}
+        fit.write_text(json.dumps(fitted, indent=1) + "\n", encoding="utf-8")
+        print_json({"bench": "quotation", "split": split, "limit": limit, **fitted})
+        return
+    reports = []
+    for evidence, unanswerable in sets:
+        with stages_bar(evidence.name) as on_progress:
+            report = bench_quotation(
+                evidence,
+                unanswerable,
+                embedder=fathom.embedder,
+                engine=fathom.engine,
+                settings=settings,
+                read=read,
+                cache_folder=cache,
+                on_progress=on_progress,
+                on_row=lambda row: _append(rows, asdict(row)) if rows else None,
+            )
+        reports.append(report)
+        (err if as_json else out).print(card(report), markup=False)
+    line = {
+        "bench": "quotation",
+        "split": split,
+        "limit": limit,
+        "model": fathom.engine.name,
+        "embedder": fathom.embedder.fingerprint,
+        "sets": [report.to_json() for report in reports],
+    }
+    print_json(line)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 @app.command(

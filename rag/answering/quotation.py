@@ -1,0 +1,304 @@
+"""Verbatim answers: the likeliest stretch of the likeliest sentences, never a word of the model's.
+
+The model writes nothing. It is shown a few sentences and the question, its reply is begun with a
+quotation mark, and every stretch of the sentences is a candidate for what stands before the closing
+one. With S its sentence, a stretch s has the score
+
+    a (log p(s | prompt) + log p(closing mark | prompt, s)) + b log P(S) + c words(s) - ...
+
+so the answer is the document's text by construction, and the closing mark decides where it ends.
+Whether there is an answer at all is judged by the sentences, before the model reads: its own
+likelihoods do not tell. Source: docs/decisions/0024.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Event
+
+import numpy as np
+
+from rag.answering.sentence_choice import Sentence, kind_asked_for, weights
+from rag.lm.engine import Engine, Message, ScoreRequest
+from rag.retrieval.lexical_score import is_stop_word, question_words, stems
+
+# The sentences that the model is shown, the starts in them that it goes on from, and how far, in
+# tokens. Chosen on dev, like all numbers here: docs/decisions/0024.
+NUM_SENTENCES = 3
+NUM_STARTS = 6
+MAX_SPAN_TOKENS = 24
+# Below this probability of the quoted sentence another is shown beside it.
+SURE = 0.8
+# Below this probability that there is an answer, none is given. Where as many questions have one as
+# have none, 0.5 would be the border; of dev questions with an answer 0.2 declines 1 to 5 in 100.
+ANSWERABLE = 0.2
+EVIDENCE = ("log_probability", "cosine", "share", "score")
+SPAN_FEATURES = (
+    "likelihood",  # log, of the stretch and the closing mark after it
+    "log_probability",  # of its sentence
+    "words_long",  # its words, where the question asks for no name, number, date or place
+    "repeated",  # the share of its words that the question's matter consists of
+    "nothing_new",  # no word but the question's and the grammar's
+)
+# Starts that go on alike for so many tokens are one.
+_SAME_TOKENS = 6
+
+_INSTRUCTION = "You answer questions with words copied from the text that the user shows you."
+_ENDS = ('"', '".', '",')
+# A number with what belongs to it; a word with what joins its parts; a sign of a script that
+# writes no spaces; any other sign.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_LETTERS = rf"[^\W{_UNSPACED}]+"
+_PIECE = re.compile(
+    rf"[$€£]?\d+(?:[.,:/]\d+)*%?|[{_UNSPACED}]|{_LETTERS}(?:[-'’.]{_LETTERS})*|[^\w\s]|\w"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Quotation:
+    """An answer that is `[start, end)` of a document's text, inside a sentence of it.
+
+    `beside` is another sentence, where that may as well hold the answer. `probability` is that the
+    documents hold an answer; `prompt_ids` is what the model read, empty where no prompt fits.
+    """
+
+    sentence: Sentence
+    start: int
+    end: int
+    beside: Sentence | None
+    probability: float
+    prompt_ids: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """The answer itself."""
+        return self.sentence.text[self.start - self.sentence.start : self.end - self.sentence.start]
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A place where a stretch may begin: its tokens from there, and where it may end.
+
+    `ends` holds for each possible end its offset in the document and the tokens until there.
+    """
+
+    sentence: Sentence
+    start: int
+    token_ids: tuple[int, ...]
+    ends: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch `[start, end)` of a document inside one of its sentences; see SPAN_FEATURES."""
+
+    sentence: Sentence
+    start: int
+    end: int
+    features: tuple[float, ...]
+
+
+def quote(
+    question: str,
+    ranked: Sequence[Sentence],
+    engine: Engine,
+    *,
+    max_prompt_tokens: int,
+    stop: Event,
+) -> Quotation | None:
+    """Return the answer as a quotation; None if there is nothing to quote, or it was stopped.
+
+    Args:
+        question: in words.
+        ranked: sentences that may hold the answer, likeliest first.
+        engine: the language model.
+        max_prompt_tokens: sentences that would make the prompt longer are not shown; where not
+            even one fits, it is quoted whole and unread.
+        stop: ends it between forward passes.
+    """
+    if not ranked:
+        return None
+    probability = answer_probability(ranked)
+    read = candidate_spans(question, ranked, engine, max_prompt_tokens=max_prompt_tokens, stop=stop)
+    if read is None:
+        return None
+    spans, prompt_ids = read
+    if not spans:
+        first = ranked[0]
+        return Quotation(first, first.start, first.end, None, probability, prompt_ids)
+    best = max(spans, key=span_score)
+    beside = sentence_beside(best.sentence, ranked)
+    return Quotation(best.sentence, best.start, best.end, beside, probability, prompt_ids)
+
+
+def sentence_beside(quoted: Sentence, ranked: Sequence[Sentence]) -> Sentence | None:
+    """Return the likeliest other sentence where the quoted one is not sure to hold the answer."""
+    if quoted.probability >= SURE:
+        return None
+    return next((sentence for sentence in ranked if sentence is not quoted), None)
+
+
+def candidate_spans(
+    question: str,
+    ranked: Sequence[Sentence],
+    engine: Engine,
+    *,
+    max_prompt_tokens: int,
+    stop: Event,
+) -> tuple[list[Span], tuple[int, ...]] | None:
+    """Return the stretches that `quote` chooses from, and the prompt; None if it was stopped."""
+    for num_sentences in range(min(NUM_SENTENCES, len(ranked)), 0, -1):
+        shown = sorted(ranked[:num_sentences], key=lambda s: (s.document.id, s.start))
+        prompt_ids = quotation_prompt(question, shown, engine)
+        if len(prompt_ids) + MAX_SPAN_TOKENS <= max_prompt_tokens:
+            break
+    else:
+        return [], ()
+    starts = _likeliest_starts(shown, prompt_ids, engine, stop)
+    spans = _score_spans(question, starts, prompt_ids, engine, stop) if starts is not None else None
+    return None if spans is None else (spans, prompt_ids)
+
+
+def answer_probability(ranked: Sequence[Sentence]) -> float:
+    """Return the probability that one of the sentences holds the answer: logistic in EVIDENCE.
+
+    It is that of a question from a mixture of as many with an answer as without.
+    """
+    fitted = weights()["answerable"]
+    logit = fitted["intercept"] + sum(
+        fitted[name] * value for name, value in zip(EVIDENCE, evidence(ranked), strict=True)
+    )
+    return float(1 / (1 + math.exp(-logit)))
+
+
+def evidence(ranked: Sequence[Sentence]) -> tuple[float, ...]:
+    """Return what speaks for an answer being there: EVIDENCE of sentences, likeliest first."""
+    first = ranked[0]
+    return (
+        math.log(first.probability),
+        max(sentence.cosine for sentence in ranked),
+        first.share,
+        first.score,
+    )
+
+
+def quotation_prompt(question: str, shown: Sequence[Sentence], engine: Engine) -> tuple[int, ...]:
+    """Return the prompt that shows sentences, asks the question, and begins a quotation."""
+    text = " ".join(" ".join(sentence.text.split()) for sentence in shown)
+    user = (
+        f"Text:\n\n{text}\n\nQuestion: {question.strip()}\n\n"
+        "Answer with the shortest exact quotation from the text."
+    )
+    messages = [Message("system", _INSTRUCTION), Message("user", user)]
+    return (*engine.encode_chat(messages).ids, *engine.encode(_ENDS[0]))
+
+
+def _likeliest_starts(
+    shown: Sequence[Sentence], prompt_ids: tuple[int, ...], engine: Engine, stop: Event
+) -> list[_Start] | None:
+    """Return the starts whose first token is likeliest, no two that go on alike."""
+    starts = [start for sentence in shown for start in _starts_in(sentence, engine)]
+    if not starts:
+        return []
+    firsts = list(dict.fromkeys(start.token_ids[:1] for start in starts))
+    found = engine.score([ScoreRequest(prompt_ids, first) for first in firsts], stop=stop)
+    if found is None:
+        return None
+    likelihood = dict(zip(firsts, (scores[0] for scores in found), strict=True))
+    starts.sort(key=lambda s: (-likelihood[s.token_ids[:1]], -s.sentence.probability))
+    distinct: dict[tuple[int, ...], _Start] = {}
+    for start in starts:
+        distinct.setdefault(start.token_ids[:_SAME_TOKENS], start)
+    return list(distinct.values())[:NUM_STARTS]
+
+
+def _starts_in(sentence: Sentence, engine: Engine) -> list[_Start]:
+    """Return every place in a sentence where a word begins."""
+    pieces = [(match.start(), match.end()) for match in _PIECE.finditer(sentence.text)]
+    words = [_is_word(sentence.text[a:b]) for a, b in pieces]
+    # The tokens of a piece at the start of a stretch, and after white space, differ.
+    bare = [tuple(engine.encode(sentence.text[a:b])) for a, b in pieces]
+    inner = [
+        tuple(engine.encode(f" {sentence.text[a:b]}"))
+        if a and sentence.text[a - 1].isspace()
+        else bare[n]
+        for n, (a, b) in enumerate(pieces)
+    ]
+    starts = []
+    for first, is_word in enumerate(words):
+        if not is_word:
+            continue
+        token_ids: list[int] = []
+        ends: list[tuple[int, int]] = []
+        for at in range(first, len(pieces)):
+            own = bare[at] if at == first else inner[at]
+            if ends and len(token_ids) + len(own) > MAX_SPAN_TOKENS:
+                break
+            token_ids += own
+            if words[at]:
+                ends.append((sentence.start + pieces[at][1], len(token_ids)))
+        starts.append(
+            _Start(
+                sentence,
+                sentence.start + pieces[first][0],
+                tuple(token_ids[: ends[-1][1]]),
+                tuple(ends),
+            )
+        )
+    return starts
+
+
+def _is_word(piece: str) -> bool:
+    return any(sign.isalnum() for sign in piece)
+
+
+def _score_spans(
+    question: str,
+    starts: Sequence[_Start],
+    prompt_ids: tuple[int, ...],
+    engine: Engine,
+    stop: Event,
+) -> list[Span] | None:
+    """Return the stretches of every start, with the features that decide between them."""
+    end_ids = list(dict.fromkeys(engine.encode(end)[0] for end in _ENDS))
+    options = [(start, end, num_tokens) for start in starts for end, num_tokens in start.ends]
+    found = engine.score(
+        [
+            ScoreRequest(prompt_ids, (*start.token_ids[:num_tokens], end_id))
+            for start, _, num_tokens in options
+            for end_id in end_ids
+        ],
+        stop=stop,
+    )
+    if found is None:
+        return None
+    in_question = frozenset(stems(question))
+    matter = frozenset(stems(" ".join(question_words(question))))
+    wants_long = kind_asked_for(question) in (None, "why")
+    spans = []
+    for number, (start, end, _) in enumerate(options):
+        closed = found[number * len(end_ids) : (number + 1) * len(end_ids)]
+        likelihood = sum(closed[0][:-1])
+        likelihood += float(np.logaddexp.reduce([scores[-1] for scores in closed]))
+        sentence = start.sentence
+        text = sentence.text[start.start - sentence.start : end - sentence.start]
+        words = stems(text)
+        new = [word for word in words if word not in in_question and not is_stop_word(word)]
+        features = (
+            likelihood,
+            math.log(max(sentence.probability, 1e-9)),
+            float(len(text.split()) if wants_long else 0),
+            sum(word in matter for word in words) / max(1, len(words)),
+            float(not new),
+        )
+        spans.append(Span(sentence, start.start, end, features))
+    return spans
+
+
+def span_score(span: Span) -> float:
+    """Return what the best quotation is the highest of: its features by their weights."""
+    fitted = weights()["span"]
+    return float(
+        sum(fitted[name] * value for name, value in zip(SPAN_FEATURES, span.features, strict=True))
+    )

@@ -1,0 +1,336 @@
+"""Verbatim answers: always a stretch of the text, whatever the text and the model."""
+
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from conftest import HANDBOOK, make_tiny_engine
+from eval.bench.quotation import QuotedRow as Row
+from eval.bench.quotation import spread, summarise
+from eval.evidence_sets import EvidenceDocument, EvidenceQuestion, EvidenceSet
+from eval.fit_quotation import conditional_logit, fit_answerable
+from rag.answering.citations import verified_citation
+from rag.answering.prompt import CANNOT_ANSWER
+from rag.answering.quotation import (
+    NUM_SENTENCES,
+    SPAN_FEATURES,
+    candidate_spans,
+    quotation_prompt,
+    quote,
+    sentence_beside,
+)
+from rag.answering.sentence_choice import (
+    FEATURES,
+    Sentence,
+    holds_kind,
+    kind_asked_for,
+    rank_sentences,
+    weights,
+)
+from rag.answering.sentences import LONGEST_SENTENCE_CHARS, sentence_spans
+from rag.lm.catalog import fetched_models
+from rag.lm.local_engine import LocalEngine
+from rag.retrieval.lexical_score import stems
+from rag.settings import Settings
+from rag.types import Answer, Document, Route, answer_from_json
+from ui.assembly import Fathom
+from ui.formatting import citations_html
+
+QUESTION = "What is the harbour fee?"
+
+needs_models = pytest.mark.skipif(
+    any(
+        name not in {model.name for model in fetched_models(Settings())}
+        for name in ("smollm2-135m", "all-minilm-l6-v2")
+    ),
+    reason="the models have not been fetched",
+)
+
+
+def document(number: int = 1) -> Document:
+    """Return a document's record; its text is nowhere."""
+    return Document(number, "t", "t", 1, True, "0", "text/plain", 1, 1, 0, 1, (), "now")
+
+
+def sentences(*texts: str, documents: tuple[int, ...] = ()) -> list[Sentence]:
+    """Return sentences one after the other, the likeliest first."""
+    found, start = [], 0
+    for number, text in enumerate(texts):
+        of = documents[number] if documents else 1
+        found.append(
+            Sentence(document(of), start, start + len(text), text, 0.0, 0.5 / 2**number, 0.5, 0.5)
+        )
+        start += len(text) + 1
+    return found
+
+
+def test_sentences_end_where_a_reader_would_end_them() -> None:
+    text = (
+        "Dr. Smith met J. R. Jones in the U.S. Navy. It cost 3.5 million, e.g. for ships!\n"
+        'He said "Go." Then\nhe left.\n\n# A heading\n\n- one\n- two\n'
+    )
+    assert [text[a:b] for a, b in sentence_spans(text)] == [
+        "Dr. Smith met J. R. Jones in the U.S. Navy.",
+        "It cost 3.5 million, e.g. for ships!",
+        'He said "Go."',
+        "Then\nhe left.",
+        "# A heading",
+        "- one",
+        "- two",
+    ]
+    assert sentence_spans("港の使用料は一泊三十五クローネです。子供は無料。") == [(0, 18), (18, 24)]
+    assert sentence_spans(" \n ") == []
+
+
+@given(
+    st.text(alphabet=st.sampled_from("ab .,。!?\n(\"'1-#"), max_size=300) | st.text(max_size=2000)
+)
+def test_sentences_lose_nothing_but_white_space(text: str) -> None:
+    spans = sentence_spans(text)
+    places = {at for start, end in spans for at in range(start, end)}
+    assert len(places) == sum(end - start for start, end in spans)
+    assert all(sign.isspace() for at, sign in enumerate(text) if at not in places)
+    assert all(end - start <= LONGEST_SENTENCE_CHARS for start, end in spans)
+    assert spans == sorted(spans)
+
+
+def test_what_a_question_asks_for_is_seen_and_found() -> None:
+    assert kind_asked_for("In which year was it built?") == "date"
+    assert kind_asked_for("How many berths are there?") == "number"
+    assert kind_asked_for("Whom did they elect?") == "who"
+    assert kind_asked_for("Which city is it in?") == "where"
+    assert kind_asked_for("港はどこですか") is None
+    asked = frozenset(stems("When was the Berlin fair of 1936 closed?"))
+    assert holds_kind("date", "It closed in 1938.", asked)
+    assert not holds_kind("date", "The fair of 1936 was large.", asked)
+
+
+def test_the_shipped_weights_are_those_of_the_features() -> None:
+    assert set(weights()["sentence"]) == set(FEATURES)
+    assert set(weights()["span"]) == set(SPAN_FEATURES)
+
+
+def test_the_sentence_that_answers_comes_first(small_fathom: Fathom) -> None:
+    service, documents = small_fathom.service(), small_fathom.documents()
+    retriever = service._retriever
+    for question, text in (
+        (QUESTION, "The harbour fee is 35 crowns a night."),
+        ("On which channel is a berth booked?", "A berth is booked by radio on channel 14."),
+        ("How often does the north beacon flash?", "The north beacon flashes green every four"),
+    ):
+        hits = retriever.retrieve(question, documents, num_candidates=20)
+        ranked = rank_sentences(
+            question,
+            hits,
+            documents,
+            store=small_fathom.store,
+            similarities=retriever.similarities,
+        )
+        assert ranked[0].text.startswith(text)
+        assert sum(sentence.probability for sentence in ranked) == pytest.approx(1)
+        for sentence in ranked:
+            assert HANDBOOK[sentence.start : sentence.end] == sentence.text
+
+
+@given(
+    texts=st.lists(
+        st.text(alphabet=st.sampled_from("aé 漢字かな12.,;\n\"'<eos>$%"), min_size=1, max_size=80),
+        min_size=1,
+        max_size=5,
+    )
+)
+@hypothesis_settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_quotation_is_always_a_stretch_of_one_sentence(
+    tiny_engine: LocalEngine, texts: list[str]
+) -> None:
+    ranked = sentences(*texts, documents=(1, 2, 1, 2, 1)[: len(texts)])
+    found = quote("Where is 12?", ranked, tiny_engine, max_prompt_tokens=2000, stop=Event())
+    assert found is not None
+    sentence = found.sentence
+    assert sentence in ranked
+    assert sentence.start <= found.start < found.end <= sentence.end
+    assert found.text == sentence.text[found.start - sentence.start : found.end - sentence.start]
+    assert found.beside is None or found.beside in ranked
+
+
+def test_every_span_is_scored_as_the_prompt_and_its_tokens_are(tiny_engine: LocalEngine) -> None:
+    ranked = sentences("The fee is 35 crowns.", "漢字です。")
+    read = candidate_spans(QUESTION, ranked, tiny_engine, max_prompt_tokens=2000, stop=Event())
+    assert read is not None
+    spans, prompt_ids = read
+    assert prompt_ids == quotation_prompt(QUESTION, ranked, tiny_engine)
+    texts = {s.sentence.text[s.start - s.sentence.start : s.end - s.sentence.start] for s in spans}
+    # signs of a script without spaces are words of their own; a full stop is none
+    assert texts <= {
+        *("The", "The fee", "The fee is", "The fee is 35", "The fee is 35 crowns"),
+        *("fee", "fee is", "fee is 35", "fee is 35 crowns", "is", "is 35", "is 35 crowns"),
+        *("35", "35 crowns", "crowns", "漢", "漢字", "漢字で", "漢字です", "字", "字で", "字です"),
+        *("で", "です", "す"),
+    }  # fmt: skip
+    assert len(texts) >= 6
+    assert all(span.features[0] < 0 for span in spans)
+
+
+def test_sentences_that_do_not_fit_the_prompt_are_left_out_and_one_alone_is_quoted_whole(
+    tiny_engine: LocalEngine,
+) -> None:
+    ranked = sentences(*("word " * 60 + str(n) for n in range(5)))
+    whole = len(quotation_prompt(QUESTION, ranked[:NUM_SENTENCES], tiny_engine))
+    one = len(quotation_prompt(QUESTION, ranked[:1], tiny_engine))
+    fits = quote(QUESTION, ranked, tiny_engine, max_prompt_tokens=whole - 1, stop=Event())
+    assert fits is not None
+    assert one <= len(fits.prompt_ids) < whole
+    unread = quote(QUESTION, ranked, tiny_engine, max_prompt_tokens=50, stop=Event())
+    assert unread is not None
+    assert unread.text == ranked[0].text
+    assert unread.prompt_ids == ()
+
+
+def test_nothing_to_quote_and_a_stop(tiny_engine: LocalEngine) -> None:
+    assert quote(QUESTION, [], tiny_engine, max_prompt_tokens=2000, stop=Event()) is None
+    stop = Event()
+    stop.set()
+    ranked = sentences("The fee is 35 crowns.")
+    assert quote(QUESTION, ranked, tiny_engine, max_prompt_tokens=2000, stop=stop) is None
+
+
+def test_another_sentence_stands_beside_one_that_is_not_sure() -> None:
+    first, second, third = sentences("a", "b", "c")
+    assert sentence_beside(first, [first, second, third]) is second
+    assert sentence_beside(third, [first, second, third]) is first
+    sure = Sentence(document(), 0, 1, "a", 0.0, 0.9, 0.5, 0.5)
+    assert sentence_beside(sure, [sure, second]) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["fee", "港の使用料は一泊三十五クローネです。", "?!\n\n...", "fee " * 9000]
+)
+def test_documents_of_any_kind_are_quoted_or_declined(
+    library: Fathom, tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "odd.txt"
+    path.write_text(text, encoding="utf-8")
+    stored = library.ingest(path).document
+    answer = library.service().answer(QUESTION, route=Route.QUOTATION)
+    check_verbatim(library, stored.id, answer)
+
+
+def check_verbatim(fathom: Fathom, document_id: int, answer: Answer) -> None:
+    """Check that what an answer shows stands in the document where it says."""
+    assert answer.receipt.route is Route.QUOTATION
+    assert answer.receipt.new_tokens == 0
+    for citation in answer.citations:
+        assert citation.document == document_id
+        assert citation.verified
+        assert fathom.text(document_id, citation.start, citation.end) == citation.quote
+    if answer.abstained:
+        assert answer.answer.startswith(CANNOT_ANSWER)
+    else:
+        first = answer.citations[0]
+        assert first.answer_start is not None
+        assert first.answer_end is not None
+        assert first.start <= first.answer_start < first.answer_end <= first.end
+        stretch = fathom.text(document_id, first.answer_start, first.answer_end)
+        assert answer.answer.startswith(f"{' '.join(stretch.split())}: ")
+    assert fathom.receipts.load(answer.receipt.id) == answer
+    assert answer_from_json(answer.to_json()) == answer
+
+
+def test_quotations_never_mix_documents(library: Fathom, tmp_path: Path) -> None:
+    numbers = {}
+    for name, fee in (("a", 35), ("b", 70)):
+        path = tmp_path / f"{name}.txt"
+        path.write_text(f"The harbour fee in port {name} is {fee} crowns. Ask the pilot.")
+        numbers[name] = library.ingest(path).document.id
+    for name, number in numbers.items():
+        answer = library.service().answer(QUESTION, document_ids=[number], route=Route.QUOTATION)
+        check_verbatim(library, number, answer)
+        assert f"port {name}" in answer.answer
+
+
+def test_the_mode_and_the_catalog_decide_who_is_quoted(
+    small_fathom: Fathom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def route_of(mode: str, model: str, question: str = QUESTION) -> Route:
+        engine = make_tiny_engine()
+        monkeypatch.setattr(engine, "_name", model)
+        changed = small_fathom.settings.model_copy(update={"answer_mode": mode})
+        fathom = Fathom(changed, embedder=small_fathom.embedder, engine=engine)
+        return fathom.service().answer(question).receipt.route
+
+    assert route_of("auto", "smollm2-135m") is Route.QUOTATION
+    assert route_of("auto", "smollm2-135m", "Summarise the handbook.") is Route.FULL
+    assert route_of("auto", "qwen2.5-coder-1.5b") is Route.FULL
+    assert route_of("auto", "tiny-llama") is Route.FULL
+    assert route_of("quotation", "tiny-llama") is Route.QUOTATION
+    assert route_of("free", "smollm2-135m") is Route.FULL
+
+
+def test_the_page_marks_the_answer_in_its_sentence(small_fathom: Fathom) -> None:
+    start = HANDBOOK.index("The harbour fee is")
+    text = "The harbour fee is 35 crowns a night."
+    stored = small_fathom.documents()[0]
+    citation = verified_citation(1, stored, start, start + len(text), text, small_fathom.store)
+    assert citation.verified
+    answer = small_fathom.service().answer(QUESTION)
+    marked = replace(citation, answer_start=start + 19, answer_end=start + 28)
+    page = citations_html(replace(answer, citations=(marked,)))
+    assert "<mark>&#51;5 crowns</mark>&nbsp;a night" in page
+
+
+def test_the_report_counts_what_was_shown_and_declined() -> None:
+    asked = [
+        Row(f"q{n}", f"d{n % 2}", True, n != 0, n > 1, n / 4, n == 4, 20 + n, n / 4, 2.0, None)
+        for n in range(5)
+    ]
+    others = [
+        Row(f"u{n}", "d0", False, False, False, None, None, 20, n / 4, 1.0, None) for n in range(4)
+    ]
+    questions = tuple(EvidenceQuestion(row.id, "?", row.document, (), ()) for row in asked)
+    evidence = EvidenceSet("s", (EvidenceDocument("d0", "d", "t"),), questions, False)
+    report = summarise(evidence, [*asked, *others])
+    assert report.contains.mean == pytest.approx(4 / 5)
+    assert report.first_contains.mean == pytest.approx(3 / 5)
+    assert report.f1 is not None
+    assert report.f1.mean == pytest.approx(0.5)
+    # probability 0.5 and more answers: three of five; below it two of four decline
+    assert report.balanced_accuracy == pytest.approx((3 / 5 + 2 / 4) / 2)
+    assert report.risk["1.0"] == pytest.approx(5 / 9, abs=1e-4)
+    assert report.risk["0.1"] == 0.0
+    assert {q.id for q in spread(questions, 2)} == {"q0", "q2"}
+    assert sorted(q.id for q in spread(questions, None)) == [q.id for q in questions]
+
+
+def test_the_fit_finds_what_separates() -> None:
+    rows = [((0.0, n / 10, 0.0, 0.0), n >= 5) for n in range(10)]
+    chosen = [
+        (np.array([[n, 1.0], [-n, 1.0], [n / 2, 1.0]]), np.array([1.0, 0.0, 0.1]))
+        for n in (1.0, 2.0, 3.0)
+    ]
+    weights = conditional_logit(chosen, ridge=0.1)
+    assert weights[0] > 0.5
+    assert weights[1] == pytest.approx(0, abs=1e-6)
+    fitted = fit_answerable(rows)
+    assert fitted["cosine"] > 0
+    assert fitted["cosine"] * 0.45 + fitted["intercept"] == pytest.approx(0, abs=0.2)
+
+
+@needs_models
+@pytest.mark.model
+def test_a_small_model_quotes_the_fee(settings: Settings, handbook: Path) -> None:
+    fathom = Fathom(settings.model_copy(update={"model": "smollm2-135m"}))
+    stored = fathom.ingest(handbook).document
+    answer = fathom.service().answer(QUESTION)
+    check_verbatim(fathom, stored.id, answer)
+    assert "The harbour fee is 35 crowns a night." in answer.answer
+    declined = fathom.service().answer("Who won the football world cup in 1966?")
+    check_verbatim(fathom, stored.id, declined)
+    assert declined.abstained
