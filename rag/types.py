@@ -191,7 +191,14 @@ class Route(StrEnum):
     FULL = "full"
     RETRIEVAL = "retrieval"
     SCAN = "scan"
-    QUOTATION = "quotation"
+
+
+class AnswerMode(StrEnum):
+    """Whose words an answer is: the model's, the documents', or a number that the text proves."""
+
+    WRITTEN = "written"
+    QUOTED = "quoted"
+    COUNTED = "counted"
 
 
 class QuestionClass(StrEnum):
@@ -228,7 +235,7 @@ class Gate:
 class RouteDecision:
     """The route taken, the reason in one sentence, and every number that was compared.
 
-    `class_reason` says why the question is of its class.
+    `class_reason` says why the question is of its class; `mode` is whose words the answer will be.
     """
 
     route: Route
@@ -236,6 +243,7 @@ class RouteDecision:
     question_class: QuestionClass
     gates: tuple[Gate, ...]
     class_reason: str = ""
+    mode: AnswerMode = AnswerMode.WRITTEN
 
 
 # ---- answers ----------------------------------------------------------------------------------
@@ -338,6 +346,7 @@ class Receipt:
     embedder: str
     prompt_sha256: str
     class_reason: str = ""
+    mode: AnswerMode = AnswerMode.WRITTEN
     scan: ScanTally | None = None
 
 
@@ -365,6 +374,7 @@ def answer_from_json(value: Mapping[str, Any]) -> Answer:
     receipt["kv_bytes"] = KVBytes(**receipt["kv_bytes"])
     receipt["seconds"] = Seconds(**receipt["seconds"])
     receipt["escalations"] = tuple(receipt["escalations"])
+    receipt["mode"] = AnswerMode(receipt.get("mode", AnswerMode.WRITTEN))
     if receipt.get("scan"):
         receipt["scan"] = ScanTally(**receipt["scan"])
     return Answer(

@@ -38,7 +38,7 @@ from rag.lm.catalog import fetched_models
 from rag.lm.local_engine import LocalEngine
 from rag.retrieval.lexical_score import stems
 from rag.settings import Settings
-from rag.types import Answer, Document, Route, answer_from_json
+from rag.types import Answer, AnswerMode, Document, Route, answer_from_json
 from ui.assembly import Fathom
 from ui.formatting import citations_html
 
@@ -219,13 +219,14 @@ def test_documents_of_any_kind_are_quoted_or_declined(
     path = tmp_path / "odd.txt"
     path.write_text(text, encoding="utf-8")
     stored = library.ingest(path).document
-    answer = library.service().answer(QUESTION, route=Route.QUOTATION)
+    answer = library.service().answer(QUESTION, mode=AnswerMode.QUOTED)
     check_verbatim(library, stored.id, answer)
 
 
 def check_verbatim(fathom: Fathom, document_id: int, answer: Answer) -> None:
     """Check that what an answer shows stands in the document where it says."""
-    assert answer.receipt.route is Route.QUOTATION
+    assert answer.receipt.mode is AnswerMode.QUOTED
+    assert answer.receipt.route is Route.RETRIEVAL
     assert answer.receipt.new_tokens == 0
     for citation in answer.citations:
         assert citation.document == document_id
@@ -251,7 +252,7 @@ def test_quotations_never_mix_documents(library: Fathom, tmp_path: Path) -> None
         path.write_text(f"The harbour fee in port {name} is {fee} crowns. Ask the pilot.")
         numbers[name] = library.ingest(path).document.id
     for name, number in numbers.items():
-        answer = library.service().answer(QUESTION, document_ids=[number], route=Route.QUOTATION)
+        answer = library.service().answer(QUESTION, document_ids=[number], mode=AnswerMode.QUOTED)
         check_verbatim(library, number, answer)
         assert f"port {name}" in answer.answer
 
@@ -259,19 +260,19 @@ def test_quotations_never_mix_documents(library: Fathom, tmp_path: Path) -> None
 def test_the_mode_and_the_catalog_decide_who_is_quoted(
     small_fathom: Fathom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def route_of(mode: str, model: str, question: str = QUESTION) -> Route:
+    def mode_of(mode: str, model: str, question: str = QUESTION) -> AnswerMode:
         engine = make_tiny_engine()
         monkeypatch.setattr(engine, "_name", model)
         changed = small_fathom.settings.model_copy(update={"answer_mode": mode})
         fathom = Fathom(changed, embedder=small_fathom.embedder, engine=engine)
-        return fathom.service().answer(question).receipt.route
+        return fathom.service().answer(question).receipt.mode
 
-    assert route_of("auto", "smollm2-135m") is Route.QUOTATION
-    assert route_of("auto", "smollm2-135m", "Summarise the handbook.") is Route.FULL
-    assert route_of("auto", "qwen2.5-coder-1.5b") is Route.FULL
-    assert route_of("auto", "tiny-llama") is Route.FULL
-    assert route_of("quotation", "tiny-llama") is Route.QUOTATION
-    assert route_of("free", "smollm2-135m") is Route.FULL
+    assert mode_of("auto", "smollm2-135m") is AnswerMode.QUOTED
+    assert mode_of("auto", "smollm2-135m", "Summarise the handbook.") is AnswerMode.WRITTEN
+    assert mode_of("auto", "qwen2.5-coder-1.5b") is AnswerMode.WRITTEN
+    assert mode_of("auto", "tiny-llama") is AnswerMode.WRITTEN
+    assert mode_of("quotation", "tiny-llama") is AnswerMode.QUOTED
+    assert mode_of("free", "smollm2-135m") is AnswerMode.WRITTEN
 
 
 def test_the_page_marks_the_answer_in_its_sentence(small_fathom: Fathom) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Event
 
@@ -23,8 +23,10 @@ from rag.settings import Settings
 from rag.store.documents import DocumentStore
 from rag.types import (
     Answer,
+    AnswerMode,
     Citation,
     Document,
+    Gate,
     KVBytes,
     QuestionClass,
     ReadExtent,
@@ -39,20 +41,28 @@ NEAREST = "The nearest sentences found:"
 
 
 def decide_quotation(
-    question: str, route: Route | None, *, engine: Engine, settings: Settings
+    question: str,
+    route: Route | None,
+    mode: AnswerMode | None,
+    *,
+    gates: Callable[[], tuple[Gate, ...]],
+    engine: Engine,
+    settings: Settings,
 ) -> RouteDecision | None:
     """Return the decision to quote, None where the answer is to be written.
 
     Args:
         question: in words.
         route: the route asked for, None if none was.
+        mode: the mode asked for, None if none was.
+        gates: returns those of the receipt.
         engine: the language model; the catalog says whether it is to be trusted with words.
         settings: `answer_mode`.
     """
     classified = classify_question(question)
-    if route is Route.QUOTATION:
+    if mode is AnswerMode.QUOTED:
         reason = "a quotation was asked for"
-    elif route is not None or settings.answer_mode == "free":
+    elif route or mode or not question.strip() or settings.answer_mode == "free":
         return None
     elif settings.answer_mode == "quotation":
         reason = "FATHOM_ANSWER_MODE asks for quotations"
@@ -67,7 +77,14 @@ def decide_quotation(
         ):
             return None
         reason = f"a lookup, and {engine.name} is small: the answer is quoted, not written"
-    return RouteDecision(Route.QUOTATION, reason, classified.question_class, (), classified.reason)
+    return RouteDecision(
+        Route.RETRIEVAL,
+        reason,
+        classified.question_class,
+        gates(),
+        classified.reason,
+        AnswerMode.QUOTED,
+    )
 
 
 def quoted_answer(
@@ -152,6 +169,7 @@ def quoted_answer(
         embedder=retriever.embedder_name,
         prompt_sha256=hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest(),
         class_reason=decision.class_reason,
+        mode=decision.mode,
     )
     return Answer(
         answer=_words(quotation, citations),

@@ -158,6 +158,7 @@ def answer_by_count(
         embedder=embedder,
         prompt_sha256=_NO_PROMPT_SHA256,
         class_reason=decision.class_reason,
+        mode=decision.mode,
         scan=ScanTally(windows=1, items=counted.num_items, dropped_unverified=0, dropped_repeats=0),
     )
     return Answer(counted.answer, abstained=False, citations=counted.citations, receipt=receipt)

@@ -36,6 +36,7 @@ from rag.store.documents import DocumentStore
 from rag.store.receipts import ReceiptStore
 from rag.types import (
     Answer,
+    AnswerMode,
     Document,
     Gate,
     KVBytes,
@@ -101,6 +102,11 @@ class Plan:
     retrieve_seconds: float
     counted: Counted | None = None
 
+    @property
+    def is_written(self) -> bool:
+        """Whether the model reads one prompt and writes the answer."""
+        return self.decision.mode is AnswerMode.WRITTEN and self.decision.route is not Route.SCAN
+
 
 class AnsweringService:
     """Answers questions about the documents of one library with one model."""
@@ -125,9 +131,10 @@ class AnsweringService:
         *,
         document_ids: Sequence[int] | None = None,
         route: Route | None = None,
+        mode: AnswerMode | None = None,
     ) -> Answer:
         """Return the finished answer; see `stream`."""
-        events = self.stream(question, document_ids=document_ids, route=route)
+        events = self.stream(question, document_ids=document_ids, route=route, mode=mode)
         return next(event.answer for event in events if isinstance(event, AnswerReady))
 
     def stream(
@@ -136,6 +143,7 @@ class AnsweringService:
         *,
         document_ids: Sequence[int] | None = None,
         route: Route | None = None,
+        mode: AnswerMode | None = None,
         stop: Event | None = None,
     ) -> Iterator[AnswerEvent]:
         """Answer a question, yielding each event as it happens; AnswerReady is last.
@@ -144,6 +152,7 @@ class AnsweringService:
             question: in words.
             document_ids: the documents asked about; None asks all latest versions.
             route: the route to take if it is possible; None lets the router choose.
+            mode: QUOTED to have a quotation; None lets model, question and settings decide.
             stop: set it to end the generation; what was written until then is still cited.
 
         Raises:
@@ -152,91 +161,22 @@ class AnsweringService:
             ModelError: if the model cannot read even the retrieved passages.
             OutOfMemoryError: if memory ran out with every plan.
         """
-        stop = stop or Event()
         started = time.perf_counter()
+        stop = stop or Event()
         documents = self.documents(document_ids)
 
-        # quoted, where the model is not to be trusted with words of its own
-        quoting = decide_quotation(question, route, engine=self._engine, settings=self._settings)
-        if quoting:
-            yield RouteChosen(quoting, "the sentences found")
-            answer = quoted_answer(
-                question,
-                documents,
-                quoting,
-                store=self._store,
-                retriever=self._retriever,
-                engine=self._engine,
-                settings=self._settings,
-                document_tokens=self._document_tokens(documents),
-                stop=stop,
-            )
-            self._receipts.save(question, answer, [document.id for document in documents])
-            yield AnswerReady(answer)
-            return
-
         # 1-5. count, classify, retrieve, decide, build the prompt
-        plan = self.plan(question, documents, route=route, calibrate=True)
+        plan = self.plan(question, documents, route=route, mode=mode, calibrate=True)
+
+        # 6-8. read and answer, resolve citations, store the receipt: in one of four ways
         if plan.counted:
-            read = self._read_extent(plan, documents)
-            yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
-            answer = answer_by_count(
-                plan.counted,
-                plan.decision,
-                read,
-                total_seconds=time.perf_counter() - started,
-                model=self._engine.name,
-                embedder=self._retriever.embedder_name,
-            )
-            self._receipts.save(question, answer, [document.id for document in documents])
-            yield AnswerReady(answer)
-            return
-        if plan.decision.route is Route.SCAN:
+            yield from self._count(question, documents, plan, plan.counted, started)
+        elif plan.decision.mode is AnswerMode.QUOTED:
+            yield from self._quote(question, documents, plan, stop)
+        elif plan.decision.route is Route.SCAN:
             yield from self._scan(question, documents, plan, stop, started)
-            return
-        escalations: list[str] = []
-        while True:
-            read = self._read_extent(plan, documents)
-            yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
-
-            # 6. generate
-            predicted_seconds = self._predicted_seconds(plan.prompt, plan.prefix)
-            written: list[str] = []
-            done: GenerationDone | None = None
-            try:
-                for step in self._engine.generate(
-                    plan.prompt,
-                    max_new_tokens=self._settings.max_new_tokens,
-                    stop=stop,
-                    prefix=plan.prefix,
-                ):
-                    if isinstance(step, GenerationDone):
-                        done = step
-                        continue
-                    if isinstance(step, TextPiece):
-                        written.append(step.text)
-                    yield step
-            except OutOfMemoryError as error:
-                problem = error.message
-            if done is not None:
-                break
-            # Out here, where the error that held the pass's tensors is gone.
-            plan, words = self._smaller_plan(question, documents, plan, problem)
-            escalations.append(words)
-            logger.warning("%s", words)
-
-        # 7-8. resolve citations, store the receipt
-        answer = self._finished(
-            question,
-            documents,
-            plan,
-            "".join(written),
-            done,
-            predicted_prefill_seconds=predicted_seconds,
-            total_seconds=time.perf_counter() - started,
-            escalations=escalations,
-        )
-        yield AnswerReady(answer)
+        else:
+            yield from self._write(question, documents, plan, stop, started)
 
     def answer_many(
         self,
@@ -294,7 +234,7 @@ class AnsweringService:
             started[number] = time.perf_counter()
             try:
                 plan = self.plan(questions[number], documents, route=route, calibrate=True)
-                if plan.decision.route is Route.SCAN:  # nothing to share with others
+                if not plan.is_written:  # nothing to share with others
                     yield number, self._answer_alone(questions[number], documents, route, stop)
                     continue
             except FathomError as error:
@@ -359,6 +299,7 @@ class AnsweringService:
         documents: Sequence[Document],
         *,
         route: Route | None = None,
+        mode: AnswerMode | None = None,
         calibrate: bool = False,
         retrieval_tokens: int | None = None,
     ) -> Plan:
@@ -368,18 +309,28 @@ class AnsweringService:
             question: in words; an empty one plans for the documents alone.
             documents: those asked about.
             route: a route asked for.
+            mode: a mode asked for.
             calibrate: measure the prefill rate, which loads the weights, to have that gate too.
             retrieval_tokens: the budget of retrieved text; by default that of the settings.
         """
         settings, engine = self._settings, self._engine
         retrieval_tokens = retrieval_tokens or settings.retrieval_tokens
         document_tokens = self._document_tokens(documents)
-        if route in (None, Route.SCAN):
+        nothing = Context((), 0, 0), Prompt((), 0), None, document_tokens, 0.0
+        if route in (None, Route.SCAN) and mode is not AnswerMode.QUOTED:
             counted = count_from_text(question, documents, self._store)
             if counted:
-                decision = counted_decision(counted.reason)
-                nothing = Prompt((), 0)
-                return Plan(decision, Context((), 0, 0), nothing, None, document_tokens, 0, counted)
+                return Plan(counted_decision(counted.reason), *nothing, counted)
+        quoting = decide_quotation(
+            question,
+            route,
+            mode,
+            gates=lambda: self._quotation_gates(question, document_tokens, retrieval_tokens),
+            engine=engine,
+            settings=settings,
+        )
+        if quoting:
+            return Plan(quoting, *nothing)
 
         retrieve_started = time.perf_counter()
         hits = self._retriever.retrieve(question, documents, num_candidates=settings.num_candidates)
@@ -441,6 +392,96 @@ class AnsweringService:
         else:
             prompt, context, prefix = retrieval_prompt, passages, None
         return Plan(decision, context, prompt, prefix, document_tokens, retrieve_seconds)
+
+    def _write(
+        self,
+        question: str,
+        documents: Sequence[Document],
+        plan: Plan,
+        stop: Event,
+        started: float,
+    ) -> Iterator[AnswerEvent]:
+        """Let the model read the prompt and write; where memory runs out, read less."""
+        escalations: list[str] = []
+        while True:
+            read = self._read_extent(plan, documents)
+            yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
+            predicted_seconds = self._predicted_seconds(plan.prompt, plan.prefix)
+            written: list[str] = []
+            done: GenerationDone | None = None
+            try:
+                for step in self._engine.generate(
+                    plan.prompt,
+                    max_new_tokens=self._settings.max_new_tokens,
+                    stop=stop,
+                    prefix=plan.prefix,
+                ):
+                    if isinstance(step, GenerationDone):
+                        done = step
+                        continue
+                    if isinstance(step, TextPiece):
+                        written.append(step.text)
+                    yield step
+            except OutOfMemoryError as error:
+                problem = error.message
+            if done is not None:
+                break
+            # Out here, where the error that held the pass's tensors is gone.
+            plan, words = self._smaller_plan(question, documents, plan, problem)
+            escalations.append(words)
+            logger.warning("%s", words)
+        answer = self._finished(
+            question,
+            documents,
+            plan,
+            "".join(written),
+            done,
+            predicted_prefill_seconds=predicted_seconds,
+            total_seconds=time.perf_counter() - started,
+            escalations=escalations,
+        )
+        yield AnswerReady(answer)
+
+    def _quote(
+        self, question: str, documents: Sequence[Document], plan: Plan, stop: Event
+    ) -> Iterator[AnswerEvent]:
+        """Quote word for word, where the model is not to be trusted with words of its own."""
+        yield RouteChosen(plan.decision, "the sentences found")
+        answer = quoted_answer(
+            question,
+            documents,
+            plan.decision,
+            store=self._store,
+            retriever=self._retriever,
+            engine=self._engine,
+            settings=self._settings,
+            document_tokens=plan.document_tokens,
+            stop=stop,
+        )
+        self._receipts.save(question, answer, [document.id for document in documents])
+        yield AnswerReady(answer)
+
+    def _count(
+        self,
+        question: str,
+        documents: Sequence[Document],
+        plan: Plan,
+        counted: Counted,
+        started: float,
+    ) -> Iterator[AnswerEvent]:
+        """Give the number that the text itself proves; no model reads a token."""
+        read = self._read_extent(plan, documents)
+        yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
+        answer = answer_by_count(
+            counted,
+            plan.decision,
+            read,
+            total_seconds=time.perf_counter() - started,
+            model=self._engine.name,
+            embedder=self._retriever.embedder_name,
+        )
+        self._receipts.save(question, answer, [document.id for document in documents])
+        yield AnswerReady(answer)
 
     def _scan(
         self,
@@ -656,6 +697,26 @@ class AnsweringService:
                 counts[document.id] = self._engine.count_tokens(self._store.text(document.id))
                 self._store.save_token_count(document.id, tokenizer, counts[document.id])
         return sum(counts.values())
+
+    def _quotation_gates(
+        self, question: str, document_tokens: int, retrieval_tokens: int
+    ) -> tuple[Gate, ...]:
+        """Return the gates of a quotation: what reading all would need, and its longest prompt.
+
+        The first leaves out the template: it only tells what was not done.
+        """
+        whole = document_tokens + self._engine.count_tokens(question)
+        needs = (
+            Need(Route.FULL, whole, self._settings.max_new_tokens),
+            Need(Route.RETRIEVAL, retrieval_tokens, 0),
+        )
+        return tuple(
+            gate
+            for need in needs
+            for gate in check_gates(
+                need, self._engine.spec, self._limits(), predicted_prefill_seconds=None
+            )
+        )
 
     def _limits(self) -> Limits:
         caps = [self._settings.max_context_tokens, self._engine.context_tokens]

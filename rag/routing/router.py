@@ -3,7 +3,7 @@
 from rag.errors import ModelError
 from rag.routing.gates import describe, failed
 from rag.routing.question_class import NEEDS_EVERYTHING, ClassifiedQuestion
-from rag.types import Gate, QuestionClass, Route, RouteDecision
+from rag.types import AnswerMode, Gate, QuestionClass, Route, RouteDecision
 
 
 def counted_decision(reason: str) -> RouteDecision:
@@ -18,6 +18,7 @@ def counted_decision(reason: str) -> RouteDecision:
         QuestionClass.AGGREGATE,
         (),
         "it asks for a count, and one structure of the text is what it speaks of",
+        AnswerMode.COUNTED,
     )
 
 
