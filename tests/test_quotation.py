@@ -25,6 +25,7 @@ from rag.answering.quotation import (
     quote,
     sentence_beside,
 )
+from rag.answering.replay import replay
 from rag.answering.sentence_choice import (
     FEATURES,
     Sentence,
@@ -273,6 +274,13 @@ def test_the_mode_and_the_catalog_decide_who_is_quoted(
     assert mode_of("auto", "tiny-llama") is AnswerMode.WRITTEN
     assert mode_of("quotation", "tiny-llama") is AnswerMode.QUOTED
     assert mode_of("free", "smollm2-135m") is AnswerMode.WRITTEN
+
+
+def test_a_quotation_can_be_asked_for_again(small_fathom: Fathom) -> None:
+    answer = small_fathom.service().answer(QUESTION, route=Route.QUOTATION)
+    again = replay(answer.receipt.id, small_fathom.receipts, small_fathom.service())
+    assert again.differences == ()
+    assert again.same_text
 
 
 def test_the_page_marks_the_answer_in_its_sentence(small_fathom: Fathom) -> None:
