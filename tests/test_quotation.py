@@ -277,7 +277,7 @@ def test_the_mode_and_the_catalog_decide_who_is_quoted(
 
 
 def test_a_quotation_can_be_asked_for_again(small_fathom: Fathom) -> None:
-    answer = small_fathom.service().answer(QUESTION, route=Route.QUOTATION)
+    answer = small_fathom.service().answer(QUESTION, mode=AnswerMode.QUOTED)
     again = replay(answer.receipt.id, small_fathom.receipts, small_fathom.service())
     assert again.differences == ()
     assert again.same_text
