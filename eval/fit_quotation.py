@@ -105,13 +105,13 @@ def fit_quotation(
                         max_prompt_tokens=settings.retrieval_tokens,
                         stop=Event(),
                     )
-                    if read and read[0]:
+                    if read and read.spans:
                         texts = [
                             s.sentence.text[s.start - s.sentence.start : s.end - s.sentence.start]
-                            for s in read[0]
+                            for s in read.spans
                         ]
                         worth = [token_f1(text, asked.answers) ** _F1_POWER for text in texts]
-                        spans.append((np.array([s.features for s in read[0]]), np.array(worth)))
+                        spans.append((np.array([s.features for s in read.spans]), np.array(worth)))
                 progress("fitting", number, len(questions))
     sentence = conditional_logit(
         [(table, gold) for table, gold, answerable in tables if answerable], _SENTENCE_RIDGE

@@ -166,7 +166,7 @@ def test_every_span_is_scored_as_the_prompt_and_its_tokens_are(tiny_engine: Loca
     ranked = sentences("The fee is 35 crowns.", "漢字です。")
     read = candidate_spans(QUESTION, ranked, tiny_engine, max_prompt_tokens=2000, stop=Event())
     assert read is not None
-    spans, prompt_ids = read
+    spans, prompt_ids = read.spans, read.prompt_ids
     assert prompt_ids == quotation_prompt(QUESTION, ranked, tiny_engine)
     texts = {s.sentence.text[s.start - s.sentence.start : s.end - s.sentence.start] for s in spans}
     # signs of a script without spaces are words of their own; a full stop is none
@@ -229,6 +229,9 @@ def check_verbatim(fathom: Fathom, document_id: int, answer: Answer) -> None:
     assert answer.receipt.mode is AnswerMode.QUOTED
     assert answer.receipt.route is Route.RETRIEVAL
     assert answer.receipt.new_tokens == 0
+    kv_bytes = answer.receipt.kv_bytes
+    assert kv_bytes.predicted == kv_bytes.actual
+    assert bool(kv_bytes.actual) == (answer.receipt.prompt_tokens > 0)
     for citation in answer.citations:
         assert citation.document == document_id
         assert citation.verified

@@ -13,15 +13,18 @@ likelihoods do not tell. Source: docs/decisions/0024.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from threading import Event
 
 import numpy as np
 
 from rag.answering.sentence_choice import Sentence, kind_asked_for, weights
-from rag.lm.engine import Engine, Message, ScoreRequest
+from rag.lm.engine import Engine, Message, ScoreRequest, Scores
+from rag.lm.kv_bytes import kv_cache_bytes
 from rag.retrieval.lexical_score import is_stop_word, question_words, stems
+from rag.types import KVBytes
 
 # The sentences that the model is shown, the starts in them that it goes on from, and how far, in
 # tokens. Chosen on dev, like all numbers here: docs/decisions/0024.
@@ -60,7 +63,8 @@ class Quotation:
     """An answer that is `[start, end)` of a document's text, inside a sentence of it.
 
     `beside` is another sentence, where that may as well hold the answer. `probability` is that the
-    documents hold an answer; `prompt_ids` is what the model read, empty where no prompt fits.
+    documents hold an answer; `prompt_ids` is what the model read, empty where no prompt fits, and
+    `kv_bytes` the widest cache that it took.
     """
 
     sentence: Sentence
@@ -69,6 +73,7 @@ class Quotation:
     beside: Sentence | None
     probability: float
     prompt_ids: tuple[int, ...]
+    kv_bytes: KVBytes
 
     @property
     def text(self) -> str:
@@ -99,6 +104,24 @@ class Span:
     features: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """A stretch of a start up to `end`, and a token that closes it."""
+
+    start: _Start
+    end: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SpansRead:
+    """The stretches of the sentences that the model read, its prompt, and the widest cache."""
+
+    spans: list[Span]
+    prompt_ids: tuple[int, ...]
+    kv_bytes: KVBytes
+
+
 def quote(
     question: str,
     ranked: Sequence[Sentence],
@@ -123,13 +146,13 @@ def quote(
     read = candidate_spans(question, ranked, engine, max_prompt_tokens=max_prompt_tokens, stop=stop)
     if read is None:
         return None
-    spans, prompt_ids = read
-    if not spans:
-        first = ranked[0]
-        return Quotation(first, first.start, first.end, None, probability, prompt_ids)
-    best = max(spans, key=span_score)
-    beside = sentence_beside(best.sentence, ranked)
-    return Quotation(best.sentence, best.start, best.end, beside, probability, prompt_ids)
+    best, beside = ranked[0], None
+    start, end = best.start, best.end
+    if read.spans:
+        span = max(read.spans, key=span_score)
+        best, start, end = span.sentence, span.start, span.end
+        beside = sentence_beside(best, ranked)
+    return Quotation(best, start, end, beside, probability, read.prompt_ids, read.kv_bytes)
 
 
 def sentence_beside(quoted: Sentence, ranked: Sequence[Sentence]) -> Sentence | None:
@@ -146,18 +169,32 @@ def candidate_spans(
     *,
     max_prompt_tokens: int,
     stop: Event,
-) -> tuple[list[Span], tuple[int, ...]] | None:
-    """Return the stretches that `quote` chooses from, and the prompt; None if it was stopped."""
+) -> SpansRead | None:
+    """Return the stretches that `quote` chooses from; None if it was stopped."""
     for num_sentences in range(min(NUM_SENTENCES, len(ranked)), 0, -1):
         shown = sorted(ranked[:num_sentences], key=lambda s: (s.document.id, s.start))
         prompt_ids = quotation_prompt(question, shown, engine)
         if len(prompt_ids) + MAX_SPAN_TOKENS <= max_prompt_tokens:
             break
     else:
-        return [], ()
-    starts = _likeliest_starts(shown, prompt_ids, engine, stop)
-    spans = _score_spans(question, starts, prompt_ids, engine, stop) if starts is not None else None
-    return None if spans is None else (spans, prompt_ids)
+        return SpansRead([], (), KVBytes(0, 0))
+    starts = [start for sentence in shown for start in _starts_in(sentence, engine)]
+    firsts = list(dict.fromkeys(start.token_ids[:1] for start in starts))
+    first_scores = engine.score([ScoreRequest(prompt_ids, first) for first in firsts], stop=stop)
+    if first_scores is None:
+        return None
+    likelihood = dict(zip(firsts, (scores[0] for scores in first_scores), strict=True))
+    options = _options(_likeliest(starts, likelihood), engine)
+    scores = engine.score([ScoreRequest(prompt_ids, o.token_ids) for o in options], stop=stop)
+    if scores is None:
+        return None
+    widest = max(first_scores, scores, key=lambda found: found.kv_bytes)
+    predicted = None
+    if engine.spec is not None:
+        predicted = widest.kv_rows * kv_cache_bytes(engine.spec, widest.kv_tokens)
+    return SpansRead(
+        _spans(question, options, scores), prompt_ids, KVBytes(predicted, widest.kv_bytes)
+    )
 
 
 def answer_probability(ranked: Sequence[Sentence]) -> float:
@@ -194,21 +231,13 @@ def quotation_prompt(question: str, shown: Sequence[Sentence], engine: Engine) -
     return (*engine.encode_chat(messages).ids, *engine.encode(_ENDS[0]))
 
 
-def _likeliest_starts(
-    shown: Sequence[Sentence], prompt_ids: tuple[int, ...], engine: Engine, stop: Event
-) -> list[_Start] | None:
+def _likeliest(
+    starts: Sequence[_Start], likelihood: Mapping[tuple[int, ...], float]
+) -> list[_Start]:
     """Return the starts whose first token is likeliest, no two that go on alike."""
-    starts = [start for sentence in shown for start in _starts_in(sentence, engine)]
-    if not starts:
-        return []
-    firsts = list(dict.fromkeys(start.token_ids[:1] for start in starts))
-    found = engine.score([ScoreRequest(prompt_ids, first) for first in firsts], stop=stop)
-    if found is None:
-        return None
-    likelihood = dict(zip(firsts, (scores[0] for scores in found), strict=True))
-    starts.sort(key=lambda s: (-likelihood[s.token_ids[:1]], -s.sentence.probability))
+    ordered = sorted(starts, key=lambda s: (-likelihood[s.token_ids[:1]], -s.sentence.probability))
     distinct: dict[tuple[int, ...], _Start] = {}
-    for start in starts:
+    for start in ordered:
         distinct.setdefault(start.token_ids[:_SAME_TOKENS], start)
     return list(distinct.values())[:NUM_STARTS]
 
@@ -253,34 +282,29 @@ def _is_word(piece: str) -> bool:
     return any(sign.isalnum() for sign in piece)
 
 
-def _score_spans(
-    question: str,
-    starts: Sequence[_Start],
-    prompt_ids: tuple[int, ...],
-    engine: Engine,
-    stop: Event,
-) -> list[Span] | None:
-    """Return the stretches of every start, with the features that decide between them."""
-    end_ids = list(dict.fromkeys(engine.encode(end)[0] for end in _ENDS))
-    options = [(start, end, num_tokens) for start in starts for end, num_tokens in start.ends]
-    found = engine.score(
-        [
-            ScoreRequest(prompt_ids, (*start.token_ids[:num_tokens], end_id))
-            for start, _, num_tokens in options
-            for end_id in end_ids
-        ],
-        stop=stop,
-    )
-    if found is None:
-        return None
+def _options(starts: Sequence[_Start], engine: Engine) -> list[_Option]:
+    """Return every end of every start, with each way to close it: those of an end in a row."""
+    closing = list(dict.fromkeys(engine.encode(end)[0] for end in _ENDS))
+    return [
+        _Option(start, end, (*start.token_ids[:num_tokens], end_id))
+        for start in starts
+        for end, num_tokens in start.ends
+        for end_id in closing
+    ]
+
+
+def _spans(question: str, options: Sequence[_Option], scores: Scores) -> list[Span]:
+    """Return the stretches of the options, with the features that decide between them."""
     in_question = frozenset(stems(question))
     matter = frozenset(stems(" ".join(question_words(question))))
     wants_long = kind_asked_for(question) in (None, "why")
     spans = []
-    for number, (start, end, _) in enumerate(options):
-        closed = found[number * len(end_ids) : (number + 1) * len(end_ids)]
+    for (start, end), group in groupby(
+        zip(options, scores, strict=True), key=lambda pair: (pair[0].start, pair[0].end)
+    ):
+        closed = [found for _, found in group]
         likelihood = sum(closed[0][:-1])
-        likelihood += float(np.logaddexp.reduce([scores[-1] for scores in closed]))
+        likelihood += float(np.logaddexp.reduce([found[-1] for found in closed]))
         sentence = start.sentence
         text = sentence.text[start.start - sentence.start : end - sentence.start]
         words = stems(text)

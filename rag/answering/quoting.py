@@ -156,7 +156,7 @@ def quoted_answer(
         prompt_tokens=len(prompt_ids),
         cached_tokens=0,
         new_tokens=0,
-        kv_bytes=KVBytes(predicted=None, actual=None),  # what the scores held is not measured
+        kv_bytes=quotation.kv_bytes if quotation else KVBytes(0, 0),
         seconds=Seconds(
             retrieve=round(found - started, 4),
             prefill=round(chosen - found, 4),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rag.lm.spec import ModelSpec
 
@@ -90,6 +90,26 @@ class GenerationDone:
 
 
 GenerationStep = PrefillProgress | TextPiece | GenerationDone
+
+
+@dataclass(frozen=True, slots=True)
+class Scores(Sequence[tuple[float, ...]]):
+    """What `score` found, and the cache that it took.
+
+    Item i are the log-likelihoods, in nats, of each token of request i's continuation. The widest
+    batch held `kv_rows` sequences of `kv_tokens` tokens each, `kv_bytes` summed over its tensors.
+    """
+
+    values: tuple[tuple[float, ...], ...]
+    kv_rows: int = 0
+    kv_tokens: int = 0
+    kv_bytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - as of a tuple
+        return self.values[index]
 
 
 class Engine(Protocol):
@@ -193,7 +213,7 @@ class Engine(Protocol):
         *,
         stop: Event,
         prefix: DocumentPrefix | None = None,
-    ) -> list[tuple[float, ...]] | None:
+    ) -> Scores | None:
         """Return the log-likelihood, in nats, of each token of each request's continuation.
 
         What all prompts begin with is prefilled once; the rest runs in batches, and a request

@@ -22,6 +22,7 @@ from rag.lm.engine import (
     PrefillProgress,
     Prompt,
     ScoreRequest,
+    Scores,
 )
 from rag.lm.forward import is_allocation_failure
 from rag.lm.generation import Row, batches, decode
@@ -389,7 +390,7 @@ class LocalEngine:
         *,
         stop: Event,
         prefix: DocumentPrefix | None = None,
-    ) -> list[tuple[float, ...]] | None:
+    ) -> Scores | None:
         """Return the log-likelihood, in nats, of each token of each request's continuation.
 
         What all prompts begin with is prefilled once, or taken from what is kept of `prefix`; the
@@ -400,7 +401,7 @@ class LocalEngine:
             OutOfMemoryError: if memory runs out.
         """
         if not requests:
-            return []
+            return Scores(())
         with self._lock:
             model = self._loaded_model()
             shared = shared_tokens(requests)

@@ -26,6 +26,7 @@ from rag.lm.engine import (
     Message,
     Prompt,
     ScoreRequest,
+    Scores,
     TextPiece,
 )
 from rag.lm.model_server import Delta, ModelServer, ServerModel
@@ -255,7 +256,7 @@ class RemoteEngine:
         *,
         stop: Event,
         prefix: DocumentPrefix | None = None,
-    ) -> list[tuple[float, ...]] | None:
+    ) -> Scores | None:
         """Raise: see `can_score`."""
         raise ModelError(
             f"the server {self._server.host} does not tell how likely a given answer is",

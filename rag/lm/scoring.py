@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from rag.lm.engine import ScoreRequest
+from rag.lm.engine import ScoreRequest, Scores
 from rag.lm.forward import forward, prefill_chunks
-from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.native_cache import branch, native_cache
 from rag.lm.spec import ModelSpec
 
@@ -48,7 +48,7 @@ def score_tails(
     shared: int,
     usable_bytes: int,
     stop: Event,
-) -> list[tuple[float, ...]] | None:
+) -> Scores | None:
     """Score what follows the first `shared` tokens of each request, which are in `cache`.
 
     Rows are padded on their right, where no token of theirs looks: positions and windows are those
@@ -64,10 +64,10 @@ def score_tails(
         stop: looked at before each forward pass.
 
     Returns:
-        For each request the log-likelihood in nats of each token of its continuation; None if it
-        was stopped.
+        What was found, and the widest batch's cache; None if it was stopped.
     """
     scores: dict[int, tuple[float, ...]] = {}
+    widest = Scores(())
     rows = _rows(requests, shared)
     batches = _batches(rows, requests, spec, shared, usable_bytes)
     for batch in batches:
@@ -79,7 +79,10 @@ def score_tails(
         if found is None:
             return None
         scores.update(found)
-    return [scores[number] for number in range(len(requests))]
+        held = measured_kv_bytes(own)
+        if held > widest.kv_bytes:
+            widest = Scores((), len(batch), shared + len(batch[0].tail), held)
+    return replace(widest, values=tuple(scores[number] for number in range(len(requests))))
 
 
 @dataclass(frozen=True, slots=True)
