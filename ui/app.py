@@ -83,7 +83,7 @@ details.receipt dt { opacity: .7; } details.receipt dd { margin: 0; }
 .problem { border-left: 3px solid #b91c1c; padding-left: .8rem; }
 figure.evidence { line-height: 1.6; margin: 0; padding: .4rem .2rem; overflow-wrap: anywhere; }
 figure.evidence figcaption { font-size: .88em; opacity: .75; margin-bottom: .4rem; }
-figure.evidence mark { background: #fde68a; color: #1c1917; padding: .05em .1em; }
+figure.evidence mark, .citations mark { background: #fde68a; color: #1c1917; padding: .05em .1em; }
 #deleting { margin-top: 1rem; align-items: center; }
 #conversation .placeholder-content { padding: 0 1.2rem; }
 @media (max-width: 680px) {
