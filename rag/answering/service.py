@@ -6,31 +6,26 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Event
 
 from rag.answering.citations import nearest_citation, resolve_citations
-from rag.answering.context import Context, full_context, retrieved_context
-from rag.answering.counting import Counted, count_from_text
-from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
-from rag.answering.quoting import decide_quotation, quoted_answer
+from rag.answering.counting import Counted
+from rag.answering.planning import Plan, Planner
+from rag.answering.prompt import CANNOT_ANSWER, is_refusal
+from rag.answering.quoting import quoted_answer
 from rag.answering.scan import ScanDone, scan
 from rag.answering.scan_receipt import (
     answer_by_count,
     predicted_scan_seconds,
     scan_answer,
     scan_extent,
-    scan_gates,
     stride_tokens,
 )
 from rag.errors import EmptyLibraryError, FathomError, ModelError, OutOfMemoryError
 from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgress, Prompt, TextPiece
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.retrieval.retriever import Retriever
-from rag.routing.gates import Limits, Need, check_gates
-from rag.routing.model_plan import longest_context
-from rag.routing.question_class import NEEDS_EVERYTHING, classify_question
-from rag.routing.router import counted_decision, decide_route
 from rag.settings import Settings
 from rag.store.documents import DocumentStore
 from rag.store.receipts import ReceiptStore
@@ -38,9 +33,7 @@ from rag.types import (
     Answer,
     AnswerMode,
     Document,
-    Gate,
     KVBytes,
-    ReadExtent,
     Receipt,
     Route,
     RouteDecision,
@@ -49,16 +42,9 @@ from rag.types import (
 
 logger = logging.getLogger(__name__)
 
-# A document this many times longer than the model's context is not tokenised with the template
-# around it to be told that it does not fit; its own exact count is enough.
-FAR_TOO_LONG = 2
-
 # So many questions of a table are planned before the first of them is answered: enough for the
 # engine to answer many side by side, few enough that the first answers come soon.
 _PLANNED_AT_ONCE = 32
-
-# Two questions that begin differently: what their prompts share depends on the documents alone.
-_PROBES = ("A", "1")
 
 # What stands before the quotation of an answer that has no other.
 NEAREST = "The nearest sentence found:"
@@ -86,28 +72,6 @@ class AnswerReady:
 AnswerEvent = RouteChosen | PrefillProgress | TextPiece | AnswerReady
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What would be done with a question, before the model reads a token.
-
-    `prefix` is the part of the prompt that another question would share, None if it is not kept.
-    `counted` is the answer where the text itself proves a count; the model then has nothing to do.
-    """
-
-    decision: RouteDecision
-    context: Context
-    prompt: Prompt
-    prefix: DocumentPrefix | None
-    document_tokens: int
-    retrieve_seconds: float
-    counted: Counted | None = None
-
-    @property
-    def is_written(self) -> bool:
-        """Whether the model reads one prompt and writes the answer."""
-        return self.decision.mode is AnswerMode.WRITTEN and self.decision.route is not Route.SCAN
-
-
 class AnsweringService:
     """Answers questions about the documents of one library with one model."""
 
@@ -124,6 +88,7 @@ class AnsweringService:
         self._retriever = retriever
         self._engine = engine
         self._settings = settings
+        self._planner = Planner(store, retriever, engine, settings)
 
     def answer(
         self,
@@ -166,7 +131,7 @@ class AnsweringService:
         documents = self.documents(document_ids)
 
         # 1-5. count, classify, retrieve, decide, build the prompt
-        plan = self.plan(question, documents, route=route, mode=mode, calibrate=True)
+        plan = self._planner.plan(question, documents, route=route, mode=mode, calibrate=True)
 
         # 6-8. read and answer, resolve citations, store the receipt: in one of four ways
         if plan.counted:
@@ -233,7 +198,7 @@ class AnsweringService:
                 return
             started[number] = time.perf_counter()
             try:
-                plan = self.plan(questions[number], documents, route=route, calibrate=True)
+                plan = self._planner.plan(questions[number], documents, route=route, calibrate=True)
                 if not plan.is_written:  # nothing to share with others
                     yield number, self._answer_alone(questions[number], documents, route, stop)
                     continue
@@ -301,97 +266,13 @@ class AnsweringService:
         route: Route | None = None,
         mode: AnswerMode | None = None,
         calibrate: bool = False,
-        retrieval_tokens: int | None = None,
     ) -> Plan:
-        """Return what would be done with a question; the model reads nothing.
+        """Return what would be done with a question; see `Planner.plan`."""
+        return self._planner.plan(question, documents, route=route, mode=mode, calibrate=calibrate)
 
-        Args:
-            question: in words; an empty one plans for the documents alone.
-            documents: those asked about.
-            route: a route asked for.
-            mode: a mode asked for.
-            calibrate: measure the prefill rate, which loads the weights, to have that gate too.
-            retrieval_tokens: the budget of retrieved text; by default that of the settings.
-        """
-        settings, engine = self._settings, self._engine
-        retrieval_tokens = retrieval_tokens or settings.retrieval_tokens
-        document_tokens = self._document_tokens(documents)
-        nothing = Context((), 0, 0), Prompt((), 0), None, document_tokens, 0.0
-        if route in (None, Route.SCAN) and mode is not AnswerMode.QUOTED:
-            counted = count_from_text(question, documents, self._store)
-            if counted:
-                return Plan(counted_decision(counted.reason), *nothing, counted)
-        quoting = decide_quotation(
-            question,
-            route,
-            mode,
-            gates=lambda: self._quotation_gates(question, document_tokens, retrieval_tokens),
-            engine=engine,
-            settings=settings,
-        )
-        if quoting:
-            return Plan(quoting, *nothing)
-
-        retrieve_started = time.perf_counter()
-        hits = self._retriever.retrieve(question, documents, num_candidates=settings.num_candidates)
-        passages = retrieved_context(
-            hits,
-            documents,
-            store=self._store,
-            count_tokens=engine.count_tokens,
-            token_budget=retrieval_tokens,
-        )
-        retrieve_seconds = time.perf_counter() - retrieve_started
-        retrieval_prompt = engine.encode_chat(build_messages(question, passages.passages))
-
-        limits = self._limits()
-        context_tokens = limits.context_tokens or document_tokens
-        everything: Context | None = None
-        full_prompt = retrieval_prompt
-        prefix: DocumentPrefix | None = None
-        full_tokens = document_tokens + engine.count_tokens(question)
-        if document_tokens <= FAR_TOO_LONG * context_tokens:
-            everything = full_context(
-                documents, store=self._store, count_tokens=engine.count_tokens
-            )
-            full_prompt = engine.encode_chat(build_messages(question, everything.passages))
-            full_tokens = full_prompt.num_tokens
-            prefix = self._document_prefix(everything, full_prompt, documents)
-
-        gates: list[Gate] = []
-        for kind, num_tokens in (
-            (Route.FULL, full_tokens),
-            (Route.RETRIEVAL, retrieval_prompt.num_tokens),
-        ):
-            needs_time = calibrate and kind is Route.FULL
-            gates += check_gates(
-                Need(kind, num_tokens, settings.max_new_tokens),
-                engine.spec,
-                limits,
-                predicted_prefill_seconds=(
-                    self._predicted_seconds(full_prompt, prefix, num_tokens=num_tokens)
-                    if needs_time
-                    else None
-                ),
-            )
-        classified = classify_question(question)
-        if route is Route.SCAN or classified.question_class in NEEDS_EVERYTHING:
-            gates += scan_gates(engine, limits, document_tokens, calibrate=calibrate)
-        decision = decide_route(
-            tuple(gates),
-            classified,
-            document_tokens=document_tokens,
-            retrieval_tokens=retrieval_tokens,
-            asked_for=route,
-        )
-        if decision.route is Route.FULL:
-            assert everything is not None  # only what was counted exactly can pass the gates
-            prompt, context = full_prompt, everything
-        elif decision.route is Route.SCAN:
-            prompt, context, prefix = Prompt((), 0), Context((), 0, 0), None
-        else:
-            prompt, context, prefix = retrieval_prompt, passages, None
-        return Plan(decision, context, prompt, prefix, document_tokens, retrieve_seconds)
+    def longest_context_tokens(self) -> int | None:
+        """Return the longest prompt and answer that fit here, in tokens; None without a limit."""
+        return self._planner.longest_context_tokens()
 
     def _write(
         self,
@@ -404,9 +285,9 @@ class AnsweringService:
         """Let the model read the prompt and write; where memory runs out, read less."""
         escalations: list[str] = []
         while True:
-            read = self._read_extent(plan, documents)
+            read = self._planner.read_extent(plan, documents)
             yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
-            predicted_seconds = self._predicted_seconds(plan.prompt, plan.prefix)
+            predicted_seconds = self._planner.predicted_seconds(plan.prompt, plan.prefix)
             written: list[str] = []
             done: GenerationDone | None = None
             try:
@@ -427,7 +308,7 @@ class AnsweringService:
             if done is not None:
                 break
             # Out here, where the error that held the pass's tensors is gone.
-            plan, words = self._smaller_plan(question, documents, plan, problem)
+            plan, words = self._planner.smaller(question, documents, plan, problem)
             escalations.append(words)
             logger.warning("%s", words)
         answer = self._finished(
@@ -470,7 +351,7 @@ class AnsweringService:
         started: float,
     ) -> Iterator[AnswerEvent]:
         """Give the number that the text itself proves; no model reads a token."""
-        read = self._read_extent(plan, documents)
+        read = self._planner.read_extent(plan, documents)
         yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
         answer = answer_by_count(
             counted,
@@ -504,7 +385,7 @@ class AnsweringService:
             documents,
             store=self._store,
             engine=self._engine,
-            stride_tokens=stride_tokens(self._limits()),
+            stride_tokens=stride_tokens(self._planner.limits()),
             retrieval_tokens=self._settings.retrieval_tokens,
             max_new_tokens=self._settings.max_new_tokens,
             stop=stop,
@@ -543,40 +424,6 @@ class AnsweringService:
                 hint="add one first: fathom ingest PATH, or fathom ingest --sample",
             )
         return documents
-
-    def longest_context_tokens(self) -> int | None:
-        """Return the longest prompt and answer together that pass the exact gates here, in tokens.
-
-        Prefill time is not among them: see `plan`. None if there is no limit.
-        """
-        limits = self._limits()
-        by_memory = None
-        if self._engine.spec is not None and limits.memory_bytes is not None:
-            by_memory = longest_context(self._engine.spec, limits.memory_bytes)
-        known = [n for n in (by_memory, limits.context_tokens) if n is not None]
-        return min(known, default=None)
-
-    def _smaller_plan(
-        self, question: str, documents: Sequence[Document], plan: Plan, problem: str
-    ) -> tuple[Plan, str]:
-        """Return what to do where memory ran out with `plan`, and that in words.
-
-        Everything, then the retrieved passages, then half as many of them.
-
-        Raises:
-            OutOfMemoryError: if there is nothing smaller.
-        """
-        budget = self._settings.retrieval_tokens
-        if plan.decision.route is Route.RETRIEVAL:
-            budget //= 2
-            if plan.context.num_tokens <= budget:
-                raise OutOfMemoryError(problem)
-        smaller = self.plan(
-            question, documents, route=Route.RETRIEVAL, calibrate=True, retrieval_tokens=budget
-        )
-        words = f"{problem}; so at most {budget:,} tokens of retrieved passages were read instead"
-        reason = f"memory ran out on the route {plan.decision.route}: {words}"
-        return replace(smaller, decision=replace(smaller.decision, reason=reason)), words
 
     def _finished(
         self,
@@ -619,7 +466,7 @@ class AnsweringService:
                 reason=reason,
                 question_class=plan.decision.question_class,
                 gates=plan.decision.gates,
-                read=self._read_extent(plan, documents),
+                read=self._planner.read_extent(plan, documents),
                 prompt_tokens=done.prompt_tokens,
                 cached_tokens=done.reused_tokens,
                 new_tokens=done.new_tokens,
@@ -656,95 +503,6 @@ class AnsweringService:
         ids = [document.id for document in documents]
         events = self.stream(question, document_ids=ids, route=route, stop=stop)
         return next(event.answer for event in events if isinstance(event, AnswerReady))
-
-    def _document_prefix(
-        self, everything: Context, prompt: Prompt, documents: Sequence[Document]
-    ) -> DocumentPrefix | None:
-        """Return the tokens that this prompt shares with those of two other questions."""
-        if not prompt.ids:
-            return None  # a server reads the prompt, and sees to such things itself
-        prompts = [prompt.ids] + [
-            self._engine.encode_chat(build_messages(probe, everything.passages)).ids
-            for probe in _PROBES
-        ]
-        shared = 0
-        for ids in zip(*prompts, strict=False):
-            if len(set(ids)) > 1:
-                break
-            shared += 1
-        return DocumentPrefix(shared, tuple(document.version_key for document in documents))
-
-    def _predicted_seconds(
-        self, prompt: Prompt, prefix: DocumentPrefix | None, *, num_tokens: int | None = None
-    ) -> float | None:
-        """Return the predicted seconds until a prompt is in the cache, loading what is kept too.
-
-        `num_tokens` is its length where it was not written out, being far too long. None where a
-        server reads it.
-        """
-        seconds = self._engine.predicted_prefill_seconds(
-            num_tokens or prompt.num_tokens,
-            cached_tokens=self._engine.cached_tokens(prompt, prefix),
-        )
-        return None if seconds is None else seconds + self._engine.load_seconds(prompt, prefix)
-
-    def _document_tokens(self, documents: Sequence[Document]) -> int:
-        """Return the documents' length in the model's tokens, counted once and remembered."""
-        tokenizer = self._engine.tokenizer_id
-        counts = self._store.token_counts([d.id for d in documents], tokenizer)
-        for document in documents:
-            if document.id not in counts:
-                counts[document.id] = self._engine.count_tokens(self._store.text(document.id))
-                self._store.save_token_count(document.id, tokenizer, counts[document.id])
-        return sum(counts.values())
-
-    def _quotation_gates(
-        self, question: str, document_tokens: int, retrieval_tokens: int
-    ) -> tuple[Gate, ...]:
-        """Return the gates of a quotation: what reading all would need, and its longest prompt.
-
-        The first leaves out the template: it only tells what was not done.
-        """
-        whole = document_tokens + self._engine.count_tokens(question)
-        needs = (
-            Need(Route.FULL, whole, self._settings.max_new_tokens),
-            Need(Route.RETRIEVAL, retrieval_tokens, 0),
-        )
-        return tuple(
-            gate
-            for need in needs
-            for gate in check_gates(
-                need, self._engine.spec, self._limits(), predicted_prefill_seconds=None
-            )
-        )
-
-    def _limits(self) -> Limits:
-        caps = [self._settings.max_context_tokens, self._engine.context_tokens]
-        free_bytes = self._engine.free_bytes()
-        return Limits(
-            context_tokens=min((cap for cap in caps if cap is not None), default=None),
-            memory_bytes=(
-                None if free_bytes is None else max(0, free_bytes - self._settings.kv_reserve_bytes)
-            ),
-            prefill_seconds=self._settings.prefill_deadline_seconds,
-        )
-
-    def _read_extent(self, plan: Plan, documents: Sequence[Document]) -> ReadExtent:
-        of_chunks = sum(document.num_chunks for document in documents)
-        num_tokens = min(plan.context.num_tokens, plan.document_tokens)
-        if plan.decision.route is not Route.RETRIEVAL:
-            return ReadExtent(plan.document_tokens, plan.document_tokens, of_chunks, of_chunks, "")
-        left_out = of_chunks - plan.context.num_chunks
-        return ReadExtent(
-            tokens=num_tokens,
-            of_tokens=plan.document_tokens,
-            chunks=plan.context.num_chunks,
-            of_chunks=of_chunks,
-            not_read=f"{left_out:,} of {of_chunks:,} chunks, about"
-            f" {plan.document_tokens - num_tokens:,} tokens, were not shown to the model"
-            if left_out
-            else "",
-        )
 
 
 def _prompt_sha256(prompt: Prompt) -> str:

@@ -1,0 +1,290 @@
+"""From a question to a plan: count, classify, retrieve, check the gates, choose, build the prompt.
+
+The model reads nothing here.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rag.answering.context import Context, full_context, retrieved_context
+from rag.answering.counting import Counted, count_from_text
+from rag.answering.prompt import build_messages
+from rag.answering.quoting import decide_quotation
+from rag.answering.scan_receipt import scan_gates
+from rag.errors import OutOfMemoryError
+from rag.lm.engine import DocumentPrefix, Engine, Prompt
+from rag.retrieval.retriever import Retriever
+from rag.routing.gates import Limits, Need, check_gates
+from rag.routing.model_plan import longest_context
+from rag.routing.question_class import NEEDS_EVERYTHING, classify_question
+from rag.routing.router import counted_decision, decide_route
+from rag.settings import Settings
+from rag.store.documents import DocumentStore
+from rag.types import AnswerMode, Document, Gate, ReadExtent, Route, RouteDecision
+
+# A document this many times longer than the model's context is not tokenised with the template
+# around it to be told that it does not fit; its own exact count is enough.
+FAR_TOO_LONG = 2
+
+# Two questions that begin differently: what their prompts share depends on the documents alone.
+_PROBES = ("A", "1")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What would be done with a question, before the model reads a token.
+
+    `prefix` is the part of the prompt that another question would share, None if it is not kept.
+    `counted` is the answer where the text itself proves a count; the model then has nothing to do.
+    """
+
+    decision: RouteDecision
+    context: Context
+    prompt: Prompt
+    prefix: DocumentPrefix | None
+    document_tokens: int
+    retrieve_seconds: float
+    counted: Counted | None = None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the model reads one prompt and writes the answer."""
+        return self.decision.mode is AnswerMode.WRITTEN and self.decision.route is not Route.SCAN
+
+
+class Planner:
+    """Plans questions about the documents of one library with one model."""
+
+    def __init__(
+        self, store: DocumentStore, retriever: Retriever, engine: Engine, settings: Settings
+    ) -> None:
+        self._store = store
+        self._retriever = retriever
+        self._engine = engine
+        self._settings = settings
+
+    def plan(
+        self,
+        question: str,
+        documents: Sequence[Document],
+        *,
+        route: Route | None = None,
+        mode: AnswerMode | None = None,
+        calibrate: bool = False,
+        retrieval_tokens: int | None = None,
+    ) -> Plan:
+        """Return what would be done with a question; the model reads nothing.
+
+        Args:
+            question: in words; an empty one plans for the documents alone.
+            documents: those asked about.
+            route: a route asked for.
+            mode: a mode asked for.
+            calibrate: measure the prefill rate, which loads the weights, to have that gate too.
+            retrieval_tokens: the budget of retrieved text; by default that of the settings.
+        """
+        settings, engine = self._settings, self._engine
+        retrieval_tokens = retrieval_tokens or settings.retrieval_tokens
+        document_tokens = self._document_tokens(documents)
+        nothing = Context((), 0, 0), Prompt((), 0), None, document_tokens, 0.0
+        if route in (None, Route.SCAN) and mode is not AnswerMode.QUOTED:
+            counted = count_from_text(question, documents, self._store)
+            if counted:
+                return Plan(counted_decision(counted.reason), *nothing, counted)
+        quoting = decide_quotation(
+            question,
+            route,
+            mode,
+            gates=lambda: self._quotation_gates(question, document_tokens, retrieval_tokens),
+            engine=engine,
+            settings=settings,
+        )
+        if quoting:
+            return Plan(quoting, *nothing)
+
+        retrieve_started = time.perf_counter()
+        hits = self._retriever.retrieve(question, documents, num_candidates=settings.num_candidates)
+        passages = retrieved_context(
+            hits,
+            documents,
+            store=self._store,
+            count_tokens=engine.count_tokens,
+            token_budget=retrieval_tokens,
+        )
+        retrieve_seconds = time.perf_counter() - retrieve_started
+        retrieval_prompt = engine.encode_chat(build_messages(question, passages.passages))
+
+        limits = self.limits()
+        context_tokens = limits.context_tokens or document_tokens
+        everything: Context | None = None
+        full_prompt = retrieval_prompt
+        prefix: DocumentPrefix | None = None
+        full_tokens = document_tokens + engine.count_tokens(question)
+        if document_tokens <= FAR_TOO_LONG * context_tokens:
+            everything = full_context(
+                documents, store=self._store, count_tokens=engine.count_tokens
+            )
+            full_prompt = engine.encode_chat(build_messages(question, everything.passages))
+            full_tokens = full_prompt.num_tokens
+            prefix = self._document_prefix(everything, full_prompt, documents)
+
+        gates: list[Gate] = []
+        for kind, num_tokens in (
+            (Route.FULL, full_tokens),
+            (Route.RETRIEVAL, retrieval_prompt.num_tokens),
+        ):
+            needs_time = calibrate and kind is Route.FULL
+            gates += check_gates(
+                Need(kind, num_tokens, settings.max_new_tokens),
+                engine.spec,
+                limits,
+                predicted_prefill_seconds=(
+                    self.predicted_seconds(full_prompt, prefix, num_tokens=num_tokens)
+                    if needs_time
+                    else None
+                ),
+            )
+        classified = classify_question(question)
+        if route is Route.SCAN or classified.question_class in NEEDS_EVERYTHING:
+            gates += scan_gates(engine, limits, document_tokens, calibrate=calibrate)
+        decision = decide_route(
+            tuple(gates),
+            classified,
+            document_tokens=document_tokens,
+            retrieval_tokens=retrieval_tokens,
+            asked_for=route,
+        )
+        if decision.route is Route.FULL:
+            assert everything is not None  # only what was counted exactly can pass the gates
+            prompt, context = full_prompt, everything
+        elif decision.route is Route.SCAN:
+            prompt, context, prefix = Prompt((), 0), Context((), 0, 0), None
+        else:
+            prompt, context, prefix = retrieval_prompt, passages, None
+        return Plan(decision, context, prompt, prefix, document_tokens, retrieve_seconds)
+
+    def smaller(
+        self, question: str, documents: Sequence[Document], plan: Plan, problem: str
+    ) -> tuple[Plan, str]:
+        """Return what to do where memory ran out with `plan`, and that in words.
+
+        Everything, then the retrieved passages, then half as many of them.
+
+        Raises:
+            OutOfMemoryError: if there is nothing smaller.
+        """
+        budget = self._settings.retrieval_tokens
+        if plan.decision.route is Route.RETRIEVAL:
+            budget //= 2
+            if plan.context.num_tokens <= budget:
+                raise OutOfMemoryError(problem)
+        smaller = self.plan(
+            question, documents, route=Route.RETRIEVAL, calibrate=True, retrieval_tokens=budget
+        )
+        words = f"{problem}; so at most {budget:,} tokens of retrieved passages were read instead"
+        reason = f"memory ran out on the route {plan.decision.route}: {words}"
+        return replace(smaller, decision=replace(smaller.decision, reason=reason)), words
+
+    def predicted_seconds(
+        self, prompt: Prompt, prefix: DocumentPrefix | None, *, num_tokens: int | None = None
+    ) -> float | None:
+        """Return the predicted seconds until a prompt is in the cache, loading what is kept too.
+
+        `num_tokens` is its length where it was not written out, being far too long. None where a
+        server reads it.
+        """
+        seconds = self._engine.predicted_prefill_seconds(
+            num_tokens or prompt.num_tokens,
+            cached_tokens=self._engine.cached_tokens(prompt, prefix),
+        )
+        return None if seconds is None else seconds + self._engine.load_seconds(prompt, prefix)
+
+    def read_extent(self, plan: Plan, documents: Sequence[Document]) -> ReadExtent:
+        """Return how much of the documents a plan reads, and what it leaves out, in words."""
+        of_chunks = sum(document.num_chunks for document in documents)
+        num_tokens = min(plan.context.num_tokens, plan.document_tokens)
+        if plan.decision.route is not Route.RETRIEVAL:
+            return ReadExtent(plan.document_tokens, plan.document_tokens, of_chunks, of_chunks, "")
+        left_out = of_chunks - plan.context.num_chunks
+        return ReadExtent(
+            tokens=num_tokens,
+            of_tokens=plan.document_tokens,
+            chunks=plan.context.num_chunks,
+            of_chunks=of_chunks,
+            not_read=f"{left_out:,} of {of_chunks:,} chunks, about"
+            f" {plan.document_tokens - num_tokens:,} tokens, were not shown to the model"
+            if left_out
+            else "",
+        )
+
+    def longest_context_tokens(self) -> int | None:
+        """Return the longest prompt and answer together that pass the exact gates here, in tokens.
+
+        Prefill time is not among them: see `plan`. None if there is no limit.
+        """
+        limits = self.limits()
+        by_memory = None
+        if self._engine.spec is not None and limits.memory_bytes is not None:
+            by_memory = longest_context(self._engine.spec, limits.memory_bytes)
+        known = [n for n in (by_memory, limits.context_tokens) if n is not None]
+        return min(known, default=None)
+
+    def limits(self) -> Limits:
+        """Return what this model on this machine has now: context, free memory, the deadline."""
+        caps = [self._settings.max_context_tokens, self._engine.context_tokens]
+        free_bytes = self._engine.free_bytes()
+        return Limits(
+            context_tokens=min((cap for cap in caps if cap is not None), default=None),
+            memory_bytes=(
+                None if free_bytes is None else max(0, free_bytes - self._settings.kv_reserve_bytes)
+            ),
+            prefill_seconds=self._settings.prefill_deadline_seconds,
+        )
+
+    def _document_prefix(
+        self, everything: Context, prompt: Prompt, documents: Sequence[Document]
+    ) -> DocumentPrefix | None:
+        """Return the tokens that this prompt shares with those of two other questions."""
+        if not prompt.ids:
+            return None  # a server reads the prompt, and sees to such things itself
+        prompts = [prompt.ids] + [
+            self._engine.encode_chat(build_messages(probe, everything.passages)).ids
+            for probe in _PROBES
+        ]
+        shared = 0
+        for ids in zip(*prompts, strict=False):
+            if len(set(ids)) > 1:
+                break
+            shared += 1
+        return DocumentPrefix(shared, tuple(document.version_key for document in documents))
+
+    def _document_tokens(self, documents: Sequence[Document]) -> int:
+        """Return the documents' length in the model's tokens, counted once and remembered."""
+        tokenizer = self._engine.tokenizer_id
+        counts = self._store.token_counts([d.id for d in documents], tokenizer)
+        for document in documents:
+            if document.id not in counts:
+                counts[document.id] = self._engine.count_tokens(self._store.text(document.id))
+                self._store.save_token_count(document.id, tokenizer, counts[document.id])
+        return sum(counts.values())
+
+    def _quotation_gates(
+        self, question: str, document_tokens: int, retrieval_tokens: int
+    ) -> tuple[Gate, ...]:
+        """Return the gates of a quotation: what reading all would need, and its longest prompt.
+
+        The first leaves out the template: it only tells what was not done.
+        """
+        whole = document_tokens + self._engine.count_tokens(question)
+        needs = (
+            Need(Route.FULL, whole, self._settings.max_new_tokens),
+            Need(Route.RETRIEVAL, retrieval_tokens, 0),
+        )
+        return tuple(
+            gate
+            for need in needs
+            for gate in check_gates(
+                need, self._engine.spec, self.limits(), predicted_prefill_seconds=None
+            )
+        )
