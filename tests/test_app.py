@@ -135,6 +135,17 @@ def test_markers_become_superscripts_and_unverified_is_said() -> None:
     assert citations_html(replace(an_answer(""), citations=())) == ""
 
 
+def test_a_count_shows_its_first_quotations_and_folds_the_rest() -> None:
+    one = an_answer("").citations[0]
+    many = tuple(replace(one, marker=n) for n in range(1, 103))
+    page = citations_html(replace(an_answer(""), citations=many))
+    shown, _, folded = page.partition("<details")
+    assert shown.count("<li") == 8
+    assert folded.count("<li") == 94
+    assert "94 more quotations" in folded
+    assert "<li value=102>" in folded
+
+
 def test_a_receipt_says_every_number_with_its_unit() -> None:
     receipt = an_answer("").receipt
     shown = html.unescape(receipt_html(receipt))

@@ -71,7 +71,8 @@ ol.citations cite { display: block; padding-left: calc(.8rem + 3px); font-style:
   font-size: .92em; opacity: .75; }
 details.receipt { margin-top: .6rem; font-size: .88em; border-top: 1px solid
   var(--border-color-primary); padding-top: .5rem; overflow-x: auto; }
-details.receipt summary { cursor: pointer; }
+details summary { cursor: pointer; }
+details.more { font-size: .88em; }
 details.receipt table { border-collapse: collapse; margin: .6rem 0; border: 0; }
 details.receipt th, details.receipt td { text-align: left; padding: .15rem 1rem .15rem 0;
   border: 0 !important; font-variant-numeric: tabular-nums; white-space: nowrap; }

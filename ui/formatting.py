@@ -1,9 +1,13 @@
 """Answers and receipts in words, for the page (HTML) and for the terminal (plain text). Pure."""
 
 import re
+from collections.abc import Sequence
 from datetime import timedelta
 
 from rag.types import Answer, Citation, Gate, IngestProgress, KVBytes, Receipt, ScanTally, Seconds
+
+# A count may have hundreds of quotations: the page folds those after the first.
+SHOWN_QUOTATIONS = 8
 
 _MARKER = re.compile(r"\[(\d{1,4}|unverified)\]")
 # Everything that Markdown, HTML or a bare address could be made of.
@@ -73,13 +77,24 @@ def citations_html(answer: Answer) -> str:
     """Return the quotations the answer stands on, each with its place."""
     if not answer.citations:
         return ""
+    first, rest = answer.citations[:SHOWN_QUOTATIONS], answer.citations[SHOWN_QUOTATIONS:]
+    shown = _quotation_list(first, "Quotations")
+    if rest:
+        shown += (
+            f'<details class="more"><summary>{len(rest):,} more quotations</summary>'
+            f"{_quotation_list(rest, 'More quotations')}</details>"
+        )
+    return shown
+
+
+def _quotation_list(citations: Sequence[Citation], label: str) -> str:
     items = "".join(
         f"<li value={c.marker}><blockquote>{_quote_html(c)}</blockquote>"
         f"<cite>{plain_html(place(c))}"
         f"{'' if c.verified else ' (not verified)'}</cite></li>"
-        for c in answer.citations
+        for c in citations
     )
-    return f'<ol class="citations" aria-label="Quotations">{items}</ol>'
+    return f'<ol class="citations" aria-label="{label}">{items}</ol>'
 
 
 def _quote_html(citation: Citation) -> str:

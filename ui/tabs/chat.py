@@ -17,6 +17,7 @@ from rag.lm.engine import PrefillProgress, TextPiece
 from rag.types import Answer, Citation, IngestProgress, Route
 from ui.assembly import Fathom
 from ui.formatting import (
+    SHOWN_QUOTATIONS,
     answer_html,
     citations_html,
     error_html,
@@ -195,7 +196,7 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
 
     def finish(given: Answer | None, number: str) -> tuple[Any, Any, Any]:
         stops.pop(number, None)
-        citations = given.citations if given else ()
+        citations = given.citations[:SHOWN_QUOTATIONS] if given else ()
         choices = [(f"[{c.marker}] {place(c)}", c.marker) for c in citations]
         shown = gr.update(choices=choices, value=None, visible=bool(choices))
         return shown, gr.update(visible=True), gr.update(visible=False)
