@@ -97,6 +97,17 @@ def prompt_of(ids: Sequence[int]) -> Prompt:
     return Prompt((), len(ids), tuple(ids))
 
 
+def fail_to_allocate_once(model: Any) -> None:  # noqa: ANN401 - a torch module
+    """Let the model's next pass ask torch for more memory than any machine has."""
+    import torch
+
+    def ask_for_too_much(*_: object) -> None:
+        handle.remove()
+        torch.empty(2**55, dtype=torch.uint8)
+
+    handle = model.register_forward_pre_hook(ask_for_too_much)
+
+
 def make_tiny_tokenizer() -> Any:  # noqa: ANN401 - transformers types it as a union
     """Build the tiny engine's tokenizer: one token per byte, and an end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from conftest import HANDBOOK, make_tiny_engine
+from conftest import HANDBOOK, fail_to_allocate_once, make_tiny_engine
 from eval.bench.quotation import QuotedRow as Row
 from eval.bench.quotation import spread, summarise
 from eval.evidence_sets import EvidenceDocument, EvidenceQuestion, EvidenceSet
@@ -222,6 +222,21 @@ def test_documents_of_any_kind_are_quoted_or_declined(
     stored = library.ingest(path).document
     answer = library.service().answer(QUESTION, mode=AnswerMode.QUOTED)
     check_verbatim(library, stored.id, answer)
+
+
+def test_without_memory_for_the_model_the_likeliest_sentence_is_quoted_unread(
+    small_fathom: Fathom,
+) -> None:
+    service = small_fathom.service()
+    fail_to_allocate_once(small_fathom.engine._model)  # type: ignore[attr-defined]
+    answer = service.answer(QUESTION, mode=AnswerMode.QUOTED)
+    check_verbatim(small_fathom, answer.citations[0].document, answer)
+    (said,) = answer.receipt.escalations
+    assert said.startswith("memory ran out")
+    assert said.endswith("quoted whole, unread by the model")
+    again = service.answer(QUESTION, mode=AnswerMode.QUOTED)
+    assert again.receipt.escalations == ()
+    assert again.receipt.prompt_tokens > 0
 
 
 def check_verbatim(fathom: Fathom, document_id: int, answer: Answer) -> None:

@@ -7,7 +7,7 @@ from threading import Event
 
 import pytest
 
-from conftest import HashEmbedder, make_tiny_engine
+from conftest import HashEmbedder, fail_to_allocate_once, make_tiny_engine
 from rag.answering.scan import (
     FINDING_TOKENS,
     Window,
@@ -106,6 +106,26 @@ def ships(settings: Settings, tmp_path: Path, copying: CopyingEngine) -> Fathom:
     fathom = Fathom(settings, embedder=HashEmbedder(), engine=copying)
     fathom.ingest(path)
     return fathom
+
+
+@pytest.mark.parametrize("is_windowed", [True, False])
+def test_a_scan_that_runs_out_of_memory_reads_passages_instead_and_says_so(
+    ships: Fathom, copying: CopyingEngine, is_windowed: bool
+) -> None:
+    copying.is_windowed = is_windowed
+    events: list[object] = []
+    for event in ships.service().stream(QUESTION):
+        if not events:  # the plan is made, the reading begins
+            fail_to_allocate_once(copying._model)
+        events.append(event)
+    routes = [event.decision.route for event in events if isinstance(event, RouteChosen)]
+    assert routes == [Route.SCAN, Route.RETRIEVAL]
+    assert isinstance(events[-1], AnswerReady)
+    receipt = events[-1].answer.receipt
+    assert receipt.route is Route.RETRIEVAL
+    (said,) = receipt.escalations
+    assert said.startswith("memory ran out")
+    assert ships.service().answer(QUESTION).receipt.route is Route.SCAN  # the service lives on
 
 
 @pytest.mark.parametrize("is_windowed", [True, False])

@@ -100,13 +100,13 @@ def full_context(
 
 def page_at(pages: Sequence[Page], offset: int) -> int | None:
     """Return the number of the page that holds a character, None without pages."""
-    at = bisect_right([page.start for page in pages], offset) - 1
+    at = bisect_right(pages, offset, key=lambda page: page.start) - 1
     return pages[max(at, 0)].number if pages else None
 
 
 def section_at(sections: Sequence[Section], offset: int) -> str | None:
     """Return the innermost heading above a character, None without headings."""
-    at = bisect_right([section.start for section in sections], offset) - 1
+    at = bisect_right(sections, offset, key=lambda section: section.start) - 1
     return sections[at].title if at >= 0 else None
 
 

@@ -6,15 +6,15 @@ For anything else there is no count here, and the question goes its usual way.
 """
 
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rag.answering.context import page_at, section_at
 from rag.answering.structures.finder import find_structures
 from rag.answering.structures.item import Item, Structure, singulars, words_of
 from rag.answering.structures.tables import fields_within
 from rag.store.documents import DocumentStore
-from rag.types import Citation, Document, Page, Section
+from rag.types import Citation, Document
 
 # More would make the receipt a second copy of the document; the answer says how many are quoted.
 MOST_CITATIONS = 1_000
@@ -356,16 +356,14 @@ def _citations(count: _Count, store: DocumentStore, *, first: int) -> list[Citat
     stored = store.text(document.id)
     pages, sections = store.pages(document.id), store.sections(document.id)
     quoted = [item for item in count.items if item.end > item.start]  # a page may be empty
-    page_starts = [page.start for page in pages]
-    section_starts = [section.start for section in sections]
     return [
         Citation(
             marker=marker,
             document=document.id,
             title=document.title,
             version=document.version,
-            page=_page(pages, page_starts, item.start),
-            section=_section(sections, section_starts, item.start),
+            page=page_at(pages, item.start),
+            section=section_at(sections, item.start),
             start=item.start,
             end=item.end,
             quote=count.text[item.start : item.end],
@@ -373,15 +371,6 @@ def _citations(count: _Count, store: DocumentStore, *, first: int) -> list[Citat
         )
         for marker, item in enumerate(quoted[: max(0, MOST_CITATIONS - first + 1)], first)
     ]
-
-
-def _page(pages: Sequence[Page], starts: Sequence[int], offset: int) -> int | None:
-    return pages[max(bisect_right(starts, offset) - 1, 0)].number if pages else None
-
-
-def _section(sections: Sequence[Section], starts: Sequence[int], offset: int) -> str | None:
-    at = bisect_right(starts, offset) - 1
-    return sections[at].title if at >= 0 else None
 
 
 def _shortened(quote: str) -> str:

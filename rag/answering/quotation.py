@@ -155,6 +155,14 @@ def quote(
     return Quotation(best, start, end, beside, probability, read.prompt_ids, read.kv_bytes)
 
 
+def unread_quotation(ranked: Sequence[Sentence]) -> Quotation:
+    """Return the likeliest sentence whole, which no model has read."""
+    first = ranked[0]
+    beside = sentence_beside(first, ranked)
+    probability = answer_probability(ranked)
+    return Quotation(first, first.start, first.end, beside, probability, (), KVBytes(0, 0))
+
+
 def sentence_beside(quoted: Sentence, ranked: Sequence[Sentence]) -> Sentence | None:
     """Return the likeliest other sentence where the quoted one is not sure to hold the answer."""
     if quoted.probability >= SURE:

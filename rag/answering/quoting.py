@@ -13,8 +13,15 @@ from threading import Event
 
 from rag.answering.citations import verified_citation
 from rag.answering.prompt import CANNOT_ANSWER
-from rag.answering.quotation import ANSWERABLE, Quotation, answer_probability, quote
+from rag.answering.quotation import (
+    ANSWERABLE,
+    Quotation,
+    answer_probability,
+    quote,
+    unread_quotation,
+)
 from rag.answering.sentence_choice import NUM_CHUNKS, Sentence, rank_sentences
+from rag.errors import OutOfMemoryError
 from rag.lm.catalog import load_catalog
 from rag.lm.engine import Engine
 from rag.retrieval.retriever import Retriever
@@ -125,10 +132,17 @@ def quoted_answer(
 
     # 2. let the model choose the span
     quotation: Quotation | None = None
+    escalations: tuple[str, ...] = ()
     if ranked and answer_probability(ranked) >= ANSWERABLE:
-        quotation = quote(
-            question, ranked, engine, max_prompt_tokens=settings.retrieval_tokens, stop=stop
-        )
+        try:
+            quotation = quote(
+                question, ranked, engine, max_prompt_tokens=settings.retrieval_tokens, stop=stop
+            )
+        except OutOfMemoryError as error:
+            quotation = unread_quotation(ranked)
+            escalations = (
+                f"{error.message}; so the likeliest sentence is quoted whole, unread by the model",
+            )
     chosen = time.perf_counter()
 
     # 3. cut what is shown from the stored text
@@ -164,7 +178,7 @@ def quoted_answer(
             decode=0.0,
             total=round(time.perf_counter() - started, 4),
         ),
-        escalations=(),
+        escalations=escalations,
         model=engine.name,
         embedder=retriever.embedder_name,
         prompt_sha256=hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest(),

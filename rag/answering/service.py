@@ -281,9 +281,10 @@ class AnsweringService:
         plan: Plan,
         stop: Event,
         started: float,
+        escalations: Sequence[str] = (),
     ) -> Iterator[AnswerEvent]:
         """Let the model read the prompt and write; where memory runs out, read less."""
-        escalations: list[str] = []
+        escalations = list(escalations)
         while True:
             read = self._planner.read_extent(plan, documents)
             yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
@@ -379,22 +380,29 @@ class AnsweringService:
             plan.decision, tokens if seconds is None else f"{tokens}, about {seconds:,.0f} s"
         )
         done: ScanDone | None = None
-        for event in scan(
-            question,
-            plan.decision.question_class,
-            documents,
-            store=self._store,
-            engine=self._engine,
-            stride_tokens=stride_tokens(self._planner.limits()),
-            retrieval_tokens=self._settings.retrieval_tokens,
-            max_new_tokens=self._settings.max_new_tokens,
-            stop=stop,
-        ):
-            if isinstance(event, ScanDone):
-                done = event
-            else:
-                yield event
-        assert done is not None  # the last event of a scan
+        try:
+            for event in scan(
+                question,
+                plan.decision.question_class,
+                documents,
+                store=self._store,
+                engine=self._engine,
+                stride_tokens=stride_tokens(self._planner.limits()),
+                retrieval_tokens=self._settings.retrieval_tokens,
+                max_new_tokens=self._settings.max_new_tokens,
+                stop=stop,
+            ):
+                if isinstance(event, ScanDone):
+                    done = event
+                else:
+                    yield event
+        except OutOfMemoryError as error:
+            problem = error.message
+        if done is None:
+            smaller, words = self._planner.smaller(question, documents, plan, problem)
+            logger.warning("%s", words)
+            yield from self._write(question, documents, smaller, stop, started, [words])
+            return
         answer = scan_answer(
             done,
             plan.decision,

@@ -365,24 +365,32 @@ class LocalEngine:
 
         Raises:
             UnsupportedModelError: if no window can be fitted to the model exactly.
+            OutOfMemoryError: if memory runs out.
         """
         from rag.lm.windowed_attention import check_windowed
 
         strides = take_apart([p.ids for p in prompts], [p.ids for p in frames])
         with self._lock:
             model = self._loaded_model()
-            if self._windowed is None:
-                self._windowed = check_windowed(model)
             held = len(strides.front) + strides.window(max_new_tokens)
             self._prefill.release(2 * kv_cache_bytes(self._spec, held))
-            yield from read_strides(
-                self._windowed,
-                strides,
-                end_ids=self._tokenizer.end_ids(model),
-                new_stream=self._tokenizer.stream,
-                max_new_tokens=max_new_tokens,
-                stop=stop,
-            )
+            try:
+                if self._windowed is None:
+                    self._windowed = check_windowed(model)
+                yield from read_strides(
+                    self._windowed,
+                    strides,
+                    end_ids=self._tokenizer.end_ids(model),
+                    new_stream=self._tokenizer.stream,
+                    max_new_tokens=max_new_tokens,
+                    stop=stop,
+                )
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_allocation_failure(error):
+                    raise
+            # Raised here, where the error that holds the pass's tensors is gone.
+            raise OutOfMemoryError(f"memory ran out while a window of {held:,} tokens was read")
 
     def score(
         self,
