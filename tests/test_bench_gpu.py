@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from eval.bench.gpu import SMALL, bench_gpu, card
+from eval.bench.gpu import REAL, SMALL, bench_gpu, card
+from rag.lm.spec import ModelSpec
 from ui.cli import app
 
 
@@ -29,6 +31,12 @@ def test_the_bench_on_small_shapes() -> None:
     shown = card(bench)
     assert "tiny-gemma3_text" in shown
     assert all(reason in shown for reason in bench.left_out)
+
+
+def test_the_real_shapes_are_an_8b_without_windows_and_one_with() -> None:
+    plain, windowed = (AutoConfig.for_model(**facts) for _, facts in REAL.models)
+    assert ModelSpec.from_config(plain, dtype_bytes=2).num_parameters == 8_030_261_248
+    assert windowed.sliding_window == 1024
 
 
 def test_what_the_time_does_not_allow_is_named() -> None:

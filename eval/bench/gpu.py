@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from eval.bench.machine import (
     timed,
 )
 from rag.errors import UnsupportedModelError
+from rag.lm.known_models import known_models
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS, prefill_work
 from rag.lm.spec import ModelSpec
@@ -54,47 +56,9 @@ class GpuShapes:
     ceiling_bytes: int  # of the copy whose speed is the limit of decode
 
 
-# The shapes of the published models: meta-llama/Llama-3.1-8B and google/gemma-3-4b, its text part.
+# The shapes of published models, one without windows and one with.
 REAL = GpuShapes(
-    models=(
-        (
-            "llama-3.1-8b",
-            {
-                "model_type": "llama",
-                "vocab_size": 128256,
-                "hidden_size": 4096,
-                "intermediate_size": 14336,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "max_position_embeddings": 131072,
-                "tie_word_embeddings": False,
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    "rope_theta": 500000.0,
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 8192,
-                },
-            },
-        ),
-        (
-            "gemma-3-4b",
-            {
-                "model_type": "gemma3_text",
-                "vocab_size": 262208,
-                "hidden_size": 2560,
-                "intermediate_size": 10240,
-                "num_hidden_layers": 34,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 4,
-                "head_dim": 256,
-                "sliding_window": 1024,
-                "max_position_embeddings": 131072,
-            },
-        ),
-    ),
+    models=tuple((name, known_models()[name].config) for name in ("llama-3.1-8b", "gemma-3-4b")),
     prefill_tokens=(8_192, 32_768, 131_072),
     decode_context_tokens=8_192,
     decode_tokens=64,
@@ -576,7 +540,7 @@ def _random_model(facts: dict[str, Any], dtype: torch.dtype, device: torch.devic
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     config: PreTrainedConfig = CONFIG_MAPPING[facts["model_type"]](
-        **{name: value for name, value in facts.items() if name != "model_type"}
+        **{name: deepcopy(value) for name, value in facts.items() if name != "model_type"}
     )
     torch.manual_seed(7)
     with torch.device(device):

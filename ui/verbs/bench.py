@@ -22,6 +22,11 @@ Clock = Annotated[
     str, typer.Option(help="wall, or cpu: CPU seconds, where others use the machine too.")
 ]
 Rounds = Annotated[int, typer.Option(help="How often all is run; medians are shown.", min=1)]
+Data = Annotated[Path, typer.Option("--data", help="Folder that holds a folder for each set.")]
+Split = Annotated[str, typer.Option(help="dev (to tune on) or test (to report).")]
+VectorCache = Annotated[
+    Path | None, typer.Option("--cache", help="Folder that keeps the chunks' vectors between runs.")
+]
 
 
 @app.command(
@@ -73,17 +78,15 @@ def bench_ingest_verb(
     "  |  fathom bench retrieval --data sets --set covidqa --limit 50 --json",
 )
 def bench_retrieval_verb(
-    data: Annotated[Path, typer.Option("--data", help="Folder that holds a folder for each set.")],
-    split: Annotated[str, typer.Option(help="dev (to tune on) or test (to report).")] = "dev",
+    data: Data,
+    split: Split = "dev",
     only: Annotated[
         list[str] | None, typer.Option("--set", help="A set's name; may be repeated. Default: all.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Questions of each set; default: all.")
     ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the chunks' vectors between runs.")
-    ] = None,
+    cache: VectorCache = None,
     as_json: Json = False,
 ) -> None:
     """Measure how often the evidence is found, beside a BM25 floor on the same questions."""
@@ -124,8 +127,8 @@ def bench_retrieval_verb(
     "  |  fathom bench quotation --data sets --fit weights.json",
 )
 def bench_quotation_verb(
-    data: Annotated[Path, typer.Option("--data", help="Folder that holds a folder for each set.")],
-    split: Annotated[str, typer.Option(help="dev (to tune on) or test (to report).")] = "dev",
+    data: Data,
+    split: Split = "dev",
     only: Annotated[
         list[str] | None, typer.Option("--set", help="A set's name; may be repeated.")
     ] = None,
@@ -136,9 +139,7 @@ def bench_quotation_verb(
         bool, typer.Option(help="Let the model choose a span; without, sentences alone.")
     ] = True,
     model: Model = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the chunks' vectors between runs.")
-    ] = None,
+    cache: VectorCache = None,
     rows: Annotated[Path | None, typer.Option(help="Write a JSON line a question here.")] = None,
     fit: Annotated[
         Path | None,
