@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rag.errors import FathomError, ReadError
+from rag.errors import FathomError, ReadError, SettingsError
 from rag.settings import load_settings
 from ui.console import Json, Model, err, open_fathom, out, print_json, show_error, stages_bar
 
@@ -259,7 +259,11 @@ def bench_gpu_verb(
     from eval.bench.gpu import REAL, SMALL, bench_gpu, card
     from rag.lm.device import choose_device
 
-    device = choose_device(load_settings() if small else load_settings(device="cuda"))
+    try:
+        device = choose_device(load_settings() if small else load_settings(device="cuda"))
+    except SettingsError as error:
+        hint = "run it where there is one, or try the bench itself with --small"
+        raise SettingsError(error.message, hint=hint) from error
     with err.status("starting") as status:
         bench = bench_gpu(SMALL if small else REAL, device, on_progress=status.update)
     (err if as_json else out).print(card(bench), markup=False)
@@ -272,6 +276,9 @@ def bench_router_verb(
     split: Annotated[
         str, typer.Option(help="dev (in folds, to tune) or test (to report).")
     ] = "dev",
+    weights: Annotated[
+        Path | None, typer.Option(help="From fathom fit-router, for test; default: those shipped.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Judge the router on stored answers of eleven models, beside simple rules; no model runs."""
@@ -281,6 +288,8 @@ def bench_router_verb(
 
     if split not in ("dev", "test"):
         raise typer.BadParameter("--split is dev or test")
+    if weights and split == "dev":
+        raise typer.BadParameter("--weights are judged on test: on dev every fold fits its own")
     documents, predictions = load_lara(data)
     with stages_bar("lara") as on_progress:
         pairs = label_pairs(documents, predictions, on_progress=on_progress)
@@ -288,7 +297,7 @@ def bench_router_verb(
     dev = [pair for pair in pairs if pair.document not in tested]
     if split == "test":
         test = [pair for pair in pairs if pair.document in tested]
-        rounds = [Round(dev, test, load_weights())]
+        rounds = [Round(dev, test, load_weights(weights))]
     else:
         rounds = cross_validation(dev)
     bench = bench_router(rounds, split=split)

@@ -195,23 +195,22 @@ def replay(
 
 @app.command(
     "fit-router",
-    epilog="Examples: fathom fit-router pairs.jsonl  |  fathom fit-router pairs.jsonl --json",
+    epilog="Examples: fathom fit-router pairs.jsonl -o router.json"
+    "  |  fathom fit-router --lara sets -o router.json --json",
 )
 def fit_router_verb(
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the weights.")],
     pairs: Annotated[
         Path | None, typer.Argument(help="JSON lines, a question that both routes answered each.")
     ] = None,
     lara: Annotated[
         Path | None, typer.Option("--lara", help="Fit from LaRA's dev split in this data folder.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Default: router.json of the library.")
-    ] = None,
-    home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Fit the router to questions that both routes answered here; 200 pairs or more.
 
+    Answers do not ask the weights yet; `fathom bench router --weights FILE` judges them.
     A line holds model, document, question, document_tokens, effective_tokens, shares,
     places, question_class, and full and retrieval: how right each route was, 0 to 1.
     """
@@ -237,9 +236,8 @@ def fit_router_verb(
         weights = fit_router(
             labelled, fitted_on=f"{pairs.name}, {len(labelled):,} pairs", prior=load_weights()
         )
-    target = output or load_settings(home=home).home / "router.json"
-    save_weights(weights, target)
+    save_weights(weights, output)
     if as_json:
-        print_json({"pairs": len(labelled), "weights": str(target)})
+        print_json({"pairs": len(labelled), "weights": str(output)})
     else:
-        out.print(f"fitted to {len(labelled):,} pairs: {target}", markup=False)
+        out.print(f"fitted to {len(labelled):,} pairs: {output}", markup=False)
