@@ -224,6 +224,15 @@ def test_documents_of_any_kind_are_quoted_or_declined(
     check_verbatim(library, stored.id, answer)
 
 
+def test_deleting_a_document_drops_the_prompt_that_quoted_it(small_fathom: Fathom) -> None:
+    engine = small_fathom.engine
+    assert isinstance(engine, LocalEngine)
+    answer = small_fathom.service().answer(QUESTION, mode=AnswerMode.QUOTED)
+    assert engine._last_scored is not None
+    small_fathom.delete(answer.citations[0].document)
+    assert engine._last_scored is None
+
+
 def test_without_memory_for_the_model_the_likeliest_sentence_is_quoted_unread(
     small_fathom: Fathom,
 ) -> None:

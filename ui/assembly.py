@@ -226,5 +226,7 @@ class Fathom:
 
     def _erase_deleted(self, documents: Sequence[Document]) -> None:
         self.document_kv.forget({document.version_key for document in documents})
+        if self._given_engine is not None:
+            self._given_engine.forget()
         self.lexical.erase_deleted()
         self.index.snapshot(keep=1, wait=True)

@@ -163,6 +163,9 @@ class Engine(Protocol):
     def warm_up(self) -> None:
         """Get ready now, so that the first request does not wait for it."""
 
+    def forget(self) -> None:
+        """Drop what is held of prompts already answered: a document of theirs was deleted."""
+
     def predicted_prefill_seconds(self, num_tokens: int, *, cached_tokens: int = 0) -> float | None:
         """Return the seconds that prefilling `num_tokens` takes here, from a measured rate.
 

@@ -219,6 +219,10 @@ class LocalEngine:
         with self._lock:
             self._loaded_model()
 
+    def forget(self) -> None:
+        """Drop the prompt that `score` holds for the next call: it may quote a deleted document."""
+        self._last_scored = None
+
     def predicted_prefill_seconds(self, num_tokens: int, *, cached_tokens: int = 0) -> float | None:
         """Return the seconds that prefilling `num_tokens` takes here, from a measured rate.
 

@@ -128,6 +128,9 @@ class RemoteEngine:
         """Ask the server what it is, which the first question needs."""
         _ = self.name, self.context_tokens
 
+    def forget(self) -> None:
+        """Do nothing: no prompt is held here."""
+
     def predicted_prefill_seconds(self, num_tokens: int, *, cached_tokens: int = 0) -> None:
         """Unknown: who else asks the server, and what it has cached, is not."""
         return
