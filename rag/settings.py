@@ -108,6 +108,24 @@ class Settings(BaseSettings):
         description="quotation: answers are quoted word for word; free: the model writes them;"
         " auto: lookups are quoted where the catalog says so of the model.",
     )
+    thrift: float = Field(
+        default=0.001,
+        ge=0,
+        le=1,
+        description="Probability of being right that 1,000 prompt tokens are worth: with 0 the"
+        " likelier route is taken whatever it costs, with more the cheaper one sooner.",
+    )
+    router_weights: Path | None = Field(
+        default=None,
+        description="File that fathom fit-router wrote; by default the weights that ship.",
+    )
+    escalations: int = Field(
+        default=2,
+        ge=0,
+        le=2,
+        description="Times that a question without a supported answer is tried again by reading"
+        " more: twice as much, then everything.",
+    )
     max_context_tokens: int | None = Field(
         default=None, ge=256, description="Cap on the context below what the model declares."
     )

@@ -232,10 +232,26 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteEstimate:
+    """What a route is worth for one question.
+
+    `probability` is that it answers rightly; `cost_tokens` are the prompt tokens that it must
+    compute, those in a kept cache left out; `utility` is the probability less the thrift for that
+    cost.
+    """
+
+    route: Route
+    probability: float
+    cost_tokens: int
+    utility: float
+
+
+@dataclass(frozen=True, slots=True)
 class RouteDecision:
     """The route taken, the reason in one sentence, and every number that was compared.
 
-    `class_reason` says why the question is of its class; `mode` is whose words the answer will be.
+    `class_reason` says why the question is of its class; `mode` is whose words the answer will be;
+    `routes` are what full and retrieval are worth, best first, where both could be weighed.
     """
 
     route: Route
@@ -244,6 +260,7 @@ class RouteDecision:
     gates: tuple[Gate, ...]
     class_reason: str = ""
     mode: AnswerMode = AnswerMode.WRITTEN
+    routes: tuple[RouteEstimate, ...] = ()
 
 
 # ---- answers ----------------------------------------------------------------------------------
@@ -326,8 +343,12 @@ class ScanTally:
 class Receipt:
     """How one answer was made: what was read, what was not, which numbers against which limits.
 
-    `escalations` tell each plan that was given up, and why. `cached_tokens` is None where a server
-    does not tell. `scan` is None for answers by another route.
+    `escalations` tell each plan that was given up, and why; tokens, bytes and the seconds of each
+    step are those of the last plan, `seconds.total` is of all. `cached_tokens` is None where a
+    server does not tell. `scan` is None for answers by another route. `standalone_question` is a
+    follow-up as it was rewritten and asked; None where the question stood alone. `asked_for` is the
+    route that the person chose, None where the router did; `breadth` how many times the retrieval
+    budget was read.
     """
 
     id: str
@@ -348,6 +369,10 @@ class Receipt:
     class_reason: str = ""
     mode: AnswerMode = AnswerMode.WRITTEN
     scan: ScanTally | None = None
+    routes: tuple[RouteEstimate, ...] = ()
+    standalone_question: str | None = None
+    asked_for: Route | None = None
+    breadth: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +402,12 @@ def answer_from_json(value: Mapping[str, Any]) -> Answer:
     receipt["mode"] = AnswerMode(receipt.get("mode", AnswerMode.WRITTEN))
     if receipt.get("scan"):
         receipt["scan"] = ScanTally(**receipt["scan"])
+    if receipt.get("asked_for"):
+        receipt["asked_for"] = Route(receipt["asked_for"])
+    receipt["routes"] = tuple(
+        RouteEstimate(**{**estimate, "route": Route(estimate["route"])})
+        for estimate in receipt.get("routes", ())
+    )
     return Answer(
         answer=value["answer"],
         abstained=value["abstained"],

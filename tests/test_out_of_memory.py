@@ -74,7 +74,8 @@ result["rate"] = engine.predicted_prefill_seconds(100)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 engine.predicted_prefill_seconds(100)  # the questions below are not about the measuring
 
-questions = ["What of ship 3?", "What of ship 9?"]
+# What needs everything: the router takes nothing less where the gates let it through.
+questions = ["Summarise what is said of ship 3.", "Summarise what is said of ship 9."]
 for name, budget, mebibytes in (("less", 300, 200), ("half", 2400, 300), ("none", 2400, 60)):
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     settings = Settings(

@@ -370,3 +370,4 @@ def test_a_small_model_quotes_the_fee(settings: Settings, handbook: Path) -> Non
     declined = fathom.service().answer("Who won the football world cup in 1966?")
     check_verbatim(fathom, stored.id, declined)
     assert declined.abstained
+    assert "is not asked to write" in declined.receipt.reason

@@ -4,7 +4,17 @@ import re
 from collections.abc import Sequence
 from datetime import timedelta
 
-from rag.types import Answer, Citation, Gate, IngestProgress, KVBytes, Receipt, ScanTally, Seconds
+from rag.types import (
+    Answer,
+    Citation,
+    Gate,
+    IngestProgress,
+    KVBytes,
+    Receipt,
+    RouteEstimate,
+    ScanTally,
+    Seconds,
+)
 
 # A count may have hundreds of quotations: the page folds those after the first.
 SHOWN_QUOTATIONS = 8
@@ -126,7 +136,9 @@ def receipt_html(receipt: Receipt) -> str:
          f" {read.of_chunks:,} chunks"),
         ("Not read", read.not_read or "nothing was left out"),
         *(("Given up", words) for words in receipt.escalations),
+        *([("Asked as", receipt.standalone_question)] if receipt.standalone_question else []),
         ("Question", _class_words(receipt)),
+        *([("Worth", routes_words(receipt.routes))] if receipt.routes else []),
         *([("Scan", _scan_words(receipt.scan))] if receipt.scan else []),
         ("Prompt", f"{receipt.prompt_tokens:,} tokens, {_reused(receipt)}"
          f" {receipt.new_tokens:,} written"),
@@ -143,6 +155,15 @@ def receipt_html(receipt: Receipt) -> str:
         f"<p>{plain_html(_sentence(receipt.reason))}</p>"
         "<table><thead><tr><th>Route</th><th>Gate</th><th>Needs</th><th>Limit</th>"
         f"<th>Verdict</th></tr></thead><tbody>{rows}</tbody></table><dl>{lines}</dl></details>"
+    )
+
+
+def routes_words(routes: Sequence[RouteEstimate]) -> str:
+    """Return what each route is worth: how likely it is right, and its prompt tokens."""
+    return "; ".join(
+        f"{estimate.route} likely right {estimate.probability:.0%} for"
+        f" {estimate.cost_tokens:,} tokens"
+        for estimate in routes
     )
 
 
@@ -250,7 +271,11 @@ def receipt_text(answer: Answer) -> str:
     if answer.citations:
         lines.append("")
     lines.append(f"{receipt.route}: {receipt.reason}")
+    if receipt.standalone_question:
+        lines.append(f"asked as: {receipt.standalone_question}")
     lines.append(f"question: {_class_words(receipt)}")
+    if receipt.routes:
+        lines.append(f"worth: {routes_words(receipt.routes)}")
     if receipt.scan:
         lines.append(f"scan: {_scan_words(receipt.scan)}")
     kv = receipt.kv_bytes

@@ -95,12 +95,12 @@ def resolve_citations(
     return CitedText(" ".join(parts), tuple(citations), unverified)
 
 
-def nearest_citation(
+def nearest_citations(
     question: str, passages: Sequence[ContextPassage], store: DocumentStore
-) -> Citation | None:
+) -> tuple[Citation, ...]:
     """Return the sentence shown that shares most of the question's weighty words, as marker 1.
 
-    It is for a person whose question was not answered; None if the passages speak of other things.
+    It is for a person whose question was not answered; none if the passages speak of other things.
     """
     sentences = [s for passage in passages for s in _sentences(passage)]
     weights = _inverse_frequencies(sentences)
@@ -112,7 +112,7 @@ def nearest_citation(
 
     relevant = [s for s in sentences if _is_relevant(s, asked_about, weights)]
     best = max(relevant, key=shared, default=None) if asked_about else None
-    return _citation(1, best, store) if best else None
+    return (_citation(1, best, store),) if best else ()
 
 
 def split_sentences(text: str) -> list[str]:

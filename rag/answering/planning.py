@@ -4,24 +4,42 @@ The model reads nothing here.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from rag.answering.context import Context, full_context, retrieved_context
 from rag.answering.counting import Counted, count_from_text
 from rag.answering.prompt import build_messages
 from rag.answering.quoting import decide_quotation
-from rag.answering.scan_receipt import scan_gates
-from rag.errors import OutOfMemoryError
+from rag.answering.scan_receipt import predicted_scan_seconds, scan_gates
+from rag.answering.sentence_choice import NUM_CHUNKS
+from rag.errors import ModelError, OutOfMemoryError
 from rag.lm.engine import DocumentPrefix, Engine, Prompt
-from rag.retrieval.retriever import Retriever
-from rag.routing.gates import Limits, Need, check_gates
+from rag.retrieval.retriever import Hit, Retriever
+from rag.routing.gates import Limits, Need, check_gates, describe, failed
 from rag.routing.model_plan import longest_context
 from rag.routing.question_class import NEEDS_EVERYTHING, classify_question
 from rag.routing.router import counted_decision, decide_route
+from rag.routing.utility import (
+    NUM_HITS,
+    RouteFeatures,
+    RouterWeights,
+    estimate_routes,
+    load_weights,
+    places_of,
+)
 from rag.settings import Settings
 from rag.store.documents import DocumentStore
-from rag.types import AnswerMode, Document, Gate, ReadExtent, Route, RouteDecision
+from rag.types import (
+    AnswerMode,
+    Document,
+    Gate,
+    ReadExtent,
+    Route,
+    RouteDecision,
+    RouteEstimate,
+)
 
 # A document this many times longer than the model's context is not tokenised with the template
 # around it to be told that it does not fit; its own exact count is enough.
@@ -36,7 +54,8 @@ class Plan:
     """What would be done with a question, before the model reads a token.
 
     `prefix` is the part of the prompt that another question would share, None if it is not kept.
-    `counted` is the answer where the text itself proves a count; the model then has nothing to do.
+    `breadth` is how many times the retrieval budget may be read. `counted` is the answer where the
+    text itself proves a count; the model then has nothing to do.
     """
 
     decision: RouteDecision
@@ -45,6 +64,7 @@ class Plan:
     prefix: DocumentPrefix | None
     document_tokens: int
     retrieve_seconds: float
+    breadth: int = 1
     counted: Counted | None = None
 
     @property
@@ -73,6 +93,7 @@ class Planner:
         mode: AnswerMode | None = None,
         calibrate: bool = False,
         retrieval_tokens: int | None = None,
+        breadth: int = 1,
     ) -> Plan:
         """Return what would be done with a question; the model reads nothing.
 
@@ -83,15 +104,16 @@ class Planner:
             mode: a mode asked for.
             calibrate: measure the prefill rate, which loads the weights, to have that gate too.
             retrieval_tokens: the budget of retrieved text; by default that of the settings.
+            breadth: how many times that budget.
         """
         settings, engine = self._settings, self._engine
-        retrieval_tokens = retrieval_tokens or settings.retrieval_tokens
+        retrieval_tokens = (retrieval_tokens or settings.retrieval_tokens) * breadth
         document_tokens = self._document_tokens(documents)
         nothing = Context((), 0, 0), Prompt((), 0), None, document_tokens, 0.0
         if route in (None, Route.SCAN) and mode is not AnswerMode.QUOTED:
             counted = count_from_text(question, documents, self._store)
             if counted:
-                return Plan(counted_decision(counted.reason), *nothing, counted)
+                return Plan(counted_decision(counted.reason), *nothing, counted=counted)
         quoting = decide_quotation(
             question,
             route,
@@ -101,7 +123,7 @@ class Planner:
             settings=settings,
         )
         if quoting:
-            return Plan(quoting, *nothing)
+            return Plan(quoting, *nothing, breadth=breadth)
 
         retrieve_started = time.perf_counter()
         hits = self._retriever.retrieve(question, documents, num_candidates=settings.num_candidates)
@@ -148,11 +170,23 @@ class Planner:
         classified = classify_question(question)
         if route is Route.SCAN or classified.question_class in NEEDS_EVERYTHING:
             gates += scan_gates(engine, limits, document_tokens, calibrate=calibrate)
+        kept_tokens = engine.cached_tokens(full_prompt, prefix) if everything else 0
         decision = decide_route(
             tuple(gates),
             classified,
             document_tokens=document_tokens,
             retrieval_tokens=retrieval_tokens,
+            routes=self._estimates(
+                question,
+                hits,
+                documents,
+                limits,
+                document_tokens,
+                {
+                    Route.FULL: full_tokens - kept_tokens,
+                    Route.RETRIEVAL: retrieval_prompt.num_tokens,
+                },
+            ),
             asked_for=route,
         )
         if decision.route is Route.FULL:
@@ -162,7 +196,60 @@ class Planner:
             prompt, context, prefix = Prompt((), 0), Context((), 0, 0), None
         else:
             prompt, context, prefix = retrieval_prompt, passages, None
-        return Plan(decision, context, prompt, prefix, document_tokens, retrieve_seconds)
+        return Plan(decision, context, prompt, prefix, document_tokens, retrieve_seconds, breadth)
+
+    def further(
+        self, question: str, documents: Sequence[Document], plan: Plan
+    ) -> tuple[Plan | None, str]:
+        """Return what to read after a plan found no supported answer, and why, in words.
+
+        Twice as much, then everything: in one prompt where every gate passes, else in windows,
+        where that takes no longer than the deadline of a prefill. None if there is nothing more to
+        read, no time for it, or no use: a model that is to quote made answers up from the whole of
+        a document where its sentences held none. Source: docs/decisions/0031.
+        """
+        if plan.counted or plan.decision.route is not Route.RETRIEVAL:
+            return None, "everything was read"
+        mode = plan.decision.mode
+        is_quoted = mode is AnswerMode.QUOTED
+        tokens = plan.breadth * self._settings.retrieval_tokens
+        before = f"the nearest {tokens:,} tokens gave no supported answer"
+        if is_quoted:
+            before = f"the nearest {plan.breadth * NUM_CHUNKS} chunks seem to hold no answer"
+        if plan.breadth == 1:
+            try:
+                wider = self.plan(
+                    question,
+                    documents,
+                    route=None if is_quoted else Route.RETRIEVAL,
+                    mode=mode if is_quoted else None,
+                    calibrate=True,
+                    breadth=2,
+                )
+            except ModelError:
+                wider = plan
+            more_chunks = sum(document.num_chunks for document in documents) > NUM_CHUNKS
+            if more_chunks if is_quoted else wider.context.num_tokens > plan.context.num_tokens:
+                return self._because(wider, f"{before}, so twice as much is read")
+        if is_quoted:
+            return None, f"{before}, and a model that is to quote is not asked to write"
+        everything = self.plan(question, documents, route=Route.FULL, calibrate=True)
+        against = failed(everything.decision.gates, Route.FULL)
+        if not against:
+            return self._because(everything, f"{before}, so everything is read")
+        windows = self.plan(question, documents, route=Route.SCAN, calibrate=True)
+        seconds = predicted_scan_seconds(windows.decision)
+        too_long = seconds is None or seconds > self._settings.prefill_deadline_seconds
+        if windows.decision.route is Route.SCAN and not too_long:
+            return self._because(windows, f"{before}, so everything is read in windows")
+        words = f"everything was not read: {describe(against[0])}"
+        if seconds is not None and too_long:
+            words += f", and in windows it would take about {seconds:,.1f} s"
+        return None, words
+
+    @staticmethod
+    def _because(plan: Plan, words: str) -> tuple[Plan, str]:
+        return replace(plan, decision=replace(plan.decision, reason=words)), words
 
     def smaller(
         self, question: str, documents: Sequence[Document], plan: Plan, problem: str
@@ -184,7 +271,7 @@ class Planner:
         )
         words = f"{problem}; so at most {budget:,} tokens of retrieved passages were read instead"
         reason = f"memory ran out on the route {plan.decision.route}: {words}"
-        return replace(smaller, decision=replace(smaller.decision, reason=reason)), words
+        return self._because(smaller, reason)[0], words
 
     def predicted_seconds(
         self, prompt: Prompt, prefix: DocumentPrefix | None, *, num_tokens: int | None = None
@@ -241,6 +328,58 @@ class Planner:
             ),
             prefill_seconds=self._settings.prefill_deadline_seconds,
         )
+
+    def features(
+        self,
+        question: str,
+        hits: Sequence[Hit],
+        documents: Sequence[Document],
+        *,
+        document_tokens: int,
+        effective_tokens: int,
+    ) -> RouteFeatures:
+        """Return what the router weighs: see `rag.routing.utility`."""
+        before: dict[int, int] = {}
+        num_chunks = 0
+        for document in documents:
+            before[document.id] = num_chunks
+            num_chunks += document.num_chunks
+        nearest = hits[:NUM_HITS]
+        return RouteFeatures(
+            question=question,
+            document_tokens=document_tokens,
+            effective_tokens=effective_tokens,
+            shares=tuple(sorted((hit.lexical for hit in nearest), reverse=True)),
+            places=places_of(
+                [before[h.chunk.document_id] + h.chunk.chunk.ordinal for h in nearest], num_chunks
+            ),
+            question_class=classify_question(question).question_class,
+        )
+
+    def _estimates(
+        self,
+        question: str,
+        hits: Sequence[Hit],
+        documents: Sequence[Document],
+        limits: Limits,
+        document_tokens: int,
+        cost_tokens: Mapping[Route, int],
+    ) -> tuple[RouteEstimate, ...]:
+        """Return what full and retrieval are worth; none without a question."""
+        if not question.strip():
+            return ()
+        features = self.features(
+            question,
+            hits,
+            documents,
+            document_tokens=document_tokens,
+            effective_tokens=limits.context_tokens or document_tokens,
+        )
+        return estimate_routes(features, self._weights, cost_tokens, thrift=self._settings.thrift)
+
+    @cached_property
+    def _weights(self) -> RouterWeights:
+        return load_weights(self._settings.router_weights)
 
     def _document_prefix(
         self, everything: Context, prompt: Prompt, documents: Sequence[Document]

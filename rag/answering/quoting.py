@@ -3,15 +3,13 @@
 Nothing is written by the model, so nothing has to be believed: see rag/answering/quotation.py.
 """
 
-import hashlib
-import json
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Event
 
 from rag.answering.citations import verified_citation
+from rag.answering.outcome import Outcome, sha256_of
 from rag.answering.prompt import CANNOT_ANSWER
 from rag.answering.quotation import (
     ANSWERABLE,
@@ -29,7 +27,6 @@ from rag.routing.question_class import classify_question
 from rag.settings import Settings
 from rag.store.documents import DocumentStore
 from rag.types import (
-    Answer,
     AnswerMode,
     Citation,
     Document,
@@ -37,10 +34,8 @@ from rag.types import (
     KVBytes,
     QuestionClass,
     ReadExtent,
-    Receipt,
     Route,
     RouteDecision,
-    Seconds,
 )
 
 # What stands before the sentences shown to a person whose question was not answered.
@@ -74,14 +69,9 @@ def decide_quotation(
     elif settings.answer_mode == "quotation":
         reason = "FATHOM_ANSWER_MODE asks for quotations"
     else:
-        entry = load_catalog().get(engine.name)
-        if not engine.can_score:
+        if not engine.can_score or not quotes_only(engine):
             return None
-        if (
-            not entry
-            or entry.answers != "quotation"
-            or classified.question_class is not QuestionClass.LOOKUP
-        ):
+        if classified.question_class is not QuestionClass.LOOKUP:
             return None
         reason = f"a lookup, and {engine.name} is small: the answer is quoted, not written"
     return RouteDecision(
@@ -94,18 +84,24 @@ def decide_quotation(
     )
 
 
-def quoted_answer(
+def quotes_only(engine: Engine) -> bool:
+    """Say whether the catalog trusts a model with no words of its own."""
+    entry = load_catalog().get(engine.name)
+    return entry is not None and entry.answers == "quotation"
+
+
+def quote_answer(
     question: str,
     documents: Sequence[Document],
-    decision: RouteDecision,
     *,
     store: DocumentStore,
     retriever: Retriever,
     engine: Engine,
     settings: Settings,
     document_tokens: int,
+    breadth: int,
     stop: Event,
-) -> Answer:
+) -> Outcome:
     """Return the answer, the sentence it stands in and, where that is not sure, another.
 
     Whether the documents hold an answer is judged first; where they seem not to, or after `stop`,
@@ -114,19 +110,25 @@ def quoted_answer(
     Args:
         question: in words.
         documents: those asked about.
-        decision: from `decide_quotation`.
         store: their text.
         retriever: finds the chunks and compares sentences with the question.
         engine: the language model.
         settings: number of candidates, and the longest prompt.
         document_tokens: length of the documents in the model's tokens.
+        breadth: how many times NUM_CHUNKS chunks are compared.
         stop: set it to do without the model from there on.
     """
     # 1. find the chunks, rank their sentences
     started = time.perf_counter()
     hits = retriever.retrieve(question, documents, num_candidates=settings.num_candidates)
+    compared = hits[: breadth * NUM_CHUNKS]
     ranked = rank_sentences(
-        question, hits, documents, store=store, similarities=retriever.similarities
+        question,
+        compared,
+        documents,
+        store=store,
+        similarities=retriever.similarities,
+        num_chunks=len(compared),
     )
     found = time.perf_counter()
 
@@ -147,16 +149,14 @@ def quoted_answer(
 
     # 3. cut what is shown from the stored text
     citations = _citations(quotation, ranked, store)
-    compared = hits[:NUM_CHUNKS]
     read_tokens = sum(engine.count_tokens(hit.chunk.chunk.text) for hit in compared)
     of_chunks = sum(document.num_chunks for document in documents)
     prompt_ids = quotation.prompt_ids if quotation else ()
-    receipt = Receipt(
-        id=uuid.uuid4().hex[:12],
-        route=decision.route,
-        reason=decision.reason,
-        question_class=decision.question_class,
-        gates=decision.gates,
+    return Outcome(
+        text=_words(quotation, citations),
+        abstained=quotation is None,
+        is_supported=quotation is not None,
+        citations=citations,
         read=ReadExtent(
             tokens=min(read_tokens, document_tokens),
             of_tokens=document_tokens,
@@ -167,29 +167,12 @@ def quoted_answer(
             if of_chunks > len(compared)
             else "",
         ),
+        prompt_sha256=sha256_of(prompt_ids),
         prompt_tokens=len(prompt_ids),
-        cached_tokens=0,
-        new_tokens=0,
         kv_bytes=quotation.kv_bytes if quotation else KVBytes(0, 0),
-        seconds=Seconds(
-            retrieve=round(found - started, 4),
-            prefill=round(chosen - found, 4),
-            prefill_predicted=None,
-            decode=0.0,
-            total=round(time.perf_counter() - started, 4),
-        ),
+        retrieve_seconds=found - started,
+        prefill_seconds=chosen - found,
         escalations=escalations,
-        model=engine.name,
-        embedder=retriever.embedder_name,
-        prompt_sha256=hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest(),
-        class_reason=decision.class_reason,
-        mode=decision.mode,
-    )
-    return Answer(
-        answer=_words(quotation, citations),
-        abstained=quotation is None,
-        citations=citations,
-        receipt=receipt,
     )
 
 

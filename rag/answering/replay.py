@@ -10,7 +10,7 @@ from typing import Any
 from rag.answering.service import AnsweringService
 from rag.errors import ReplayError
 from rag.store.receipts import REDACTED, ReceiptStore
-from rag.types import Answer, AnswerMode
+from rag.types import Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,7 @@ def replay(receipt_id: str, receipts: ReceiptStore, service: AnsweringService) -
             f"the question of receipt {receipt_id} was deleted with a document it read",
             hint="nothing is left to replay; ask anew of the documents that are there",
         )
-    receipt = before.receipt
-    if receipt.mode is AnswerMode.QUOTED:
-        now = service.answer(question, document_ids=document_ids, mode=receipt.mode)
-    else:
-        now = service.answer(question, document_ids=document_ids, route=receipt.route)
+    now = service.again(question, before.receipt, document_ids)
     pairs = (
         ("model", before.receipt.model, now.receipt.model),
         ("embedder", before.receipt.embedder, now.receipt.embedder),

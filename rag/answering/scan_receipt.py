@@ -1,29 +1,23 @@
-"""What a scan needs, in gates, and the receipts of scans and of counts from the text itself."""
+"""What a scan needs, in gates, and what scans and counts from the text itself come to."""
 
-import hashlib
-import uuid
 from collections.abc import Callable, Sequence
 
 from rag.answering.counting import Counted
+from rag.answering.outcome import Outcome, sha256_of
 from rag.answering.scan import FINDING_TOKENS, FRAME_TOKENS, STRIDE_TOKENS, ScanDone
 from rag.lm.engine import Engine
 from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.spec import ModelSpec
 from rag.routing.gates import Limits, Need, check_gates
 from rag.types import (
-    Answer,
     Document,
     Gate,
     KVBytes,
     ReadExtent,
-    Receipt,
     Route,
     RouteDecision,
     ScanTally,
-    Seconds,
 )
-
-# A count has no prompt.
-_NO_PROMPT_SHA256 = hashlib.sha256(b"[]").hexdigest()
 
 
 def stride_tokens(limits: Limits) -> int:
@@ -88,25 +82,22 @@ def scan_extent(
     )
 
 
-def scan_answer(
+def scan_outcome(
     done: ScanDone,
-    decision: RouteDecision,
     read: ReadExtent,
+    decision: RouteDecision,
+    spec: ModelSpec | None,
     *,
-    engine: Engine,
     retrieve_seconds: float,
-    total_seconds: float,
-    embedder: str,
-) -> Answer:
-    """Return the finished answer of a scan with its receipt."""
-    spec = engine.spec
-    receipt = Receipt(
-        id=uuid.uuid4().hex[:12],
-        route=decision.route,
-        reason=decision.reason,
-        question_class=decision.question_class,
-        gates=decision.gates,
+) -> Outcome:
+    """Return what a scan comes to; its findings are verified, or there are none."""
+    return Outcome(
+        text=done.text,
+        abstained=done.abstained,
+        is_supported=bool(done.citations),
+        citations=done.citations,
         read=read,
+        prompt_sha256=done.prompt_sha256,
         prompt_tokens=done.prompt_tokens,
         cached_tokens=done.cached_tokens,
         new_tokens=done.new_tokens,
@@ -114,51 +105,22 @@ def scan_answer(
             predicted=kv_cache_bytes(spec, done.kv_tokens) if spec else None,
             actual=done.kv_bytes if spec else None,
         ),
-        seconds=Seconds(
-            retrieve=round(retrieve_seconds, 4),
-            prefill=round(done.prefill_seconds, 4),
-            prefill_predicted=predicted_scan_seconds(decision),
-            decode=round(done.decode_seconds, 4),
-            total=round(total_seconds, 4),
-        ),
-        escalations=(),
-        model=engine.name,
-        embedder=embedder,
-        prompt_sha256=done.prompt_sha256,
-        class_reason=decision.class_reason,
+        retrieve_seconds=retrieve_seconds,
+        prefill_seconds=done.prefill_seconds,
+        prefill_predicted_seconds=predicted_scan_seconds(decision),
+        decode_seconds=done.decode_seconds,
         scan=done.tally,
     )
-    return Answer(done.text, done.abstained, done.citations, receipt)
 
 
-def answer_by_count(
-    counted: Counted,
-    decision: RouteDecision,
-    read: ReadExtent,
-    *,
-    total_seconds: float,
-    model: str,
-    embedder: str,
-) -> Answer:
-    """Return the finished answer of a count, whose receipt says that no model read a token."""
-    receipt = Receipt(
-        id=uuid.uuid4().hex[:12],
-        route=decision.route,
-        reason=decision.reason,
-        question_class=decision.question_class,
-        gates=decision.gates,
+def count_outcome(counted: Counted, read: ReadExtent) -> Outcome:
+    """Return what a count comes to, of which no model read a token."""
+    return Outcome(
+        text=counted.answer,
+        abstained=False,
+        is_supported=True,
+        citations=counted.citations,
         read=read,
-        prompt_tokens=0,
-        cached_tokens=0,
-        new_tokens=0,
-        kv_bytes=KVBytes(predicted=0, actual=0),
-        seconds=Seconds(0.0, 0.0, 0.0, 0.0, total=round(total_seconds, 4)),
-        escalations=(),
-        model=model,
-        embedder=embedder,
-        prompt_sha256=_NO_PROMPT_SHA256,
-        class_reason=decision.class_reason,
-        mode=decision.mode,
+        prompt_sha256=sha256_of([]),
         scan=ScanTally(windows=1, items=counted.num_items, dropped_unverified=0, dropped_repeats=0),
     )
-    return Answer(counted.answer, abstained=False, citations=counted.citations, receipt=receipt)

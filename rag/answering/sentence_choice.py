@@ -116,6 +116,7 @@ def rank_sentences(
     *,
     store: DocumentStore,
     similarities: Similarities,
+    num_chunks: int = NUM_CHUNKS,
 ) -> list[Sentence]:
     """Return the sentences of the best chunks, likeliest to hold the answer first.
 
@@ -125,8 +126,9 @@ def rank_sentences(
         documents: those that were asked.
         store: where the text is read.
         similarities: the cosines of a question to texts.
+        num_chunks: of the hits, so many of the best are cut into sentences.
     """
-    found = candidates(hits, store)
+    found = candidates(hits[:num_chunks], store)
     if not found:
         return []
     features = sentence_features(question, found, similarities)
@@ -151,8 +153,8 @@ def rank_sentences(
 
 
 def candidates(hits: Sequence[Hit], store: DocumentStore) -> list[Candidate]:
-    """Return the sentences that `rank_sentences` compares, in reading order."""
-    return _sentences_of(hits[:NUM_CHUNKS], store)
+    """Return the sentences of the chunks, in reading order."""
+    return _sentences_of(hits, store)
 
 
 def sentence_features(

@@ -1,44 +1,31 @@
 """AnsweringService: the one door from a question to a cited answer with its receipt."""
 
-import hashlib
-import json
 import logging
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 
-from rag.answering.citations import nearest_citation, resolve_citations
-from rag.answering.counting import Counted
+from rag.answering.conversation import Turn, stand_alone
+from rag.answering.outcome import Outcome, finished_answer, not_found
 from rag.answering.planning import Plan, Planner
-from rag.answering.prompt import CANNOT_ANSWER, is_refusal
-from rag.answering.quoting import quoted_answer
+from rag.answering.quoting import quote_answer, quotes_only
 from rag.answering.scan import ScanDone, scan
 from rag.answering.scan_receipt import (
-    answer_by_count,
+    count_outcome,
     predicted_scan_seconds,
-    scan_answer,
     scan_extent,
+    scan_outcome,
     stride_tokens,
 )
+from rag.answering.writing import write, written_outcome
 from rag.errors import EmptyLibraryError, FathomError, ModelError, OutOfMemoryError
-from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgress, Prompt, TextPiece
-from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgress, TextPiece
 from rag.retrieval.retriever import Retriever
 from rag.settings import Settings
 from rag.store.documents import DocumentStore
 from rag.store.receipts import ReceiptStore
-from rag.types import (
-    Answer,
-    AnswerMode,
-    Document,
-    KVBytes,
-    Receipt,
-    Route,
-    RouteDecision,
-    Seconds,
-)
+from rag.types import Answer, AnswerMode, Document, Receipt, Route, RouteDecision
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +33,24 @@ logger = logging.getLogger(__name__)
 # engine to answer many side by side, few enough that the first answers come soon.
 _PLANNED_AT_ONCE = 32
 
-# What stands before the quotation of an answer that has no other.
-NEAREST = "The nearest sentence found:"
-
 
 @dataclass(frozen=True, slots=True)
 class RouteChosen:
     """The decision, and what will be read, in words.
 
-    It comes first; and again where memory ran out and the next smaller plan begins, so that what
-    was written until then is void.
+    It comes first; and again where another plan begins, since memory ran out or nothing was found:
+    what was written until then is void.
     """
 
     decision: RouteDecision
     read: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionRewritten:
+    """A follow-up as it is asked, made to stand alone; it comes before everything else."""
+
+    question: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +60,19 @@ class AnswerReady:
     answer: Answer
 
 
-AnswerEvent = RouteChosen | PrefillProgress | TextPiece | AnswerReady
+AnswerEvent = QuestionRewritten | RouteChosen | PrefillProgress | TextPiece | AnswerReady
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One question on its way: as it was typed, as it stands alone, and when it came."""
+
+    typed: str
+    question: str
+    documents: Sequence[Document]
+    started: float
+    asked_for: Route | None
+    may_read_more: bool
 
 
 class AnsweringService:
@@ -97,9 +100,12 @@ class AnsweringService:
         document_ids: Sequence[int] | None = None,
         route: Route | None = None,
         mode: AnswerMode | None = None,
+        history: Sequence[Turn] = (),
     ) -> Answer:
         """Return the finished answer; see `stream`."""
-        events = self.stream(question, document_ids=document_ids, route=route, mode=mode)
+        events = self.stream(
+            question, document_ids=document_ids, route=route, mode=mode, history=history
+        )
         return next(event.answer for event in events if isinstance(event, AnswerReady))
 
     def stream(
@@ -109,6 +115,7 @@ class AnsweringService:
         document_ids: Sequence[int] | None = None,
         route: Route | None = None,
         mode: AnswerMode | None = None,
+        history: Sequence[Turn] = (),
         stop: Event | None = None,
     ) -> Iterator[AnswerEvent]:
         """Answer a question, yielding each event as it happens; AnswerReady is last.
@@ -116,8 +123,11 @@ class AnsweringService:
         Args:
             question: in words.
             document_ids: the documents asked about; None asks all latest versions.
-            route: the route to take if it is possible; None lets the router choose.
+            route: the route to take if it is possible; None lets the router choose, and read more
+                where nothing is found.
             mode: QUOTED to have a quotation; None lets model, question and settings decide.
+            history: the conversation so far, oldest turn first; a question that leans on it is
+                rewritten to stand alone, and no word of it goes into the prompt that answers.
             stop: set it to end the generation; what was written until then is still cited.
 
         Raises:
@@ -130,18 +140,50 @@ class AnsweringService:
         stop = stop or Event()
         documents = self.documents(document_ids)
 
-        # 1-5. count, classify, retrieve, decide, build the prompt
-        plan = self._planner.plan(question, documents, route=route, mode=mode, calibrate=True)
+        # 1. make the question stand alone
+        standalone = stand_alone(
+            question,
+            history,
+            engine=self._engine,
+            may_write=not quotes_only(self._engine),
+            stop=stop,
+        )
+        if standalone != question:
+            yield QuestionRewritten(standalone)
 
-        # 6-8. read and answer, resolve citations, store the receipt: in one of four ways
-        if plan.counted:
-            yield from self._count(question, documents, plan, plan.counted, started)
-        elif plan.decision.mode is AnswerMode.QUOTED:
-            yield from self._quote(question, documents, plan, stop)
-        elif plan.decision.route is Route.SCAN:
-            yield from self._scan(question, documents, plan, stop, started)
-        else:
-            yield from self._write(question, documents, plan, stop, started)
+        # 2-5. count, classify, retrieve, decide, build the prompt
+        plan = self._planner.plan(standalone, documents, route=route, mode=mode, calibrate=True)
+
+        # 6-9. read and answer, resolve citations; read more if need be; store the receipt
+        may_read_more = route is None and mode is None
+        asked = _Asked(question, standalone, documents, started, route, may_read_more)
+        yield from self._answered(asked, plan, stop)
+
+    def again(self, question: str, receipt: Receipt, document_ids: Sequence[int]) -> Answer:
+        """Answer as a receipt tells: by the last plan that was tried, and no other.
+
+        Args:
+            question: as it was typed.
+            receipt: of the past answer.
+            document_ids: what it was asked of.
+
+        Raises:
+            DocumentNotFoundError: if a document is gone.
+        """
+        started = time.perf_counter()
+        documents = self.documents(document_ids)
+        standalone = receipt.standalone_question or question
+        is_quoted = receipt.mode is AnswerMode.QUOTED
+        plan = self._planner.plan(
+            standalone,
+            documents,
+            route=None if is_quoted else receipt.route,
+            mode=receipt.mode if is_quoted else None,
+            calibrate=True,
+            breadth=receipt.breadth,
+        )
+        asked = _Asked(question, standalone, documents, started, receipt.asked_for, False)
+        return self._last(self._answered(asked, plan, Event()))
 
     def answer_many(
         self,
@@ -182,82 +224,6 @@ class AnsweringService:
                 on_progress(num_done, len(questions))
                 yield number, outcome
 
-    def _answer_some(
-        self,
-        numbers: Sequence[int],
-        questions: Sequence[str],
-        documents: Sequence[Document],
-        route: Route | None,
-        stop: Event,
-    ) -> Iterator[tuple[int, Answer | FathomError]]:
-        """Plan these questions, then answer together those whose prompts begin with the same."""
-        started = {number: time.perf_counter() for number in numbers}
-        groups: dict[DocumentPrefix | None, dict[int, Plan]] = {}
-        for number in numbers:
-            if stop.is_set():
-                return
-            started[number] = time.perf_counter()
-            try:
-                plan = self._planner.plan(questions[number], documents, route=route, calibrate=True)
-                if not plan.is_written:  # nothing to share with others
-                    yield number, self._answer_alone(questions[number], documents, route, stop)
-                    continue
-            except FathomError as error:
-                yield number, error
-            else:
-                groups.setdefault(plan.prefix, {})[number] = plan
-        for prefix, plans in groups.items():
-            left = dict(plans)
-            try:
-                for number, text, done, predicted_seconds in self._generate_group(
-                    plans, prefix, stop
-                ):
-                    plan = left.pop(number)
-                    if not done.stopped:
-                        yield (
-                            number,
-                            self._finished(
-                                questions[number],
-                                documents,
-                                plan,
-                                text,
-                                done,
-                                predicted_prefill_seconds=predicted_seconds,
-                                total_seconds=time.perf_counter() - started[number],
-                                escalations=[],
-                            ),
-                        )
-            except ModelError as error:
-                logger.warning("questions asked together are asked one by one: %s", error.message)
-            for number in left:
-                if stop.is_set():
-                    return
-                try:
-                    yield number, self._answer_alone(questions[number], documents, route, stop)
-                except FathomError as error:
-                    yield number, error
-
-    def _generate_group(
-        self, plans: dict[int, Plan], prefix: DocumentPrefix | None, stop: Event
-    ) -> Iterator[tuple[int, str, GenerationDone, float | None]]:
-        """Yield number, text, last step and predicted prefill seconds of each plan as it ends."""
-        numbers = list(plans)
-        prompts = [plans[number].prompt for number in numbers]
-        predict = self._engine.predicted_prefill_seconds
-        # Before the first answer, since each may mend the rate.
-        alone = [predict(prompt.num_tokens) for prompt in prompts]
-        kept = prefix.num_tokens if prefix else 0
-        rest = [predict(prompt.num_tokens, cached_tokens=kept) for prompt in prompts]
-        written: list[list[str]] = [[] for _ in numbers]
-        for index, step in self._engine.generate_many(
-            prompts, max_new_tokens=self._settings.max_new_tokens, stop=stop, prefix=prefix
-        ):
-            if isinstance(step, TextPiece):
-                written[index].append(step.text)
-            elif isinstance(step, GenerationDone):
-                seconds = rest[index] if step.reused_tokens else alone[index]
-                yield numbers[index], "".join(written[index]), step, seconds
-
     def plan(
         self,
         question: str,
@@ -273,147 +239,6 @@ class AnsweringService:
     def longest_context_tokens(self) -> int | None:
         """Return the longest prompt and answer that fit here, in tokens; None without a limit."""
         return self._planner.longest_context_tokens()
-
-    def _write(
-        self,
-        question: str,
-        documents: Sequence[Document],
-        plan: Plan,
-        stop: Event,
-        started: float,
-        escalations: Sequence[str] = (),
-    ) -> Iterator[AnswerEvent]:
-        """Let the model read the prompt and write; where memory runs out, read less."""
-        escalations = list(escalations)
-        while True:
-            read = self._planner.read_extent(plan, documents)
-            yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
-            predicted_seconds = self._planner.predicted_seconds(plan.prompt, plan.prefix)
-            written: list[str] = []
-            done: GenerationDone | None = None
-            try:
-                for step in self._engine.generate(
-                    plan.prompt,
-                    max_new_tokens=self._settings.max_new_tokens,
-                    stop=stop,
-                    prefix=plan.prefix,
-                ):
-                    if isinstance(step, GenerationDone):
-                        done = step
-                        continue
-                    if isinstance(step, TextPiece):
-                        written.append(step.text)
-                    yield step
-            except OutOfMemoryError as error:
-                problem = error.message
-            if done is not None:
-                break
-            # Out here, where the error that held the pass's tensors is gone.
-            plan, words = self._planner.smaller(question, documents, plan, problem)
-            escalations.append(words)
-            logger.warning("%s", words)
-        answer = self._finished(
-            question,
-            documents,
-            plan,
-            "".join(written),
-            done,
-            predicted_prefill_seconds=predicted_seconds,
-            total_seconds=time.perf_counter() - started,
-            escalations=escalations,
-        )
-        yield AnswerReady(answer)
-
-    def _quote(
-        self, question: str, documents: Sequence[Document], plan: Plan, stop: Event
-    ) -> Iterator[AnswerEvent]:
-        """Quote word for word, where the model is not to be trusted with words of its own."""
-        yield RouteChosen(plan.decision, "the sentences found")
-        answer = quoted_answer(
-            question,
-            documents,
-            plan.decision,
-            store=self._store,
-            retriever=self._retriever,
-            engine=self._engine,
-            settings=self._settings,
-            document_tokens=plan.document_tokens,
-            stop=stop,
-        )
-        self._receipts.save(question, answer, [document.id for document in documents])
-        yield AnswerReady(answer)
-
-    def _count(
-        self,
-        question: str,
-        documents: Sequence[Document],
-        plan: Plan,
-        counted: Counted,
-        started: float,
-    ) -> Iterator[AnswerEvent]:
-        """Give the number that the text itself proves; no model reads a token."""
-        read = self._planner.read_extent(plan, documents)
-        yield RouteChosen(plan.decision, f"{read.tokens:,} of {read.of_tokens:,} tokens")
-        answer = answer_by_count(
-            counted,
-            plan.decision,
-            read,
-            total_seconds=time.perf_counter() - started,
-            model=self._engine.name,
-            embedder=self._retriever.embedder_name,
-        )
-        self._receipts.save(question, answer, [document.id for document in documents])
-        yield AnswerReady(answer)
-
-    def _scan(
-        self,
-        question: str,
-        documents: Sequence[Document],
-        plan: Plan,
-        stop: Event,
-        started: float,
-    ) -> Iterator[AnswerEvent]:
-        """Read everything once, window by window; see `rag.answering.scan`."""
-        seconds = predicted_scan_seconds(plan.decision)
-        tokens = f"{plan.document_tokens:,} of {plan.document_tokens:,} tokens, in windows"
-        yield RouteChosen(
-            plan.decision, tokens if seconds is None else f"{tokens}, about {seconds:,.0f} s"
-        )
-        done: ScanDone | None = None
-        try:
-            for event in scan(
-                question,
-                plan.decision.question_class,
-                documents,
-                store=self._store,
-                engine=self._engine,
-                stride_tokens=stride_tokens(self._planner.limits()),
-                retrieval_tokens=self._settings.retrieval_tokens,
-                max_new_tokens=self._settings.max_new_tokens,
-                stop=stop,
-            ):
-                if isinstance(event, ScanDone):
-                    done = event
-                else:
-                    yield event
-        except OutOfMemoryError as error:
-            problem = error.message
-        if done is None:
-            smaller, words = self._planner.smaller(question, documents, plan, problem)
-            logger.warning("%s", words)
-            yield from self._write(question, documents, smaller, stop, started, [words])
-            return
-        answer = scan_answer(
-            done,
-            plan.decision,
-            scan_extent(done, documents, plan.document_tokens, self._engine.count_tokens),
-            engine=self._engine,
-            retrieve_seconds=plan.retrieve_seconds,
-            total_seconds=time.perf_counter() - started,
-            embedder=self._retriever.embedder_name,
-        )
-        self._receipts.save(question, answer, [document.id for document in documents])
-        yield AnswerReady(answer)
 
     def documents(self, document_ids: Sequence[int] | None = None) -> list[Document]:
         """Return the documents asked about; None means the latest version of all.
@@ -433,87 +258,226 @@ class AnsweringService:
             )
         return documents
 
-    def _finished(
-        self,
-        question: str,
-        documents: Sequence[Document],
-        plan: Plan,
-        text: str,
-        done: GenerationDone,
-        *,
-        predicted_prefill_seconds: float | None,
-        total_seconds: float,
-        escalations: Sequence[str],
-    ) -> Answer:
-        """Return the answer with its citations resolved, once its receipt is stored."""
-        # Resolve citations to verbatim spans.
-        text = text.strip()
-        cited = resolve_citations(text, question, plan.context.passages, self._store)
-        abstained = not cited.text or is_refusal(text)
-        shown, citations = cited.text, cited.citations
-        if abstained or not citations:
-            shown, citations = CANNOT_ANSWER if abstained else cited.text, ()
-            if nearest := nearest_citation(question, plan.context.passages, self._store):
-                shown, citations = f"{shown} {NEAREST} [1]", (nearest,)
+    # ---- one question ---------------------------------------------------------------------------
 
-        # Store the receipt.
-        spec, predicted_bytes = self._engine.spec, None
-        if spec is not None and done.kv_tokens is not None:
-            predicted_bytes = kv_cache_bytes(spec, done.kv_tokens)
-        predicted_seconds = predicted_prefill_seconds
-        reason = plan.decision.reason
-        if done.is_cut_off:
-            reason += f"; the answer was cut off at its limit of {done.new_tokens:,} tokens"
-        answer = Answer(
-            answer=shown,
-            abstained=abstained,
-            citations=citations,
-            receipt=Receipt(
-                id=uuid.uuid4().hex[:12],
-                route=plan.decision.route,
-                reason=reason,
-                question_class=plan.decision.question_class,
-                gates=plan.decision.gates,
-                read=self._planner.read_extent(plan, documents),
-                prompt_tokens=done.prompt_tokens,
-                cached_tokens=done.reused_tokens,
-                new_tokens=done.new_tokens,
-                kv_bytes=KVBytes(predicted=predicted_bytes, actual=done.kv_bytes),
-                seconds=Seconds(
-                    retrieve=round(plan.retrieve_seconds, 4),
-                    prefill=round(done.prefill_seconds, 4),
-                    prefill_predicted=(
-                        None if predicted_seconds is None else round(predicted_seconds, 4)
-                    ),
-                    decode=round(done.decode_seconds, 4),
-                    total=round(total_seconds, 4),
-                ),
-                escalations=tuple(escalations),
-                model=self._engine.name,
-                embedder=self._retriever.embedder_name,
-                class_reason=plan.decision.class_reason,
-                prompt_sha256=_prompt_sha256(plan.prompt),
-            ),
+    def _answered(
+        self, asked: _Asked, plan: Plan, stop: Event, outcome: Outcome | None = None
+    ) -> Iterator[AnswerEvent]:
+        """Try a plan; where memory runs out a smaller one, where nothing is found a larger one.
+
+        `outcome` is what the plan came to if it has been tried already.
+        """
+        given_up: list[str] = []
+        num_further, may_read_more = 0, asked.may_read_more
+        while True:
+            problem = ""
+            if outcome is None:
+                yield RouteChosen(plan.decision, self._what_is_read(asked, plan))
+                try:
+                    for event in self._tried(asked, plan, stop):
+                        if isinstance(event, Outcome):
+                            outcome = event
+                        else:
+                            yield event
+                except OutOfMemoryError as error:
+                    problem = error.message
+            next_plan: Plan | None
+            # Out here, where the error that held the pass's tensors is gone.
+            if outcome is None:
+                next_plan, words = self._planner.smaller(
+                    asked.question, asked.documents, plan, problem
+                )
+                logger.warning("%s", words)
+                may_read_more = False
+            elif outcome.is_answer or stop.is_set() or asked.asked_for is not None:
+                break
+            else:
+                outcome = not_found(outcome)
+                if not may_read_more or num_further == self._settings.escalations:
+                    break
+                next_plan, words = self._planner.further(asked.question, asked.documents, plan)
+                if next_plan is None:
+                    outcome = replace(outcome, notes=(*outcome.notes, words))
+                    break
+                num_further += 1
+            given_up.append(words)
+            plan, outcome = next_plan, None
+        yield AnswerReady(self._stored(asked, plan, outcome, given_up))
+
+    def _tried(
+        self, asked: _Asked, plan: Plan, stop: Event
+    ) -> Iterator[PrefillProgress | TextPiece | Outcome]:
+        """Answer by a plan, in one of four ways; the Outcome is last."""
+        question, documents = asked.question, asked.documents
+        if plan.counted:
+            yield count_outcome(plan.counted, self._planner.read_extent(plan, documents))
+        elif plan.decision.mode is AnswerMode.QUOTED:
+            yield quote_answer(
+                question,
+                documents,
+                store=self._store,
+                retriever=self._retriever,
+                engine=self._engine,
+                settings=self._settings,
+                document_tokens=plan.document_tokens,
+                breadth=plan.breadth,
+                stop=stop,
+            )
+        elif plan.decision.route is Route.SCAN:
+            for event in scan(
+                question,
+                plan.decision.question_class,
+                documents,
+                store=self._store,
+                engine=self._engine,
+                stride_tokens=stride_tokens(self._planner.limits()),
+                retrieval_tokens=self._settings.retrieval_tokens,
+                max_new_tokens=self._settings.max_new_tokens,
+                stop=stop,
+            ):
+                if isinstance(event, ScanDone):
+                    read = scan_extent(
+                        event, documents, plan.document_tokens, self._engine.count_tokens
+                    )
+                    yield scan_outcome(
+                        event,
+                        read,
+                        plan.decision,
+                        self._engine.spec,
+                        retrieve_seconds=plan.retrieve_seconds,
+                    )
+                else:
+                    yield event
+        else:
+            yield from write(
+                question,
+                plan,
+                self._planner.read_extent(plan, documents),
+                store=self._store,
+                engine=self._engine,
+                predicted_seconds=self._planner.predicted_seconds(plan.prompt, plan.prefix),
+                max_new_tokens=self._settings.max_new_tokens,
+                stop=stop,
+            )
+
+    def _what_is_read(self, asked: _Asked, plan: Plan) -> str:
+        """Return what is about to be read, in words."""
+        if plan.decision.mode is AnswerMode.QUOTED:
+            return "the sentences found"
+        read = self._planner.read_extent(plan, asked.documents)
+        words = f"{read.tokens:,} of {read.of_tokens:,} tokens"
+        if plan.decision.route is not Route.SCAN or plan.counted:
+            return words
+        seconds = predicted_scan_seconds(plan.decision)
+        return f"{words}, in windows" + ("" if seconds is None else f", about {seconds:,.0f} s")
+
+    def _stored(
+        self, asked: _Asked, plan: Plan, outcome: Outcome, given_up: Sequence[str]
+    ) -> Answer:
+        """Return the answer, once its receipt is stored."""
+        answer = finished_answer(
+            outcome,
+            plan.decision,
+            escalations=given_up,
+            total_seconds=time.perf_counter() - asked.started,
+            model=self._engine.name,
+            embedder=self._retriever.embedder_name,
+            breadth=plan.breadth,
+            asked_for=asked.asked_for,
+            standalone_question=None if asked.question == asked.typed else asked.question,
         )
-        self._receipts.save(question, answer, [document.id for document in documents])
+        self._receipts.save(asked.typed, answer, [document.id for document in asked.documents])
         logger.info(
             "answered by %s: %d prompt tokens, %d new, %.1f s",
             answer.receipt.route,
-            done.prompt_tokens,
-            done.new_tokens,
+            answer.receipt.prompt_tokens,
+            answer.receipt.new_tokens,
             answer.receipt.seconds.total,
         )
         return answer
 
-    def _answer_alone(
-        self, question: str, documents: Sequence[Document], route: Route | None, stop: Event
-    ) -> Answer:
-        ids = [document.id for document in documents]
-        events = self.stream(question, document_ids=ids, route=route, stop=stop)
+    # ---- many at once ---------------------------------------------------------------------------
+
+    def _answer_some(
+        self,
+        numbers: Sequence[int],
+        questions: Sequence[str],
+        documents: Sequence[Document],
+        route: Route | None,
+        stop: Event,
+    ) -> Iterator[tuple[int, Answer | FathomError]]:
+        """Plan these questions, then answer together those whose prompts begin with the same."""
+        groups: dict[DocumentPrefix | None, dict[int, tuple[_Asked, Plan]]] = {}
+        for number in numbers:
+            if stop.is_set():
+                return
+            question = questions[number]
+            started = time.perf_counter()
+            asked = _Asked(question, question, documents, started, route, route is None)
+            try:
+                plan = self._planner.plan(question, documents, route=route, calibrate=True)
+                if not plan.is_written:  # nothing to share with others
+                    yield number, self._last(self._answered(asked, plan, stop))
+                    continue
+            except FathomError as error:
+                yield number, error
+            else:
+                groups.setdefault(plan.prefix, {})[number] = asked, plan
+        for prefix, group in groups.items():
+            left = dict(group)
+            tried: dict[int, Outcome] = {}
+            try:
+                for number, outcome in self._generate_group(group, prefix, stop):
+                    tried[number] = outcome
+                    if outcome.is_answer:
+                        asked, plan = left.pop(number)
+                        yield number, self._last(self._answered(asked, plan, stop, outcome))
+            except ModelError as error:
+                logger.warning("questions asked together are asked one by one: %s", error.message)
+            # More is read for the others once the engine is free again.
+            for number, (asked, plan) in left.items():
+                if stop.is_set():
+                    return
+                try:
+                    events = self._answered(asked, plan, stop, tried.get(number))
+                    yield number, self._last(events)
+                except FathomError as error:
+                    yield number, error
+
+    def _generate_group(
+        self,
+        group: dict[int, tuple[_Asked, Plan]],
+        prefix: DocumentPrefix | None,
+        stop: Event,
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Yield the number of each plan as it ends, and its outcome; none of what was stopped."""
+        numbers = list(group)
+        prompts = [plan.prompt for _, plan in group.values()]
+        predict = self._engine.predicted_prefill_seconds
+        # Before the first answer, since each may mend the rate.
+        alone = [predict(prompt.num_tokens) for prompt in prompts]
+        kept = prefix.num_tokens if prefix else 0
+        rest = [predict(prompt.num_tokens, cached_tokens=kept) for prompt in prompts]
+        written: list[list[str]] = [[] for _ in numbers]
+        for index, step in self._engine.generate_many(
+            prompts, max_new_tokens=self._settings.max_new_tokens, stop=stop, prefix=prefix
+        ):
+            if isinstance(step, TextPiece):
+                written[index].append(step.text)
+            elif isinstance(step, GenerationDone) and not step.stopped:
+                asked, plan = group[numbers[index]]
+                outcome = written_outcome(
+                    asked.question,
+                    plan,
+                    self._planner.read_extent(plan, asked.documents),
+                    "".join(written[index]),
+                    step,
+                    rest[index] if step.reused_tokens else alone[index],
+                    store=self._store,
+                    engine=self._engine,
+                )
+                yield numbers[index], outcome
+
+    @staticmethod
+    def _last(events: Iterator[AnswerEvent]) -> Answer:
         return next(event.answer for event in events if isinstance(event, AnswerReady))
-
-
-def _prompt_sha256(prompt: Prompt) -> str:
-    """Return the checksum of the prompt's tokens, or of its messages where a server counts them."""
-    content = prompt.ids or [[message.role, message.content] for message in prompt.messages]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -10,7 +10,7 @@ from rag.lm.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message; `role` is system or user."""
+    """One chat message; `role` is system, user or assistant."""
 
     role: str
     content: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rag.errors import OutOfMemoryError
 from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
@@ -13,6 +13,8 @@ from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache
+
+T = TypeVar("T")
 
 # How torch's allocators for the CPU say that there is no memory; on a GPU it has a class for that.
 _ALLOCATION_FAILED = ("can't allocate memory", "not enough memory: you tried to allocate")
@@ -45,29 +47,47 @@ def forward(
     import torch
 
     held, device = cache.get_seq_length(), model.device
-    options: dict[str, Any] = {}
-    try:
+
+    def logits() -> Tensor:
+        options: dict[str, Any] = {}
         if front_padding is not None and any(front_padding):
             options = _shifted(model, front_padding, held, len(rows[0]))
         # Entered anew for each pass: a generator must not leave it on in its caller's thread.
         with torch.inference_mode():
-            logits: Tensor = model(
+            found: Tensor = model(
                 input_ids=torch.tensor(rows, device=device),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1 if keep is None else torch.tensor(keep, device=device),
                 **options,
             ).logits
-        return logits
+        return found
+
+    return allocated(
+        logits,
+        f"with {held:,} tokens in the cache of {len(rows)} sequence(s), at the next"
+        f" {len(rows[0]):,}",
+    )
+
+
+def allocated(make: Callable[[], T], when: str) -> T:
+    """Return what a step makes.
+
+    Args:
+        make: the step; what it holds is gone when the error is raised.
+        when: for the error: `memory ran out` and this.
+
+    Raises:
+        OutOfMemoryError: if the step needs more memory than there is.
+    """
+    try:
+        return make()
     except (RuntimeError, MemoryError) as error:
         if not is_allocation_failure(error):
             raise
         detail = str(error).strip().splitlines() or ["no memory"]
-    # Raised here, where the error that holds the pass's tensors is gone.
-    raise OutOfMemoryError(
-        f"memory ran out with {held:,} tokens in the cache of {len(rows)} sequence(s), at the next"
-        f" {len(rows[0]):,}: {detail[0]}"
-    )
+    # Raised here, where the error that holds the step's tensors is gone.
+    raise OutOfMemoryError(f"memory ran out {when}: {detail[0]}")
 
 
 def prefill_chunks(start: int, boundary: int, total: int) -> Iterator[tuple[int, int]]:

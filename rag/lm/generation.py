@@ -10,7 +10,7 @@ from typing import Any
 
 from rag.lm.chat_tokenizer import TextStream
 from rag.lm.engine import GenerationDone, GenerationStep, TextPiece
-from rag.lm.forward import forward
+from rag.lm.forward import allocated, forward
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.native_cache import merge, select
 from rag.lm.prefill import Prefilled
@@ -106,7 +106,10 @@ def decode(
     longest = max(row.state.num_tokens for row in active)
     for row in active:
         row.padding = longest - row.state.num_tokens
-    cache = merge([row.state.cache for row in active])
+    cache = allocated(
+        lambda: merge([row.state.cache for row in active]),
+        f"where the caches of {len(active)} sequences were joined",
+    )
     for row in active:
         if len(active) > 1:  # joined: what a row held alone is no longer needed
             row.state.cache.layers.clear()

@@ -3,7 +3,7 @@
 from rag.errors import ModelError
 from rag.routing.gates import describe, failed
 from rag.routing.question_class import NEEDS_EVERYTHING, ClassifiedQuestion
-from rag.types import AnswerMode, Gate, QuestionClass, Route, RouteDecision
+from rag.types import AnswerMode, Gate, QuestionClass, Route, RouteDecision, RouteEstimate
 
 
 def counted_decision(reason: str) -> RouteDecision:
@@ -28,19 +28,23 @@ def decide_route(
     *,
     document_tokens: int,
     retrieval_tokens: int,
+    routes: tuple[RouteEstimate, ...] = (),
     asked_for: Route | None = None,
 ) -> RouteDecision:
     """Return the route, with the reason in one sentence.
 
-    The whole document is read where every gate of `full` passes. Where one fails, a question that
-    needs everything is scanned, if the gates of `scan` are among those given and pass; retrieval
-    takes the rest. A prefill that is merely slow does not stop a person who asked for `full`.
+    Where every gate of `full` passes, a short document and a question that needs everything are
+    read whole; any other question takes the route that is worth more. Where a gate fails, a
+    question that needs everything is scanned, if the gates of `scan` are among those given and
+    pass; retrieval takes the rest. A prefill that is merely slow does not stop a person who asked
+    for `full`.
 
     Args:
         gates: those of all routes.
         classified: what the question asks for, and why that is thought.
         document_tokens: length of the documents asked about.
         retrieval_tokens: budget of the retrieval route.
+        routes: what full and retrieval are worth, best first; without, all is read that may be.
         asked_for: a route that the person chose.
 
     Raises:
@@ -75,6 +79,17 @@ def decide_route(
     elif document_tokens <= retrieval_tokens:
         route = Route.FULL
         reason = f"all {document_tokens:,} tokens fit the retrieval budget of {retrieval_tokens:,}"
+    elif question_class in NEEDS_EVERYTHING:
+        route = Route.FULL
+        reason = f"the class {question_class} needs everything, which passes every gate"
+    elif routes:
+        best, other = routes[0], routes[-1]
+        route = best.route
+        reason = (
+            f"{best.route} is worth more: likely right {best.probability:.0%} for"
+            f" {best.cost_tokens:,} tokens, {other.route} {other.probability:.0%} for"
+            f" {other.cost_tokens:,}"
+        )
     else:
         route, reason = Route.FULL, "the whole document passes every gate"
     if asked_for is Route.SCAN and route is not Route.SCAN:
@@ -85,4 +100,6 @@ def decide_route(
             f"; the question is of the class {question_class}, which needs everything read, so"
             " parts of the answer may be missing"
         )
-    return RouteDecision(route, reason, question_class, gates, classified.reason)
+    return RouteDecision(
+        route, reason, question_class, gates, classified.reason, AnswerMode.WRITTEN, routes
+    )

@@ -15,7 +15,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from rag.errors import SettingsError
-from rag.types import QuestionClass, Route
+from rag.types import QuestionClass, Route, RouteEstimate
 
 # Hits beyond these say nothing more about how well a question is found.
 NUM_HITS = 10
@@ -133,29 +133,6 @@ class RouterWeights:
         return cls(full, retrieval, str(value["fitted_on"]))
 
 
-@dataclass(frozen=True, slots=True)
-class RouteEstimate:
-    """What a route is worth for one question.
-
-    `cost_tokens` are the prompt tokens that it must compute, those in a kept cache left out;
-    `utility` is the probability less the thrift for that cost.
-    """
-
-    route: Route
-    probability: float
-    cost_tokens: int
-    utility: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the object of the receipt."""
-        return {
-            "route": self.route,
-            "probability": round(self.probability, 4),
-            "cost_tokens": self.cost_tokens,
-            "utility": round(self.utility, 4),
-        }
-
-
 def estimate_routes(
     features: RouteFeatures,
     weights: RouterWeights,
@@ -173,10 +150,11 @@ def estimate_routes(
     """
     values = features.values()
     models = {Route.FULL: weights.full, Route.RETRIEVAL: weights.retrieval}
-    estimates = [
-        RouteEstimate(route, p := models[route].probability(values), cost, p - thrift * cost / 1000)
-        for route, cost in cost_tokens.items()
-    ]
+    estimates = []
+    for route, cost in cost_tokens.items():
+        probability = round(models[route].probability(values), 4)
+        utility = round(probability - thrift * cost / 1000, 6)
+        estimates.append(RouteEstimate(route, probability, cost, utility))
     return tuple(sorted(estimates, key=lambda estimate: (-estimate.utility, estimate.cost_tokens)))
 
 

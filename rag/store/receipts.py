@@ -115,6 +115,8 @@ def redact(connection: Connection, document_id: int) -> None:
     for row in connection.execute(query).all():
         body = json.loads(row.body)
         body["answer"] = REDACTED
+        if body["receipt"].get("standalone_question"):
+            body["receipt"]["standalone_question"] = REDACTED
         for citation in body["citations"]:
             if citation["document"] == document_id:
                 citation.update(quote=REDACTED, title=REDACTED, section=None, verified=False)

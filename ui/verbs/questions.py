@@ -1,5 +1,6 @@
 """Verbs on questions: ask, plan, receipt."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -31,12 +32,17 @@ def ask(
     documents: Documents = None,
     collection: CollectionOption = None,
     route: RouteOption = None,
+    after: Annotated[
+        str | None,
+        typer.Option(help="Receipt of the answer that this question follows: `And who signs it?`"),
+    ] = None,
     model: Model = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question with citations and the receipt of how it was read."""
-    from rag.answering.service import AnswerReady, RouteChosen
+    from rag.answering.conversation import Turn
+    from rag.answering.service import AnswerReady, QuestionRewritten, RouteChosen
     from rag.lm.engine import PrefillProgress, TextPiece
     from ui.formatting import receipt_text
 
@@ -44,10 +50,19 @@ def ask(
         raise typer.BadParameter("the question is empty")
     fathom = open_fathom(load_settings(home=home, model=model))
     ids = document_ids(fathom, documents, collection)
+    history = []
+    if after is not None:
+        before = fathom.receipts.load(after)
+        asked = before.receipt.standalone_question or fathom.receipts.asked(after)[0]
+        history.append(Turn(asked, before.answer))
     answer = None
     with err.status("loading the model") as status:
-        for event in fathom.service().stream(question, document_ids=ids, route=route):
-            if isinstance(event, RouteChosen):
+        for event in fathom.service().stream(
+            question, document_ids=ids, route=route, history=history
+        ):
+            if isinstance(event, QuestionRewritten):
+                err.print(f"asked as: {event.question}", markup=False)
+            elif isinstance(event, RouteChosen):
                 status.update(f"{event.decision.route}: reading {event.read}")
             elif isinstance(event, PrefillProgress):
                 status.update(f"reading: {event.done:,} of {event.total:,} tokens")
@@ -115,6 +130,7 @@ def plan(
     if device_memory or kv_dtype or plot:
         raise typer.BadParameter("--device-memory, --kv-dtype and --plot need --tokens")
     from rag.routing.gates import describe
+    from ui.formatting import routes_words
 
     fathom = open_fathom(settings)
     ids = document_ids(fathom, documents, collection)
@@ -129,6 +145,7 @@ def plan(
                 "question_class": decision.question_class,
                 "class_reason": decision.class_reason,
                 "gates": [gate.to_json() for gate in decision.gates],
+                "routes": [asdict(estimate) for estimate in decision.routes],
                 "document_tokens": planned.document_tokens,
                 "prompt_tokens": planned.prompt.num_tokens,
                 "longest_context_tokens": service.longest_context_tokens(),
@@ -139,6 +156,8 @@ def plan(
     out.print(f"{decision.route}: {decision.reason}", markup=False)
     if question:
         out.print(f"question: {decision.question_class}: {decision.class_reason}", markup=False)
+    if decision.routes:
+        out.print(f"worth: {routes_words(decision.routes)}", markup=False)
     for gate in decision.gates:
         verdict = "passed" if gate.passed else "FAILED"
         out.print(f"  {gate.route:<10} {verdict}  {describe(gate)}", markup=False)
@@ -210,7 +229,7 @@ def fit_router_verb(
 ) -> None:
     """Fit the router to questions that both routes answered here; 200 pairs or more.
 
-    Answers do not ask the weights yet; `fathom bench router --weights FILE` judges them.
+    FATHOM_ROUTER_WEIGHTS=FILE has answers use them; `fathom bench router --weights FILE` judges.
     A line holds model, document, question, document_tokens, effective_tokens, shares,
     places, question_class, and full and retrieval: how right each route was, 0 to 1.
     """

@@ -1,0 +1,103 @@
+"""The model reads one prompt and writes; what it wrote is matched with what it read."""
+
+from collections.abc import Iterator
+from threading import Event
+
+from rag.answering.citations import nearest_citations, resolve_citations
+from rag.answering.outcome import Outcome, sha256_of, with_nearest
+from rag.answering.planning import Plan
+from rag.answering.prompt import CANNOT_ANSWER, is_refusal
+from rag.lm.engine import Engine, GenerationDone, PrefillProgress, Prompt, TextPiece
+from rag.lm.kv_bytes import kv_cache_bytes
+from rag.store.documents import DocumentStore
+from rag.types import KVBytes, ReadExtent
+
+
+def write(
+    question: str,
+    plan: Plan,
+    read: ReadExtent,
+    *,
+    store: DocumentStore,
+    engine: Engine,
+    predicted_seconds: float | None,
+    max_new_tokens: int,
+    stop: Event,
+) -> Iterator[PrefillProgress | TextPiece | Outcome]:
+    """Yield each step of the reply to a plan's prompt; the Outcome is last.
+
+    Args:
+        question: in words.
+        plan: the prompt, and the passages that it shows.
+        read: how much of the documents that is.
+        store: where quotations are read again.
+        engine: the language model.
+        predicted_seconds: of the prefill, None if unknown.
+        max_new_tokens: the longest reply.
+        stop: ends the reply; what was written until then is still cited.
+
+    Raises:
+        OutOfMemoryError: if memory runs out.
+        ModelServerError: if a server runs the model and gives no answer.
+    """
+    written: list[str] = []
+    for step in engine.generate(
+        plan.prompt, max_new_tokens=max_new_tokens, stop=stop, prefix=plan.prefix
+    ):
+        if isinstance(step, GenerationDone):
+            text = "".join(written)
+            yield written_outcome(
+                question, plan, read, text, step, predicted_seconds, store=store, engine=engine
+            )
+        else:
+            if isinstance(step, TextPiece):
+                written.append(step.text)
+            yield step
+
+
+def written_outcome(
+    question: str,
+    plan: Plan,
+    read: ReadExtent,
+    text: str,
+    done: GenerationDone,
+    predicted_seconds: float | None,
+    *,
+    store: DocumentStore,
+    engine: Engine,
+) -> Outcome:
+    """Return what a reply comes to: its citations, or the sentence nearest to the question."""
+    text, passages = text.strip(), plan.context.passages
+    cited = resolve_citations(text, question, passages, store)
+    abstained = not cited.text or is_refusal(text)
+    is_supported = bool(cited.citations) and not abstained
+    shown, citations = cited.text, cited.citations
+    if not is_supported:
+        citations = nearest_citations(question, passages, store)
+        shown = with_nearest(CANNOT_ANSWER if abstained else cited.text, citations)
+    predicted_bytes = None
+    if engine.spec is not None and done.kv_tokens is not None:
+        predicted_bytes = kv_cache_bytes(engine.spec, done.kv_tokens)
+    cut_off = f"the answer was cut off at its limit of {done.new_tokens:,} tokens"
+    return Outcome(
+        text=shown,
+        abstained=abstained,
+        is_supported=is_supported,
+        citations=citations,
+        read=read,
+        prompt_sha256=prompt_sha256(plan.prompt),
+        prompt_tokens=done.prompt_tokens,
+        cached_tokens=done.reused_tokens,
+        new_tokens=done.new_tokens,
+        kv_bytes=KVBytes(predicted_bytes, done.kv_bytes),
+        retrieve_seconds=plan.retrieve_seconds,
+        prefill_seconds=done.prefill_seconds,
+        prefill_predicted_seconds=predicted_seconds,
+        decode_seconds=done.decode_seconds,
+        notes=(cut_off,) if done.is_cut_off else (),
+    )
+
+
+def prompt_sha256(prompt: Prompt) -> str:
+    """Return the checksum of a prompt as the receipt has it."""
+    return sha256_of(list(prompt.ids) or [[m.role, m.content] for m in prompt.messages])
