@@ -16,9 +16,11 @@ import numpy.typing as npt
 from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit
 
+from rag.answering.service import AnsweringService
 from rag.errors import ReadError, TooFewPairsError
 from rag.routing.utility import RightModel, RouteFeatures, RouterWeights
-from rag.types import QuestionClass
+from rag.store.receipts import ReceiptStore
+from rag.types import QuestionClass, Route
 
 # Fewer pairs than this say less than the weights that ship: docs/decisions/0025.
 FEWEST_PAIRS = 200
@@ -146,6 +148,31 @@ def _calibration(fitted: FloatArray, labels: FloatArray) -> tuple[tuple[float, f
         for part in parts
     }
     return tuple(sorted(points.items()))
+
+
+def pairs_from_answers(receipts: ReceiptStore, service: AnsweringService) -> list[LabelledPair]:
+    """Return the questions of a library that two routes answered, as labels.
+
+    Who asks again by another route was not content: of two routes the one asked last is right, if
+    it gave an answer, and the one before it is wrong.
+
+    Args:
+        receipts: the answers given so far.
+        service: tells what the router knew of each question.
+    """
+    pairs = []
+    for question, document_ids, first, last in receipts.written_both_ways():
+        right = {first.receipt.route: 0.0, last.receipt.route: float(not last.abstained)}
+        pairs.append(
+            LabelledPair(
+                model=last.receipt.model,
+                document=",".join(map(str, document_ids)),
+                features=service.features(question, service.documents(document_ids)),
+                full=right[Route.FULL],
+                retrieval=right[Route.RETRIEVAL],
+            )
+        )
+    return pairs
 
 
 def load_pairs(path: Path) -> list[LabelledPair]:

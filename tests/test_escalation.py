@@ -7,9 +7,11 @@ from threading import Event
 import pytest
 
 from conftest import HashEmbedder, make_tiny_engine
+from eval.fit_router import fit_router, pairs_from_answers
 from rag.answering.prompt import CANNOT_ANSWER
 from rag.answering.replay import replay
 from rag.answering.service import AnswerReady, RouteChosen
+from rag.errors import TooFewPairsError
 from rag.lm.engine import DocumentPrefix, GenerationDone, GenerationStep, Prompt, TextPiece
 from rag.lm.local_engine import LocalEngine
 from rag.settings import Settings
@@ -173,3 +175,18 @@ def test_the_receipt_weighs_the_routes(tmp_path: Path) -> None:
     again = lavish.service().plan(QUESTION, lavish.documents()).decision
     likelier = max(again.routes, key=lambda estimate: estimate.probability)
     assert again.route is likelier.route
+
+
+def test_asking_again_by_another_route_is_a_label(tmp_path: Path) -> None:
+    fathom, _ = _library(tmp_path, hidden=True)
+    service = fathom.service()
+    service.answer(QUESTION, route=Route.RETRIEVAL)
+    assert pairs_from_answers(fathom.receipts, service) == []  # one route alone says nothing
+    service.answer(QUESTION, route=Route.FULL)
+    (pair,) = pairs_from_answers(fathom.receipts, service)
+    assert (pair.full, pair.retrieval, pair.model) == (1.0, 0.0, "finding")
+    assert pair.features == service.features(QUESTION, fathom.documents())
+    with pytest.raises(TooFewPairsError, match="1 labelled pairs"):
+        fit_router([pair], fitted_on="one")
+    fathom.delete(fathom.documents()[0].id)
+    assert pairs_from_answers(fathom.receipts, service) == []

@@ -4,7 +4,7 @@ The model reads nothing here.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -171,22 +171,23 @@ class Planner:
         if route is Route.SCAN or classified.question_class in NEEDS_EVERYTHING:
             gates += scan_gates(engine, limits, document_tokens, calibrate=calibrate)
         kept_tokens = engine.cached_tokens(full_prompt, prefix) if everything else 0
+        routes: tuple[RouteEstimate, ...] = ()
+        if question.strip():
+            routes = estimate_routes(
+                self.features(question, documents, hits),
+                self._weights,
+                {
+                    Route.FULL: full_tokens - kept_tokens,
+                    Route.RETRIEVAL: retrieval_prompt.num_tokens,
+                },
+                thrift=settings.thrift,
+            )
         decision = decide_route(
             tuple(gates),
             classified,
             document_tokens=document_tokens,
             retrieval_tokens=retrieval_tokens,
-            routes=self._estimates(
-                question,
-                hits,
-                documents,
-                limits,
-                document_tokens,
-                {
-                    Route.FULL: full_tokens - kept_tokens,
-                    Route.RETRIEVAL: retrieval_prompt.num_tokens,
-                },
-            ),
+            routes=routes,
             asked_for=route,
         )
         if decision.route is Route.FULL:
@@ -330,52 +331,36 @@ class Planner:
         )
 
     def features(
-        self,
-        question: str,
-        hits: Sequence[Hit],
-        documents: Sequence[Document],
-        *,
-        document_tokens: int,
-        effective_tokens: int,
+        self, question: str, documents: Sequence[Document], hits: Sequence[Hit] | None = None
     ) -> RouteFeatures:
-        """Return what the router weighs: see `rag.routing.utility`."""
+        """Return what the router weighs: see `rag.routing.utility`.
+
+        Args:
+            question: in words.
+            documents: those asked about.
+            hits: what was found for it, if it was looked for already.
+        """
+        if hits is None:
+            hits = self._retriever.retrieve(
+                question, documents, num_candidates=self._settings.num_candidates
+            )
         before: dict[int, int] = {}
         num_chunks = 0
         for document in documents:
             before[document.id] = num_chunks
             num_chunks += document.num_chunks
         nearest = hits[:NUM_HITS]
+        document_tokens = self._document_tokens(documents)
         return RouteFeatures(
             question=question,
             document_tokens=document_tokens,
-            effective_tokens=effective_tokens,
+            effective_tokens=self.limits().context_tokens or document_tokens,
             shares=tuple(sorted((hit.lexical for hit in nearest), reverse=True)),
             places=places_of(
                 [before[h.chunk.document_id] + h.chunk.chunk.ordinal for h in nearest], num_chunks
             ),
             question_class=classify_question(question).question_class,
         )
-
-    def _estimates(
-        self,
-        question: str,
-        hits: Sequence[Hit],
-        documents: Sequence[Document],
-        limits: Limits,
-        document_tokens: int,
-        cost_tokens: Mapping[Route, int],
-    ) -> tuple[RouteEstimate, ...]:
-        """Return what full and retrieval are worth; none without a question."""
-        if not question.strip():
-            return ()
-        features = self.features(
-            question,
-            hits,
-            documents,
-            document_tokens=document_tokens,
-            effective_tokens=limits.context_tokens or document_tokens,
-        )
-        return estimate_routes(features, self._weights, cost_tokens, thrift=self._settings.thrift)
 
     @cached_property
     def _weights(self) -> RouterWeights:

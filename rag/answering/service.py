@@ -22,6 +22,7 @@ from rag.answering.writing import write, written_outcome
 from rag.errors import EmptyLibraryError, FathomError, ModelError, OutOfMemoryError
 from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgress, TextPiece
 from rag.retrieval.retriever import Retriever
+from rag.routing.utility import RouteFeatures
 from rag.settings import Settings
 from rag.store.documents import DocumentStore
 from rag.store.receipts import ReceiptStore
@@ -235,6 +236,10 @@ class AnsweringService:
     ) -> Plan:
         """Return what would be done with a question; see `Planner.plan`."""
         return self._planner.plan(question, documents, route=route, mode=mode, calibrate=calibrate)
+
+    def features(self, question: str, documents: Sequence[Document]) -> RouteFeatures:
+        """Return what the router knows of a question before it is answered."""
+        return self._planner.features(question, documents)
 
     def longest_context_tokens(self) -> int | None:
         """Return the longest prompt and answer that fit here, in tokens; None without a limit."""

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, insert, select, update
 from rag.errors import DocumentNotFoundError
 from rag.store.database import ROWS_PER_FETCH, Database, id_batches
 from rag.store.schema import answer, answer_document, document
-from rag.types import Answer, answer_from_json, storable
+from rag.types import Answer, AnswerMode, Route, answer_from_json, storable
 
 REDACTED = "[deleted with its document]"
 
@@ -71,6 +71,38 @@ class ReceiptStore:
         if question is None:
             raise _no_receipt(receipt_id)
         return question, document_ids
+
+    def written_both_ways(self) -> list[tuple[str, list[int], Answer, Answer]]:
+        """Return (question, document ids, first, last) where two routes wrote an answer to it.
+
+        `last` is the newest answer by full or retrieval, `first` the newest by the other of them.
+        Questions of documents that are gone are left out.
+        """
+        asked: dict[tuple[str, tuple[int, ...]], dict[Route, Answer]] = {}
+        with self._database.read() as connection:
+            documents: dict[str, list[int]] = {}
+            for row in connection.execute(select(answer_document).order_by("document_id")):
+                documents.setdefault(row.answer_id, []).append(row.document_id)
+            there = set(connection.scalars(select(document.c.id)))
+            rows = connection.execute(
+                select(answer).order_by(answer.c.created_at),
+                execution_options={"yield_per": ROWS_PER_FETCH},
+            )
+            for row in rows:
+                ids = tuple(documents.get(row.id, ()))
+                given = answer_from_json(json.loads(row.body))
+                receipt = given.receipt
+                by_prompt = receipt.route in (Route.FULL, Route.RETRIEVAL)
+                if by_prompt and receipt.mode is AnswerMode.WRITTEN and there.issuperset(ids):
+                    question = receipt.standalone_question or row.question
+                    routes = asked.setdefault((question, ids), {})
+                    routes.pop(receipt.route, None)  # the newest last
+                    routes[receipt.route] = given
+        return [
+            (question, list(ids), *routes.values())  # type: ignore[misc]
+            for (question, ids), routes in asked.items()
+            if len(routes) == 2 and ids
+        ]
 
     def quoting_the_deleted(self) -> list[tuple[str, int]]:
         """Return (receipt id, document id) where an answer still has words of a deleted one."""

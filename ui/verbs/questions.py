@@ -214,17 +214,24 @@ def replay(
 
 @app.command(
     "fit-router",
-    epilog="Examples: fathom fit-router pairs.jsonl -o router.json"
-    "  |  fathom fit-router --lara sets -o router.json --json",
+    epilog="Examples: fathom fit-router --answers -o router.json"
+    "  |  fathom fit-router pairs.jsonl -o router.json  |  fathom fit-router --lara sets -o r.json",
 )
 def fit_router_verb(
     output: Annotated[Path, typer.Option("--output", "-o", help="File for the weights.")],
     pairs: Annotated[
         Path | None, typer.Argument(help="JSON lines, a question that both routes answered each.")
     ] = None,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers", help="Fit from this library: questions asked again by another route."
+        ),
+    ] = False,
     lara: Annotated[
         Path | None, typer.Option("--lara", help="Fit from LaRA's dev split in this data folder.")
     ] = None,
+    home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Fit the router to questions that both routes answered here; 200 pairs or more.
@@ -233,11 +240,12 @@ def fit_router_verb(
     A line holds model, document, question, document_tokens, effective_tokens, shares,
     places, question_class, and full and retrieval: how right each route was, 0 to 1.
     """
-    from eval.fit_router import fit_router, load_pairs
+    from eval.fit_router import fit_router, load_pairs, pairs_from_answers
     from rag.routing.utility import load_weights, save_weights
 
-    if (pairs is None) == (lara is None):
-        raise typer.BadParameter("give a file of pairs, or --lara with its folder")
+    if (pairs is not None) + answers + (lara is not None) != 1:
+        raise typer.BadParameter("give one of: a file of pairs, --answers, --lara with its folder")
+    prior = None if lara is not None else load_weights()  # what LaRA taught is not unlearned
     if lara is not None:
         from eval.bench.router import label_pairs
         from eval.lara import load_lara
@@ -248,13 +256,15 @@ def fit_router_verb(
             [document for document in documents if document.id in dev],
             [prediction for prediction in predictions if prediction.document_id in dev],
         )
-        weights = fit_router(labelled, fitted_on=f"LaRA dev, {len(labelled):,} pairs")
+        source = "LaRA dev"
+    elif answers:
+        fathom = open_fathom(load_settings(home=home))
+        labelled = pairs_from_answers(fathom.receipts, fathom.service())
+        source = "answers of this library"
     else:
         assert pairs is not None
-        labelled = load_pairs(pairs)
-        weights = fit_router(
-            labelled, fitted_on=f"{pairs.name}, {len(labelled):,} pairs", prior=load_weights()
-        )
+        labelled, source = load_pairs(pairs), pairs.name
+    weights = fit_router(labelled, fitted_on=f"{source}, {len(labelled):,} pairs", prior=prior)
     save_weights(weights, output)
     if as_json:
         print_json({"pairs": len(labelled), "weights": str(output)})
