@@ -26,6 +26,8 @@ MIN_RELEVANCE = 0.25
 MAX_QUOTE_CHARS = 600
 
 _MARKER = re.compile(r"\s*\[(\d{1,3})\]")
+# What anyone who reads an answer takes for a marker of ours.
+_LIKE_A_MARKER = re.compile(rf"\[(\d+|{UNVERIFIED.strip('[]')})\]")
 _SENTENCE = re.compile(
     r"[^\n.!?。！？]*(?:[.!?](?!\s|$)[^\n.!?。！？]*)*(?:[.!?。！？]+[\"')\]]*|\n|$)"
 )
@@ -79,7 +81,7 @@ def resolve_citations(
         statements = _quotation(question_words, pointed_at, sentences, weights)
     for statement in statements:
         claimed = {int(n) for n in _MARKER.findall(statement)}
-        bare = _MARKER.sub("", statement).strip()
+        bare = without_markers(_MARKER.sub("", statement)).strip()
         if not _words(bare):
             continue
         best = _best_support(bare, question_words, claimed, sentences, weights)
@@ -93,6 +95,15 @@ def resolve_citations(
             citations.append(_citation(numbers[key], best, store))
         parts.append(f"{bare} [{numbers[key]}]")
     return CitedText(" ".join(parts), tuple(citations), unverified)
+
+
+def without_markers(text: str) -> str:
+    """Return the text with the bracketed numbers that it brings along in round brackets.
+
+    A document that writes "[7]" would otherwise put a marker into an answer that points at nothing,
+    or at what it does not say. The citation's own quote stays as it is.
+    """
+    return _LIKE_A_MARKER.sub(r"(\1)", text)
 
 
 def nearest_citations(

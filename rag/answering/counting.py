@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rag.answering.citations import without_markers
 from rag.answering.context import page_at, section_at
 from rag.answering.structures.finder import find_structures
 from rag.answering.structures.item import Item, Structure, singulars, words_of
@@ -335,7 +336,7 @@ def _answer(asked: CountQuestion, counts: list[_Count], store: DocumentStore) ->
         lines.append(f"{len(citations):,} of them are quoted.")
     head = " ".join(lines)
     if asked.wants_list:
-        shown = "\n".join(f"{_shortened(c.quote)} [{c.marker}]" for c in citations)
+        shown = "\n".join(f"{without_markers(_shortened(c.quote))} [{c.marker}]" for c in citations)
         answer = f"{head}\n{shown}" if shown else head
     else:
         answer = head + _marker_range(len(citations))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Event
 
-from rag.answering.citations import verified_citation
+from rag.answering.citations import verified_citation, without_markers
 from rag.answering.outcome import Outcome, sha256_of
 from rag.answering.prompt import CANNOT_ANSWER
 from rag.answering.quotation import (
@@ -205,4 +205,4 @@ def _words(quotation: Quotation | None, citations: Sequence[Citation]) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return without_markers(" ".join(text.split()))

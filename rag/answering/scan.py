@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Event
 
-from rag.answering.citations import resolve_citations
+from rag.answering.citations import resolve_citations, without_markers
 from rag.answering.context import page_at, section_at
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
 from rag.errors import UnsupportedModelError
@@ -378,7 +378,7 @@ def _listed(findings: Sequence[Finding], store: DocumentStore) -> tuple[str, tup
         f"{len(findings):,} {places} found by the model, window by window, each word for word in"
         " the text; it may have overlooked others."
     )
-    lines = [f"{' '.join(c.quote.split())} [{c.marker}]" for c in citations]
+    lines = [f"{without_markers(' '.join(c.quote.split()))} [{c.marker}]" for c in citations]
     return "\n".join([head, *lines]), citations
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import defaultdict
 from typing import Any
 
 from rag.lm.engine import Message
@@ -11,6 +13,8 @@ from rag.lm.engine import Message
 # The end of a turn in ChatML; converted models may name only <|endoftext|> as their end.
 _TURN_END = "<|im_end|>"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# What is counted, as part of the fingerprint: counts that were made otherwise are not reused.
+_COUNTED = "special tokens in pieces"
 
 
 class ChatTokenizer:
@@ -21,6 +25,9 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401 - a union of backends
         self._tokenizer = tokenizer
+        self._begins_special_token = _beginning_of_any(
+            {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+        )
         self.id = _fingerprint(tokenizer)
 
     @property
@@ -29,8 +36,8 @@ class ChatTokenizer:
         return getattr(self._tokenizer, "chat_template", None)
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of `text` alone, without any template."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        """Return the number of tokens of `text` alone, as a chat shows it, without any template."""
+        return len(self.encode(text))
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text` alone, without any template or special token."""
@@ -58,11 +65,11 @@ class ChatTokenizer:
             return self._apply_template([first, *messages[2:]])
 
     def without_special_tokens(self, text: str) -> str:
-        """Break up special tokens that a text spells out: a document is data, never a turn."""
-        special = {t for t in self._tokenizer.get_added_vocab() if len(t) > 1}
-        for token in special | set(self._tokenizer.all_special_tokens):
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
+        """Break up special tokens that a text spells out: a document is data, never a turn.
+
+        A space follows the first character of each, wherever it begins.
+        """
+        return self._begins_special_token.sub(r"\g<0> ", text)
 
     def end_ids(self, model: Any) -> frozenset[int]:  # noqa: ANN401
         """Return every token id that ends an answer."""
@@ -128,10 +135,23 @@ class TextStream:
         )
 
 
+def _beginning_of_any(tokens: set[str]) -> re.Pattern[str]:
+    """Return what matches the first character of each of these in a text; they may overlap.
+
+    White space is a token of its own in some vocabularies, and no turn begins with it.
+    """
+    rests: defaultdict[str, set[str]] = defaultdict(set)
+    for token in tokens:
+        if len(token) > 1 and not token.isspace():
+            rests[token[0]].add(re.escape(token[1:]))
+    ways = [f"{re.escape(first)}(?={'|'.join(sorted(rest))})" for first, rest in rests.items()]
+    return re.compile("|".join(ways) or r"(?!)")
+
+
 def _fingerprint(tokenizer: Any) -> str:  # noqa: ANN401
     """Return the first 16 hex digits of the SHA-256 of all that the tokenizer does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = (
         json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     )
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{_COUNTED}\n{content}".encode()).hexdigest()[:16]

@@ -136,9 +136,10 @@ class Engine(Protocol):
         """A fingerprint of the tokenizer: equal ids give equal token counts."""
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of `text` alone, without any template.
+        """Return the number of tokens of `text` alone, as a chat shows it, without any template.
 
-        Where they cannot be counted, no fewer than there are.
+        A special token that it spells out counts as the pieces it is broken into. Where tokens
+        cannot be counted, no fewer than there are.
         """
 
     def encode(self, text: str) -> list[int]:

@@ -104,8 +104,8 @@ class RemoteEngine:
         return self._tokens.id
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of `text` alone, or no fewer than there are."""
-        return self._tokens.count(text)
+        """Return the number of tokens of `text` as it is sent, or no fewer than there are."""
+        return self._tokens.count(self._tokens.without_special_tokens(text))
 
     def encode(self, text: str) -> list[int]:
         """Raise: see `can_score`."""

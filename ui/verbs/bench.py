@@ -414,6 +414,51 @@ def bench_document_kv_verb(
     print_json(bench.to_json())
 
 
+@app.command(
+    "poisoned",
+    epilog="Examples: fathom bench poisoned --small  |  fathom bench poisoned --inside book.txt",
+)
+def bench_poisoned_verb(
+    small: Annotated[
+        bool, typer.Option("--small", help="One document for each kind of injection.")
+    ] = False,
+    inside: Annotated[
+        Path | None,
+        typer.Option(help="A text file, in whose middle the short documents are put."),
+    ] = None,
+    model: Model = None,
+    rows: Annotated[Path | None, typer.Option(help="Write a JSON line an answer here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask documents that try to give orders, beside the same without: who obeys, who is right."""
+    from eval.bench.poisoned import bench_poisoned, card
+    from eval.poisoned import inside as hosts_inside
+    from eval.poisoned import poisoned_cases
+    from ui.formatting import answer_html, citations_html, receipt_html, receipt_text
+
+    hosts = None
+    if inside is not None:
+        try:
+            hosts = hosts_inside(inside.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ReadError(f"{inside}: {error}", hint="give a text file in UTF-8") from error
+    with TemporaryDirectory(prefix="fathom-bench-") as folder:
+        here = {"home": Path(folder), "database_url": None}
+        fathom = open_fathom(load_settings(model=model).model_copy(update=here))
+        with stages_bar("poisoned") as on_progress:
+            bench = bench_poisoned(
+                poisoned_cases(hosts=hosts, hosts_per_kind=1 if small else None),
+                fathom,
+                page=lambda a: answer_html(a) + citations_html(a) + receipt_html(a.receipt),
+                terminal=receipt_text,
+                on_progress=on_progress,
+                on_row=lambda row: _append(rows, asdict(row)) if rows else None,
+            )
+        named = {"model": fathom.engine.name, "embedder": fathom.embedder.fingerprint}
+    (err if as_json else out).print(card(bench), markup=False)
+    print_json(bench.to_json() | {"inside": inside and inside.name, **named})
+
+
 def _loaded(name: str) -> "tuple[OpenedModel, Any, ModelSpec]":
     """Return a fetched model, its weights, and its spec."""
     from rag.lm.loading import open_model
