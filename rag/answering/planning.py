@@ -12,6 +12,7 @@ from rag.answering.context import Context, full_context, retrieved_context
 from rag.answering.counting import Counted, count_from_text
 from rag.answering.prompt import build_messages
 from rag.answering.quoting import decide_quotation
+from rag.answering.scan import frame_tokens
 from rag.answering.scan_receipt import predicted_scan_seconds, scan_gates
 from rag.answering.sentence_choice import NUM_CHUNKS
 from rag.errors import ModelError, OutOfMemoryError
@@ -169,7 +170,8 @@ class Planner:
             )
         classified = classify_question(question)
         if route is Route.SCAN or classified.question_class in NEEDS_EVERYTHING:
-            gates += scan_gates(engine, limits, document_tokens, calibrate=calibrate)
+            frame = frame_tokens(engine, question, classified.question_class)
+            gates += scan_gates(engine, limits, document_tokens, frame, calibrate=calibrate)
         kept_tokens = engine.cached_tokens(full_prompt, prefix) if everything else 0
         routes: tuple[RouteEstimate, ...] = ()
         if question.strip():

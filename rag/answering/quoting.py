@@ -135,10 +135,15 @@ def quote_answer(
     # 2. let the model choose the span
     quotation: Quotation | None = None
     escalations: tuple[str, ...] = ()
+    caps = (settings.retrieval_tokens, settings.max_context_tokens, engine.context_tokens)
     if ranked and answer_probability(ranked) >= ANSWERABLE:
         try:
             quotation = quote(
-                question, ranked, engine, max_prompt_tokens=settings.retrieval_tokens, stop=stop
+                question,
+                ranked,
+                engine,
+                max_prompt_tokens=min(cap for cap in caps if cap is not None),
+                stop=stop,
             )
         except OutOfMemoryError as error:
             quotation = unread_quotation(ranked)

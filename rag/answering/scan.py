@@ -44,8 +44,10 @@ from rag.types import (
 # Text a window takes, in the model's tokens, and the longest reply to it.
 STRIDE_TOKENS = 1024
 FINDING_TOKENS = 96
-# What instruction, question and template take beside the text, at most.
-FRAME_TOKENS = 384
+# A shorter window would hold too little to find anything in.
+LEAST_STRIDE_TOKENS = 96
+# What a window may take more than its pieces do one by one.
+_JOINT_TOKENS = 16
 # Share of a finding's words that the sentence it is taken for must hold.
 _SAME_WORDS = 0.8
 _MIN_FINDING_CHARS = 8
@@ -195,22 +197,43 @@ def cut_windows(
     count_tokens: Callable[[str], int],
     stride_tokens: int,
 ) -> Iterator[Window]:
-    """Yield stretches that together are all of every document, cut where its chunks end.
+    """Yield stretches that together are all of every document, each at most `stride_tokens` long.
 
-    Each has at most `stride_tokens`, unless a single chunk has more.
+    They are cut where its chunks end, and inside a chunk only where that alone is longer.
     """
     for document in documents:
         text = store.text(document.id)
         ends = sorted({stored.chunk.end for stored in store.chunks_of(document.id)} - {len(text)})
         start = end = num_tokens = 0
-        for following in [*ends, len(text)]:
-            more = count_tokens(text[end:following])
-            if end > start and num_tokens + more > stride_tokens:
-                yield Window(document, start, end, text[start:end])
-                start, num_tokens = end, 0
-            end, num_tokens = following, num_tokens + more
+        for chunk_end in [*ends, len(text)]:
+            for following, more in _pieces(text, end, chunk_end, count_tokens, stride_tokens):
+                if end > start and num_tokens + more > stride_tokens:
+                    yield Window(document, start, end, text[start:end])
+                    start, num_tokens = end, 0
+                end, num_tokens = following, num_tokens + more
         if end > start:
             yield Window(document, start, end, text[start:end])
+
+
+def _pieces(
+    text: str, start: int, end: int, count_tokens: Callable[[str], int], most_tokens: int
+) -> Iterator[tuple[int, int]]:
+    """Yield the end and the tokens of each piece of `[start, end)`, halved until it is short."""
+    num_tokens = count_tokens(text[start:end])
+    middle = (start + end) // 2
+    if num_tokens <= most_tokens or middle == start:
+        yield end, num_tokens
+        return
+    space = max(text.rfind(sign, start, middle) for sign in " \n") + 1
+    cut = space if space > (start + middle) // 2 else middle
+    yield from _pieces(text, start, cut, count_tokens, most_tokens)
+    yield from _pieces(text, cut, end, count_tokens, most_tokens)
+
+
+def frame_tokens(engine: Engine, question: str, question_class: QuestionClass) -> int:
+    """Return what instruction, question and template take beside the text of a window."""
+    frame = engine.encode_chat(window_messages(question, question_class, ""))
+    return frame.num_tokens + _JOINT_TOKENS
 
 
 def window_messages(question: str, question_class: QuestionClass, text: str) -> list[Message]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from rag.answering.counting import Counted
 from rag.answering.outcome import Outcome, sha256_of
-from rag.answering.scan import FINDING_TOKENS, FRAME_TOKENS, STRIDE_TOKENS, ScanDone
+from rag.answering.scan import FINDING_TOKENS, LEAST_STRIDE_TOKENS, STRIDE_TOKENS, ScanDone
 from rag.lm.engine import Engine
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.spec import ModelSpec
@@ -20,16 +20,21 @@ from rag.types import (
 )
 
 
-def stride_tokens(limits: Limits) -> int:
+def stride_tokens(limits: Limits, frame_tokens: int) -> int:
     """Return the text that one window of a scan takes: two and the frame fit the context."""
     if limits.context_tokens is None:
         return STRIDE_TOKENS
-    room = (limits.context_tokens - FRAME_TOKENS - FINDING_TOKENS) // 2
-    return min(STRIDE_TOKENS, max(1, room))
+    room = (limits.context_tokens - frame_tokens - FINDING_TOKENS) // 2
+    return min(STRIDE_TOKENS, max(LEAST_STRIDE_TOKENS, room))
 
 
 def scan_gates(
-    engine: Engine, limits: Limits, document_tokens: int, *, calibrate: bool
+    engine: Engine,
+    limits: Limits,
+    document_tokens: int,
+    frame_tokens: int,
+    *,
+    calibrate: bool,
 ) -> tuple[Gate, ...]:
     """Return the gates of a scan: those of one window, and the seconds of all, without a limit.
 
@@ -40,12 +45,13 @@ def scan_gates(
         engine: the language model.
         limits: what this machine has now.
         document_tokens: length of the documents.
+        frame_tokens: what stands around the text of a window; see `rag.answering.scan`.
         calibrate: measure the prefill rate, which loads the weights, to tell the seconds, too.
     """
-    stride = stride_tokens(limits)
-    need = Need(Route.SCAN, 2 * stride + FRAME_TOKENS, FINDING_TOKENS)
+    stride = stride_tokens(limits, frame_tokens)
+    need = Need(Route.SCAN, 2 * stride + frame_tokens, FINDING_TOKENS)
     gates = check_gates(need, engine.spec, limits, predicted_prefill_seconds=None)
-    window_seconds = engine.predicted_prefill_seconds(stride + FRAME_TOKENS) if calibrate else None
+    window_seconds = engine.predicted_prefill_seconds(stride + frame_tokens) if calibrate else None
     if window_seconds is None:
         return gates
     seconds = round(window_seconds * -(-document_tokens // stride), 2)

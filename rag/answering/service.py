@@ -10,7 +10,7 @@ from rag.answering.conversation import Turn, stand_alone
 from rag.answering.outcome import Outcome, finished_answer, not_found
 from rag.answering.planning import Plan, Planner
 from rag.answering.quoting import quote_answer, quotes_only
-from rag.answering.scan import ScanDone, scan
+from rag.answering.scan import ScanDone, frame_tokens, scan
 from rag.answering.scan_receipt import (
     count_outcome,
     predicted_scan_seconds,
@@ -26,7 +26,7 @@ from rag.routing.utility import RouteFeatures
 from rag.settings import Settings
 from rag.store.documents import DocumentStore
 from rag.store.receipts import ReceiptStore
-from rag.types import Answer, AnswerMode, Document, Receipt, Route, RouteDecision
+from rag.types import Answer, AnswerMode, Document, Receipt, Route, RouteDecision, storable
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ class AnsweringService:
         """
         started = time.perf_counter()
         stop = stop or Event()
+        question = storable(question)
         documents = self.documents(document_ids)
 
         # 1. make the question stand alone
@@ -216,6 +217,7 @@ class AnsweringService:
             DocumentNotFoundError: if a document is gone.
         """
         stop = stop or Event()
+        questions = [storable(question) for question in questions]
         documents = self.documents(document_ids)
         num_done = 0
         for begin in range(0, len(questions), _PLANNED_AT_ONCE):
@@ -235,6 +237,7 @@ class AnsweringService:
         calibrate: bool = False,
     ) -> Plan:
         """Return what would be done with a question; see `Planner.plan`."""
+        question = storable(question)
         return self._planner.plan(question, documents, route=route, mode=mode, calibrate=calibrate)
 
     def features(self, question: str, documents: Sequence[Document]) -> RouteFeatures:
@@ -329,13 +332,14 @@ class AnsweringService:
                 stop=stop,
             )
         elif plan.decision.route is Route.SCAN:
+            frame = frame_tokens(self._engine, question, plan.decision.question_class)
             for event in scan(
                 question,
                 plan.decision.question_class,
                 documents,
                 store=self._store,
                 engine=self._engine,
-                stride_tokens=stride_tokens(self._planner.limits()),
+                stride_tokens=stride_tokens(self._planner.limits(), frame),
                 retrieval_tokens=self._settings.retrieval_tokens,
                 max_new_tokens=self._settings.max_new_tokens,
                 stop=stop,
