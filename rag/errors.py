@@ -22,6 +22,7 @@
     │   ├── UnsupportedModelError     its cache or positions cannot be predicted exactly
     │   ├── OutOfMemoryError          a request needed more memory than there is; the model goes on
     │   └── ModelServerError          the server that runs the model gave no answer
+    ├── TableError                  a table of questions or answers could not be read or written
     ├── TooFewPairsError            nothing can be fitted from so few questions
     └── ServeError                  the web page could not be served
 
@@ -128,6 +129,10 @@ class OutOfMemoryError(ModelError):
 
 class ModelServerError(ModelError):
     """The server that runs the model could not be reached, refused, or broke off."""
+
+
+class TableError(FathomError):
+    """A table could not be read or written, or is not what it should be."""
 
 
 class TooFewPairsError(FathomError):
