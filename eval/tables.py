@@ -31,6 +31,7 @@ CELL_CHARS = 32_767
 _SHEET_ROWS = 1_048_576
 _SHEET_COLUMNS = 16_384
 _SHEET_LINKS = 65_530
+_LINK_CHARS = 2_000
 _EXACT_INTEGERS = 2**53  # its numbers are doubles
 
 # The largest XLSX once unpacked: more than a full sheet of sentences, less than a zip bomb.
@@ -296,7 +297,7 @@ def _write_jsonl(path: Path, sheets: Mapping[str, Table]) -> None:
     table = next(iter(sheets.values()))
     with path.open("w", encoding="utf-8") as file:
         for row in _cells(table):
-            object_ = {n: _as_json(c) for n, c in zip(table.columns, row, strict=True)}
+            object_ = {n: as_json(c) for n, c in zip(table.columns, row, strict=True)}
             file.write(storable(json.dumps(object_, ensure_ascii=False)) + "\n")
 
 
@@ -366,7 +367,9 @@ def _fill(sheet: Any, table: Table) -> None:  # noqa: ANN401 - a sheet of openpy
             _set(cell, shown)
             cell.alignment = Alignment(wrap_text=True, vertical="top")
             widths[number - 1] = max(widths[number - 1], min(60, len(str(shown))))
-            if isinstance(given, Link) and num_links < _SHEET_LINKS:
+            if not isinstance(given, Link) or len(given.target) > _LINK_CHARS:
+                continue
+            if num_links < _SHEET_LINKS:
                 num_links += 1
                 inside, url = given.target.startswith("#"), given.target
                 cell.hyperlink = (
@@ -432,7 +435,7 @@ def _as_text(cell: Any) -> str:  # noqa: ANN401
     if cell is None:
         return ""
     if isinstance(cell, bool | list | dict):
-        return json.dumps(_as_json(cell), ensure_ascii=False)
+        return json.dumps(as_json(cell), ensure_ascii=False)
     if isinstance(cell, date | time):
         return cell.isoformat()
     if isinstance(cell, bytes):
@@ -440,12 +443,14 @@ def _as_text(cell: Any) -> str:  # noqa: ANN401
     return storable(str(cell))
 
 
-def _as_json(cell: Any) -> Any:  # noqa: ANN401
-    """Return a cell as JSON has it; not a number is nothing."""
+def as_json(cell: Any) -> Any:  # noqa: ANN401
+    """Return a cell as JSON has it: what it has no type for as text, not a number as null."""
+    if isinstance(cell, Link):
+        cell = cell.value
     if isinstance(cell, list):
-        return [_as_json(item) for item in cell]
+        return [as_json(item) for item in cell]
     if isinstance(cell, dict):
-        return {str(name): _as_json(item) for name, item in cell.items()}
+        return {str(name): as_json(item) for name, item in cell.items()}
     if isinstance(cell, float) and not math.isfinite(cell):
         return None
     if cell is None or isinstance(cell, bool | int | float | str):

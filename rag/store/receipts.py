@@ -104,6 +104,28 @@ class ReceiptStore:
             if len(routes) == 2 and ids
         ]
 
+    def since(self, moment: str) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return (receipt id, question, document ids in order) of the answers since then.
+
+        Args:
+            moment: ISO 8601, UTC, in seconds.
+        """
+        rows = select(answer.c.id, answer.c.question).where(answer.c.created_at >= moment)
+        about = (
+            select(answer_document)
+            .join(answer, answer.c.id == answer_document.c.answer_id)
+            .where(answer.c.created_at >= moment)
+            .order_by(answer_document.c.document_id)
+        )
+        with self._database.read() as connection:
+            asked: dict[str, list[int]] = {}
+            for row in connection.execute(about):
+                asked.setdefault(row.answer_id, []).append(row.document_id)
+            return [
+                (row.id, row.question, tuple(asked.get(row.id, ())))
+                for row in connection.execute(rows.order_by(answer.c.created_at))
+            ]
+
     def quoting_the_deleted(self) -> list[tuple[str, int]]:
         """Return (receipt id, document id) where an answer still has words of a deleted one."""
         found: list[tuple[str, int]] = []

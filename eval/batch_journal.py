@@ -1,0 +1,152 @@
+"""What a batch has answered so far: one line an answer, on disk before it counts.
+
+The journal lies beside the output, so that the two go together. Its lines are only ever appended;
+a killed process leaves at most a torn last one, which the next run cuts off.
+"""
+
+import fcntl
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rag.errors import TableError
+from rag.types import Answer, answer_from_json
+
+_FORMAT = "fathom batch 1"
+
+
+def journal_path(output: Path) -> Path:
+    """Return where the journal of an output file lies."""
+    return output.with_name(output.name + ".journal")
+
+
+class Journal:
+    """The answers of one output file, by row id and key; one process at a time holds it."""
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        """Open a journal, or begin it.
+
+        Args:
+            path: of `journal_path`.
+            fresh: forget what it holds.
+
+        Raises:
+            TableError: if another process holds it, or it is damaged or something else.
+        """
+        self.path = path
+        self.began = ""
+        self.is_new = False
+        self.receipts: set[str] = set()
+        self._answers: dict[tuple[str, str], Answer] = {}
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise TableError(
+                f"the journal {path} cannot be written: {error.strerror}",
+                hint="give another place with -o",
+            ) from error
+        try:
+            self._lock()
+            if fresh:
+                os.ftruncate(self._file, 0)
+            self._load()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._file)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    @property
+    def ids(self) -> set[str]:
+        """The rows that have an answer, to whatever was asked in them then."""
+        return {row_id for row_id, _ in self._answers}
+
+    def answer(self, row_id: str, key: str) -> Answer | None:
+        """Return the answer of a row that asked the same of the same then, None without one."""
+        return self._answers.get((row_id, key))
+
+    def add(self, row_id: str, key: str, answer: Answer) -> None:
+        """Write an answer down; it is on disk when this returns."""
+        self._append({"id": row_id, "key": key, "answer": answer.to_json()})
+        self._answers[row_id, key] = answer
+        self.receipts.add(answer.receipt.id)
+
+    def drop(self, *receipts: str) -> None:
+        """Write down receipts that are no answers of this batch, though they look like it."""
+        if receipts:
+            self._append({"dropped": receipts})
+            self.receipts.update(receipts)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TableError(
+                f"another process is answering into {self.path.name.removesuffix('.journal')}",
+                hint="wait for it, or give another file with -o",
+            ) from None
+
+    def _load(self) -> None:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        header = json.dumps({"format": _FORMAT})[:-1].encode()
+        if not whole and header.startswith(data[: len(header)]):  # new, or killed as it began
+            os.ftruncate(self._file, 0)
+            self.is_new = True
+            self.began = datetime.now(UTC).isoformat(timespec="seconds")
+            self._append({"format": _FORMAT, "began": self.began})
+            _sync_folder(self.path.parent)
+            return
+        if not whole.startswith(header):
+            raise TableError(
+                f"{self.path} is no journal of a batch",
+                hint="move it away, or give another file with -o",
+            )
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                self._remember(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise TableError(
+                    f"{self.path}, line {number} is damaged: {error}",
+                    hint="delete this line, and its row is asked again; or begin anew with --fresh",
+                ) from error
+        os.ftruncate(self._file, len(whole))  # what was being written when the process was killed
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        if "format" in entry:
+            self.began = entry["began"]
+        elif "dropped" in entry:
+            self.receipts.update(entry["dropped"])
+        else:
+            answer = answer_from_json(entry["answer"])
+            self._answers[entry["id"], entry["key"]] = answer
+            self.receipts.add(answer.receipt.id)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry).encode() + b"\n"
+        while line:
+            line = line[os.write(self._file, line) :]
+        os.fsync(self._file)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
