@@ -9,8 +9,9 @@ it. `eval.batch_output` makes the table for people.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
@@ -230,21 +231,20 @@ def answer_questions(
     service: AnsweringService,
     journal: Journal,
     *,
-    workers: int = 1,
+    workers: int | None = None,
     stop: Event,
 ) -> Iterator[tuple[PlacedQuestion, Outcome]]:
     """Answer what the journal does not hold; each answer is in it before it is yielded.
 
-    Rows about the same documents follow each other, so that those are read once. With one worker
-    the rows of a group are written side by side, as many as the memory holds; more workers ask as
-    many rows at once, which only a server answers faster.
+    Rows about the same documents follow each other, so that those are read once.
 
     Args:
         questions: of `place_questions`.
         service: answers them.
         journal: open; what it holds is left out.
-        workers: most questions on their way at once.
-        stop: set it to end; what is half written then is asked again another time.
+        workers: how many rows a server is asked at once; None lets the engine answer the rows of a
+            group side by side, as many as its memory holds.
+        stop: set it to end, after `Journal.stop`; what is half written then is asked again.
 
     Raises:
         ModelServerError: if the server fails one row after the other; the rows that are left were
@@ -255,42 +255,45 @@ def answer_questions(
         key=lambda question: (question.document_ids, question.route or "", question.number),
     )
     failed_together = 0
-    outcomes = _side_by_side(left, service, workers, stop)
-    if workers == 1:
+    if workers is None:
         outcomes = _in_groups(left, service, stop)
-    for question, outcome in outcomes:
-        if isinstance(outcome, Answer):
-            if stop.is_set():  # it may be cut short, and half an answer is none
-                journal.drop(outcome.receipt.id)
+    else:
+        outcomes = _side_by_side(left, service, workers, stop)
+    server_is_gone: ModelServerError | None = None
+    with closing(outcomes):
+        for question, outcome in outcomes:
+            if isinstance(outcome, Answer):
+                if stop.is_set():  # it may be cut short, and half an answer is none
+                    journal.drop(outcome.receipt.id)
+                    continue
+                journal.add(question.id, question.key, outcome)
+            elif stop.is_set():
                 continue
-            journal.add(question.id, question.key, outcome)
-        elif stop.is_set():
-            continue
-        failed_together = failed_together + 1 if isinstance(outcome, ModelServerError) else 0
-        if failed_together == _SERVER_IS_GONE:
-            stop.set()
-            assert isinstance(outcome, FathomError)
-            raise outcome
-        yield question, outcome
+            failed_together = failed_together + 1 if isinstance(outcome, ModelServerError) else 0
+            if isinstance(outcome, ModelServerError) and failed_together == _SERVER_IS_GONE:
+                server_is_gone = outcome
+                journal.stop()
+                stop.set()
+            else:
+                yield question, outcome
+    if server_is_gone is not None:
+        raise server_is_gone
 
 
-def adopt_answers(
+def begin_run(
     questions: Sequence[PlacedQuestion], journal: Journal, receipts: ReceiptStore, *, model: str
 ) -> None:
-    """Write down answers that an earlier run gave and was killed before it could write them down.
+    """Begin a run, after writing down what the one before was killed before it could write down.
 
     An answer's receipt is committed a moment before its line in the journal. One that was committed
-    since the journal began, by the same model to the same question about the same documents, is
-    the answer of a row that has none.
+    while that run was answering, by the same model to the same question about the same documents,
+    is the answer of a row that has none. What it committed once it was told to stop may be half.
     """
-    given = receipts.since(journal.began)
-    if journal.is_new:  # what was answered before, in the same second
-        journal.drop(*(receipt_id for receipt_id, _, _ in given))
-        return
     asked: dict[tuple[str, tuple[int, ...]], list[PlacedQuestion]] = {}
     for question in questions:
         about = tuple(sorted(set(question.document_ids)))
         asked.setdefault((storable(question.text), about), []).append(question)
+    given = receipts.since(journal.began, before=journal.stopped) if journal.began else []
     for receipt_id, text, document_ids in given:
         if receipt_id in journal.receipts or (text, document_ids) not in asked:
             continue
@@ -306,11 +309,13 @@ def adopt_answers(
             ):
                 journal.add(row.id, row.key, answer)
                 break
+    now = journal.begin()
+    journal.drop(*(receipt_id for receipt_id, _, _ in receipts.since(now)))  # of this very second
 
 
 def _in_groups(
     questions: Sequence[PlacedQuestion], service: AnsweringService, stop: Event
-) -> Iterator[tuple[PlacedQuestion, Outcome]]:
+) -> Generator[tuple[PlacedQuestion, Outcome]]:
     groups: dict[tuple[tuple[int, ...], Route | None], list[PlacedQuestion]] = {}
     for question in questions:
         groups.setdefault((question.document_ids, question.route), []).append(question)
@@ -336,7 +341,7 @@ def _in_groups(
 
 def _side_by_side(
     questions: Sequence[PlacedQuestion], service: AnsweringService, workers: int, stop: Event
-) -> Iterator[tuple[PlacedQuestion, Outcome]]:
+) -> Generator[tuple[PlacedQuestion, Outcome]]:
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(_alone, question, service, stop): question for question in questions}
         try:

@@ -1,7 +1,9 @@
 """What a batch has answered so far: one line an answer, on disk before it counts.
 
 The journal lies beside the output, so that the two go together. Its lines are only ever appended;
-a killed process leaves at most a torn last one, which the next run cuts off.
+a killed process leaves at most a torn last one, which the next run cuts off. A line says which form
+the journal has; when a run began, and when it was told to stop; what a row was answered; or which
+receipts are no answers of this batch.
 """
 
 import fcntl
@@ -37,8 +39,8 @@ class Journal:
             TableError: if another process holds it, or it is damaged or something else.
         """
         self.path = path
-        self.began = ""
-        self.is_new = False
+        self.began: str | None = None
+        self.stopped: str | None = None
         self.receipts: set[str] = set()
         self._answers: dict[tuple[str, str], Answer] = {}
         try:
@@ -80,6 +82,17 @@ class Journal:
         """Return the answer of a row that asked the same of the same then, None without one."""
         return self._answers.get((row_id, key))
 
+    def begin(self) -> str:
+        """Write down that a run begins, and return when: ISO 8601, UTC, in seconds."""
+        self.began, self.stopped = _now(), None
+        self._append({"began": self.began})
+        return self.began
+
+    def stop(self) -> None:
+        """Write down that the run is told to stop: what is answered from now on may be half."""
+        self.stopped = _now()
+        self._append({"stopped": self.stopped})
+
     def add(self, row_id: str, key: str, answer: Answer) -> None:
         """Write an answer down; it is on disk when this returns."""
         self._append({"id": row_id, "key": key, "answer": answer.to_json()})
@@ -107,9 +120,7 @@ class Journal:
         header = json.dumps({"format": _FORMAT})[:-1].encode()
         if not whole and header.startswith(data[: len(header)]):  # new, or killed as it began
             os.ftruncate(self._file, 0)
-            self.is_new = True
-            self.began = datetime.now(UTC).isoformat(timespec="seconds")
-            self._append({"format": _FORMAT, "began": self.began})
+            self._append({"format": _FORMAT})
             _sync_folder(self.path.parent)
             return
         if not whole.startswith(header):
@@ -129,7 +140,11 @@ class Journal:
 
     def _remember(self, entry: dict[str, Any]) -> None:
         if "format" in entry:
-            self.began = entry["began"]
+            return
+        if "began" in entry:
+            self.began, self.stopped = entry["began"], None
+        elif "stopped" in entry:
+            self.stopped = entry["stopped"]
         elif "dropped" in entry:
             self.receipts.update(entry["dropped"])
         else:
@@ -142,6 +157,10 @@ class Journal:
         while line:
             line = line[os.write(self._file, line) :]
         os.fsync(self._file)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _sync_folder(folder: Path) -> None:

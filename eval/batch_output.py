@@ -13,7 +13,7 @@ from typing import Any
 from eval.batch import ID, NOT_ASKED, Outcome, Question
 from eval.tables import Link, Table, row_of
 from rag.answering.citations import UNVERIFIED, split_sentences
-from rag.answering.service import NEAREST
+from rag.answering.outcome import NEAREST
 from rag.errors import FathomError, TableError
 from rag.types import Answer, AnswerMode, Citation, Route
 

@@ -102,7 +102,7 @@ def after_the_line() -> None:
     def wrapped(descriptor: int) -> None:
         nonlocal seen
         seen += 1
-        if seen == DIES_AT_ANSWER + 2:  # after the header's and its folder's
+        if seen == DIES_AT_ANSWER + 3:  # after the header's, its folder's and the beginning's
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.fsync = wrapped  # type: ignore[assignment]

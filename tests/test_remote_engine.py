@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
+from threading import Barrier, Event, Lock, Thread
 from typing import Any
 
 import httpx
 import pytest
 
 from conftest import HashEmbedder
+from eval.tables import read_table
 from rag.errors import (
     ModelError,
     ModelFetchError,
@@ -30,6 +31,7 @@ from rag.lm.remote_engine import RemoteEngine
 from rag.settings import Settings, load_settings
 from rag.types import Answer, Route
 from ui.assembly import Fathom
+from ui.cli import main
 
 SECRET = "the-key-nobody-may-see"
 CHAT = [Message("system", "Answer in one word."), Message("user", "What is the capital of France?")]
@@ -178,6 +180,46 @@ def test_a_real_server_that_does_not_tell_its_context_is_refused(
     for text in ("one two three", "na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve", "x" * 50):
         assert exact.count_tokens(text) <= bounded.count_tokens(text)
     assert bounded.encode_chat(CHAT).num_tokens > exact.encode_chat(CHAT).num_tokens
+
+
+@pytest.mark.model
+def test_a_batch_keeps_a_real_server_busy_and_in_bounds(
+    served: tuple[str, Path],
+    tmp_path: Path,
+    handbook: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rows go out side by side; each has the answer it gets alone, and a bad one harms none."""
+    settings = remote_settings(served, tmp_path / "home", max_new_tokens=6)
+    fathom = Fathom(settings, embedder=HashEmbedder())
+    fathom.ingest(handbook)
+    questions = ["What is the harbour fee?", "Is there a beacon?", "", "Who reports?"]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"question": q}) + "\n" for q in questions))
+    code = batch(fathom, monkeypatch, source, output, workers=3)
+    assert code == 1
+    rows = read_table(output).rows
+    assert "the question is empty" in rows[2]["error"]
+    for question, row in zip(questions, rows, strict=True):
+        if question:
+            assert row["error"] is None
+            assert row["answer"] == fathom.service().answer(question).answer
+
+
+def batch(
+    fathom: Fathom, monkeypatch: pytest.MonkeyPatch, source: Path, output: Path, *, workers: int
+) -> int:
+    """Run the command over a library that is open here, and return its exit code."""
+    monkeypatch.setattr("ui.verbs.batch.open_fathom", lambda _: fathom)
+    monkeypatch.setattr("ui.verbs.batch.load_settings", lambda **_: fathom.settings)
+    words = ["fathom", "batch", str(source), "-o", str(output), "--workers", str(workers)]
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 # ---- a server that does everything wrong -------------------------------------------------------
@@ -453,6 +495,63 @@ def test_one_failure_in_a_table_leaves_the_others(faulty: FaultyServer) -> None:
     with pytest.raises(ModelServerError):
         read()
     assert done == [0, 2, 3]
+
+
+def test_a_batch_has_so_many_requests_on_their_way_and_no_more(
+    faulty: FaultyServer, settings: Settings, handbook: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three wait for each other at the server, so three come at once; a fourth never does."""
+    together, most, now, lock = Barrier(3, timeout=20), 0, 0, Lock()
+
+    def meet(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        together.wait()
+        with lock:
+            now -= 1
+        GOOD(handler, body)
+
+    faulty.replies = [meet]
+    faulty.paths["/v1/models"] = {"data": [{"id": "m", "max_model_len": 8192}]}
+    changes = {"remote_url": faulty.url}
+    fathom = Fathom(settings.model_copy(update=changes), embedder=HashEmbedder())
+    fathom.ingest(handbook)
+    source, output = handbook.parent / "in.csv", handbook.parent / "out.csv"
+    source.write_text("question\n" + "".join(f"Question {n}?\n" for n in range(9)))
+    assert batch(fathom, monkeypatch, source, output, workers=3) == 0
+    assert most == 3
+    assert {row["error"] for row in read_table(output).rows} == {""}
+
+
+def test_a_batch_outlives_failures_and_stops_where_the_server_is_gone(
+    faulty: FaultyServer,
+    settings: Settings,
+    handbook: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    faulty.paths["/v1/models"] = {"data": [{"id": "m", "max_model_len": 8192}]}
+    changes = {"remote_url": faulty.url, "escalations": 0}
+    fathom = Fathom(settings.model_copy(update=changes), embedder=HashEmbedder())
+    fathom.ingest(handbook)
+    source, output = handbook.parent / "in.csv", handbook.parent / "out.csv"
+    source.write_text("question\n" + "".join(f"Question {n}?\n" for n in range(12)))
+    gone = status(400, "no")
+    faulty.replies = [GOOD, gone, gone, GOOD, gone]
+    assert batch(fathom, monkeypatch, source, output, workers=1) == 1
+    told = capsys.readouterr()
+    assert "the same command goes on from there" in told.err
+    assert "error: " in told.err
+    rows = read_table(output).rows
+    assert [bool(row["receipt"]) for row in rows] == [n in (0, 3) for n in range(12)]
+    assert [row["error"].startswith("not asked yet") for row in rows[:9]] == [False] * 8 + [True]
+    num_asked = len(faulty.bodies)
+    faulty.replies = [GOOD]
+    assert batch(fathom, monkeypatch, source, output, workers=1) == 0
+    assert len(faulty.bodies) == num_asked + 10
+    assert all(row["receipt"] for row in read_table(output).rows)
 
 
 def test_a_document_cannot_end_its_own_turn_there(faulty: FaultyServer) -> None:

@@ -104,17 +104,23 @@ class ReceiptStore:
             if len(routes) == 2 and ids
         ]
 
-    def since(self, moment: str) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Return (receipt id, question, document ids in order) of the answers since then.
+    def since(
+        self, moment: str, *, before: str | None = None
+    ) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return (receipt id, question, document ids in order) of the answers given since then.
 
         Args:
-            moment: ISO 8601, UTC, in seconds.
+            moment: ISO 8601, UTC, in seconds; what was given in it counts.
+            before: the same, None until now; what was given in it does not count.
         """
-        rows = select(answer.c.id, answer.c.question).where(answer.c.created_at >= moment)
+        within = answer.c.created_at >= moment
+        if before is not None:
+            within &= answer.c.created_at < before
+        rows = select(answer.c.id, answer.c.question).where(within).order_by("created_at")
         about = (
             select(answer_document)
             .join(answer, answer.c.id == answer_document.c.answer_id)
-            .where(answer.c.created_at >= moment)
+            .where(within)
             .order_by(answer_document.c.document_id)
         )
         with self._database.read() as connection:
@@ -123,7 +129,7 @@ class ReceiptStore:
                 asked.setdefault(row.answer_id, []).append(row.document_id)
             return [
                 (row.id, row.question, tuple(asked.get(row.id, ())))
-                for row in connection.execute(rows.order_by(answer.c.created_at))
+                for row in connection.execute(rows)
             ]
 
     def quoting_the_deleted(self) -> list[tuple[str, int]]:

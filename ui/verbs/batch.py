@@ -31,6 +31,7 @@ from ui.console import (
 
 if TYPE_CHECKING:
     from eval.batch import Outcome
+    from eval.batch_journal import Journal
     from rag.types import Document
 
 app = typer.Typer()
@@ -59,7 +60,7 @@ def batch(
         typer.Option(
             min=1,
             help="Requests on their way to a server at once (FATHOM_REMOTE_PARALLEL). A model in"
-            " this process takes 1: it writes up to 32 rows side by side with all cores anyway.",
+            " this process needs none: it writes up to 32 rows side by side with all cores.",
         ),
     ] = None,
     fresh: Annotated[
@@ -77,7 +78,7 @@ def batch(
     an error are. Exit code 1 if a row has one: its column error says what to do.
     """
     # 1. what is wrong with the table as a whole is said before any model is loaded
-    from eval.batch import adopt_answers, answer_questions, place_questions, read_questions
+    from eval.batch import answer_questions, begin_run, place_questions, read_questions
     from eval.batch_journal import Journal, journal_path
     from eval.batch_output import ANSWERS, CITATIONS, answer_row, answer_tables, check_columns
     from eval.tables import as_json as json_cell
@@ -91,19 +92,19 @@ def batch(
     check_writable(output)
     _check_output(questions, output, journal_path(output), fresh=fresh)
     settings = load_settings(home=home, model=model)
-    if settings.remote_url is None and (workers or 1) > 1:
-        raise typer.BadParameter("--workers above 1 is for a server: set FATHOM_REMOTE_URL")
+    if workers is not None and settings.remote_url is None:
+        raise typer.BadParameter("--workers is for a server: set FATHOM_REMOTE_URL")
     fathom = open_fathom(settings)
     default = _default_documents(fathom, documents, collection)
 
     started = time.monotonic()
-    with Journal(journal_path(output), fresh=fresh) as journal, _stopped_by_signal() as stop:
+    with Journal(journal_path(output), fresh=fresh) as journal, _stopped_by_signal(journal) as stop:
         # 2. find each row's documents, and the answers that are there already
         name = fathom.engine.name
         placed, faults = place_questions(
             asked, fathom.store, default=default, route=route, model=name
         )
-        adopt_answers(placed, journal, fathom.receipts, model=name)
+        begin_run(placed, journal, fathom.receipts, model=name)
         outcomes: dict[int, Outcome] = dict(faults)
         for question in placed:
             if answer := journal.answer(question.id, question.key):
@@ -135,11 +136,12 @@ def batch(
         if left:
             with err.status("loading the model"):
                 fathom.warm_up()
-            parallel = 1 if settings.remote_url is None else workers or settings.remote_parallel
+            if settings.remote_url is not None:
+                workers = workers or settings.remote_parallel
             with _rows_bar(len(left)) as on_row:
                 try:
                     for question, outcome in answer_questions(
-                        placed, fathom.service(), journal, workers=parallel, stop=stop
+                        placed, fathom.service(), journal, workers=workers, stop=stop
                     ):
                         outcomes[question.number] = outcome
                         show(question.number)
@@ -206,13 +208,14 @@ def _source_of(fathom: Any) -> Callable[[int], str | None]:  # noqa: ANN401
 
 
 @contextmanager
-def _stopped_by_signal() -> Iterator[Event]:
+def _stopped_by_signal(journal: "Journal") -> Iterator[Event]:
     """Yield an event that Ctrl-C sets, or a kind kill; the second one ends the process at once."""
     stop = Event()
 
     def on_signal(number: int, frame: object) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
+        journal.stop()
         stop.set()
         err.print("stopping; once more ends at once")
 
