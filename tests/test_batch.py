@@ -20,8 +20,11 @@ from conftest import HANDBOOK
 from eval.batch import read_questions
 from eval.batch_journal import Journal, journal_path
 from eval.batch_output import ANSWER_COLUMNS, CITATION_COLUMNS, answer_row, answer_tables
+from eval.bench.batch import bench_batch, card, documents_that_fit
+from eval.evidence_sets import EvidenceQuestion
 from eval.tables import Table, read_table, write_table
-from rag.types import Answer, AnswerMode, Citation, Route
+from rag.errors import ReadError
+from rag.types import Answer, AnswerMode, Citation, Document, Route
 from test_cli import ROOT, needs_models
 from ui.assembly import Fathom
 from ui.cli import main
@@ -494,3 +497,58 @@ def test_citations_are_words_lists_or_a_sheet(answer: Answer) -> None:
     assert cited.rows[1]["id"].target == "#'answers'!A3"
     answers, _ = answer_tables(table, questions, {1: given}, holds_lists=True)
     assert answers.rows[1]["citations"][1]["page"] == 3
+
+
+# ---- fathom bench batch --------------------------------------------------------------------------
+
+
+def test_the_bench_reckons_what_it_says(two_documents: Fathom, tmp_path: Path) -> None:
+    import torch
+
+    asked = {
+        document.id: [
+            EvidenceQuestion(str(n), f"What is said about number {n}?", str(document.id), ())
+            for n in range(5)
+        ]
+        for document in two_documents.documents()
+    }
+    service = two_documents.service()
+
+    def chosen(num_documents: int) -> list[tuple[Document, list[str]]]:
+        return documents_that_fit(
+            two_documents.documents(),
+            asked,
+            service,
+            num_documents=num_documents,
+            num_questions=num_documents * 4,
+        )
+
+    with pytest.raises(ReadError, match="2 documents with 4 questions each fit"):
+        chosen(3)
+    said: list[str] = []
+    with Journal(tmp_path / "a.journal") as journal:
+        bench = bench_batch(
+            chosen(2),
+            service,
+            service,
+            journal,
+            model="tiny-llama",
+            device=torch.device("cpu"),
+            max_new_tokens=16,
+            num_alone=2,
+            on_progress=said.append,
+        )
+        assert len(journal) == 8
+    assert said == [
+        f"document {n} of 2: {words}"
+        for n in (1, 2)
+        for words in ("2 questions alone", "4 questions as a batch")
+    ]
+    assert (bench.num_questions, bench.num_alone) == (8, 4)
+    for row in bench.rows:
+        assert (row.num_prefills, row.num_alone, row.same_answers) == (1, 2, 2)
+    assert bench.batch_seconds == pytest.approx(sum(row.batch_seconds for row in bench.rows))
+    assert bench.alone_seconds == pytest.approx(sum(2 * row.alone_seconds for row in bench.rows))
+    assert bench.ratio == pytest.approx(bench.alone_seconds / bench.batch_seconds)
+    assert "reckoned from 4 questions really asked so" in card(bench)
+    json.dumps(bench.to_json())

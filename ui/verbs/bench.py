@@ -28,6 +28,8 @@ VectorCache = Annotated[
     Path | None, typer.Option("--cache", help="Folder that keeps the chunks' vectors between runs.")
 ]
 
+_SMALL_CHARS = 2_000  # of a document, where a bench only tries itself
+
 
 @app.command(
     "ingest", epilog="Examples: fathom bench ingest  |  fathom bench ingest report.pdf --json"
@@ -457,6 +459,90 @@ def bench_poisoned_verb(
         named = {"model": fathom.engine.name, "embedder": fathom.embedder.fingerprint}
     (err if as_json else out).print(card(bench), markup=False)
     print_json(bench.to_json() | {"inside": inside and inside.name, **named})
+
+
+@app.command(
+    "batch",
+    epilog="Examples: fathom bench batch --data sets  |  fathom bench batch --data sets --small",
+)
+def bench_batch_verb(
+    data: Data,
+    split: Split = "test",
+    only: Annotated[str, typer.Option("--set", help="The set of documents and questions.")] = (
+        "squad2_articles"
+    ),
+    model: Annotated[
+        str, typer.Option(help="Catalog name, folder or hub id of a model.")
+    ] = "smollm2-135m",
+    documents: Annotated[int, typer.Option(min=1, help="The first so many that fit.")] = 5,
+    questions: Annotated[int, typer.Option(min=1, help="About all of them together.")] = 200,
+    alone: Annotated[
+        int, typer.Option(min=1, help="Questions of each document that are asked alone, too.")
+    ] = 2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of both.")] = 32,
+    small: Annotated[
+        bool,
+        typer.Option("--small", help="Two short documents, six questions: tries the bench itself."),
+    ] = False,
+    clock: Clock = "wall",
+    as_json: Json = False,
+) -> None:
+    """Time a table of questions as a batch, and one by one without document KV.
+
+    Every document is read whole by both. One by one is reckoned from a few questions of each.
+    """
+    from eval.batch_journal import Journal
+    from eval.bench.batch import bench_batch, card, documents_that_fit
+    from eval.evidence_sets import load_evidence_set
+    from rag.lm.device import choose_device
+
+    _check_clock(clock)
+    if small:
+        documents, questions, alone = 2, 6, 1
+    evidence = load_evidence_set(data, only, split)
+    with TemporaryDirectory() as folder, err.status("ingesting the documents") as status:
+        settings = load_settings(
+            home=Path(folder) / "home",
+            database_url=None,
+            model=model,
+            max_new_tokens=max_new_tokens,
+            prefill_deadline_seconds=1e9,
+        )
+        fathom = open_fathom(settings)
+        asked = {}
+        for document in evidence.documents:
+            path = Path(folder) / f"{document.id}.txt"
+            path.write_text(document.text[:_SMALL_CHARS] if small else document.text)
+            asked[fathom.ingest(path).document.id] = [
+                question for question in evidence.questions if question.document == document.id
+            ]
+        chosen = documents_that_fit(
+            fathom.documents(),
+            asked,
+            fathom.service(),
+            num_documents=documents,
+            num_questions=questions,
+        )
+        status.update("loading the model")
+        nothing_kept = {"document_kv_memory_bytes": 0, "document_kv_disk_bytes": 0}
+        forgetful = open_fathom(settings.model_copy(update=nothing_kept))
+        for each in (fathom, forgetful):
+            each.warm_up()
+        with Journal(Path(folder) / "answers.journal") as journal:
+            bench = bench_batch(
+                chosen,
+                fathom.service(),
+                forgetful.service(),
+                journal,
+                model=fathom.engine.name,
+                device=choose_device(settings),
+                max_new_tokens=max_new_tokens,
+                num_alone=alone,
+                clock=clock,
+                on_progress=status.update,
+            )
+    (err if as_json else out).print(card(bench), markup=False)
+    print_json(bench.to_json() | {"set": only, "split": split, "small": small})
 
 
 def _loaded(name: str) -> "tuple[OpenedModel, Any, ModelSpec]":
