@@ -1,16 +1,19 @@
-"""Public question sets whose answers are known as character spans of whole documents."""
+"""Public question sets over whole documents, as examples, and those with evidence as spans."""
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
+from eval.examples import EvalExample
+from eval.metrics import Span as Span
+from eval.metrics import contains_answer
 from rag.errors import ReadError
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,150 @@ def load_evidence_set(
             hint="fetch documents.jsonl.gz and questions.jsonl.gz of one version",
         )
     return EvidenceSet(name, documents, tuple(questions), source.long_spans)
+
+
+# ---- a whole folder as examples ---------------------------------------------------------------
+
+SPLITS = ("dev", "test")
+# Where the references are sentences, clauses or summaries, no answer holds them word for word.
+_METRICS = dict.fromkeys(("covidqa", "cuad_contracts", "lara", "qasper_papers", "qmsum"), "f1")
+# A haystack of the set of passages: so many passages, of which so many are asked about.
+_HAYSTACK = 60
+_NEEDLES = 10
+_HAYSTACKS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleSet:
+    """The documents of one split of a set, and every question on them."""
+
+    documents: tuple[EvidenceDocument, ...]
+    examples: tuple[EvalExample, ...]
+
+
+def is_example_set(folder: Path) -> bool:
+    """Say whether a folder holds a set: questions with their documents, or single passages."""
+    names = ("questions.jsonl.gz", "passages.jsonl.gz")
+    return any((folder / name).is_file() for name in names)
+
+
+def load_example_set(folder: Path, split: str) -> ExampleSet:
+    """Return every question of one split with its document, as examples.
+
+    Unlike `load_evidence_set` it takes questions without evidence, too. One that the document does
+    not answer is left out if the same words are asked with an answer. Single passages are built
+    into haystacks: see `_haystacks`.
+
+    Args:
+        folder: of one set, whose own fields are known here.
+        split: dev or test.
+
+    Raises:
+        ReadError: if a file is missing or damaged, or nothing is left.
+    """
+    if split not in SPLITS:
+        raise ReadError(f"there is no split {split!r}", hint="give dev or test")
+    if (folder / "passages.jsonl.gz").is_file():
+        return _haystacks(_read(folder / "passages.jsonl.gz"), split)
+    rows = _read(folder / "questions.jsonl.gz")
+    answered = {(row["doc_id"], row["question"]) for row in rows if row.get("answerable", True)}
+    examples = tuple(
+        _as_example(row, _METRICS.get(folder.name, "contains"))
+        for row in rows
+        if row["split"] == split
+        and (row.get("answerable", True) or (row["doc_id"], row["question"]) not in answered)
+    )
+    asked = {example.document for example in examples}
+    documents = tuple(
+        EvidenceDocument(
+            row["doc_id"], row.get("title") or row.get("file") or row["doc_id"], row["text"]
+        )
+        for row in _read(folder / "documents.jsonl.gz")
+        if row["doc_id"] in asked
+    )
+    missing = asked - {document.id for document in documents}
+    if missing or not examples:
+        raise ReadError(
+            f"{folder} has {len(examples)} questions in split {split!r}, and lacks"
+            f" {len(missing)} documents that they ask about",
+            hint="fetch documents.jsonl.gz and questions.jsonl.gz of one version",
+        )
+    return ExampleSet(documents, examples)
+
+
+def _as_example(row: dict[str, Any], metric: str) -> EvalExample:
+    """Return one question of any set; what tells the sets apart are the fields they have."""
+    answerable = row.get("answerable", True)
+    spans = _spans(row)
+    answers = tuple(row.get("answers") or [row[key] for key in ("answer",) if row.get(key)])
+    if "options" in row:  # quality_mc
+        answers, metric = (row["gold"],), "option"
+    elif row.get("numeric_key"):  # lara, where the answer is a number of a filing
+        answers, metric = (_number_asked_for(row),), "number"
+    if not answerable and "paragraph_span" in row:  # squad2: the paragraph it was asked of
+        spans = (tuple(row["paragraph_span"]),)
+    return EvalExample(
+        id=row["qid"],
+        question=row["question"],
+        document=row["doc_id"],
+        answers=answers if answerable else (),
+        answerable=answerable,
+        evidence=spans,
+        options=row.get("options", {}),
+        metric=metric,
+    )
+
+
+def _number_asked_for(row: dict[str, Any]) -> str:
+    """Return the number that answers, with its unit and scale; the answer may name others, too."""
+    found = [re.search(rf"\$?{re.escape(k)}{_SCALE}", row["answer"]) for k in row["numeric_key"]]
+    return ", ".join(match.group() for match in found if match) or ", ".join(row["numeric_key"])
+
+
+_SCALE = r"(?:\s?%|\s?(?:thousand|million|billion|percent)\b)?"
+
+
+def _haystacks(rows: list[dict[str, Any]], split: str) -> ExampleSet:
+    """Return documents of single passages, each with ten that are asked about, one a tenth.
+
+    So the depth of the evidence says nothing of the question. The even rows are dev, the odd ones
+    test; the order and the fillers are seeded; a filler that holds one of the answers is left out.
+    """
+    own = rows[SPLITS.index(split) :: 2]
+    documents, examples = [], []
+    for number in range(min(_HAYSTACKS, len(own) // _NEEDLES)):
+        needles = own[number * _NEEDLES : (number + 1) * _NEEDLES]
+        random = Random(number)
+        answers = [answer for row in needles for answer in row["answers"]]
+        fillers: list[dict[str, Any]] = []
+        for row in random.sample(own, 3 * _HAYSTACK):
+            if len(fillers) < _HAYSTACK - _NEEDLES and not (
+                row in needles or contains_answer(row["passage"], answers)
+            ):
+                fillers.append(row)
+        random.shuffle(needles)
+        part = len(fillers) // _NEEDLES
+        text, name = "", f"haystack-{number}"
+        for tenth, needle in enumerate(needles):
+            around = fillers[tenth * part : (tenth + 1) * part]
+            around.insert(random.randint(0, len(around)), needle)
+            for row in around:
+                text += f"{row['title']}\n"
+                if row is needle:
+                    span = (len(text), len(text) + len(row["passage"]))
+                    examples.append(
+                        EvalExample(
+                            f"{name}-{row['qid']}",
+                            row["question"],
+                            name,
+                            tuple(row["answers"]),
+                            True,
+                            (span,),
+                        )
+                    )
+                text += f"{row['passage']}\n\n"
+        documents.append(EvidenceDocument(name, name, text))
+    return ExampleSet(tuple(documents), tuple(examples))
 
 
 def _spans(row: dict[str, Any]) -> tuple[Span, ...]:

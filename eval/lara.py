@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.metrics import normalised
+from eval.metrics import normalised, says_not_there
 from rag.errors import ReadError
 
 # Half a percent: "8.8 million" stands for 8,829,000.
@@ -24,20 +24,6 @@ _NUMBER = re.compile(
     r"(?<![\w.])\$?\(?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\)?\s*(thousand|million|billion)?", re.I
 )
 _YEARS = range(1900, 2100)
-# Says that the text does not hold the answer. docs/benchmarks.md has its error rate, by hand.
-_DECLINES = re.compile(
-    r"\b(?:does|do|did|is|are|was|were|has|have|can|could)(?: not|n't|not)\b[^.]{0,60}?"
-    r"\b(?:mention|provide|contain|include|specif|discuss|state|detail|disclose|describe|address"
-    r"|indicate|reference|find|found|enough|sufficient|available|determin|present|list|outline"
-    r"|explain|report|given|elaborate)"
-    r"|\bno (?:\w+ ){0,4}(?:mention|information|reference|detail|indication|data|evidence|record"
-    r"|discussion|specific)"
-    r"|\b(?:cannot|can't|unable to) (?:be )?(?:answer|find|determin|provide|locate)"
-    r"|\bnot (?:\w+ ){0,3}(?:mentioned|provided|specified|included|disclosed|stated|described"
-    r"|discussed|available|addressed|given|found|detailed|contained)\b"
-    r"|\bthere (?:is|are|was|were) no\b",
-    re.I,
-)
 _SMALL_WORDS = frozenset(
     "of to in and for on by with from as at or is was were are be been it its this that which"
     " their his her they he she had has have not".split()
@@ -117,7 +103,7 @@ def score_prediction(prediction: str, reference: str, *, answerable: bool) -> fl
     and where it names none, the share of the reference's words. A rule, not a judge: a rephrased
     answer gets less than it deserves, in both arms alike.
     """
-    declines = bool(_DECLINES.search(prediction))
+    declines = says_not_there(prediction)
     if not answerable:
         return float(declines)
     wanted = numbers(reference)

@@ -15,10 +15,9 @@ from eval.bench.retrieval import (
     CachedEmbedder,
     bench_retrieval,
     card,
-    evidence_read,
-    recall_at_ranks,
 )
 from eval.evidence_sets import load_evidence_set
+from eval.metrics import evidence_read, recall_at_ranks
 from eval.statistics import cluster_bootstrap
 from hash_embedder import HashEmbedder
 from rag.errors import ReadError

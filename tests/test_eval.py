@@ -1,15 +1,11 @@
 """Scores and intervals against numbers worked by hand."""
 
-import gzip
-import json
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from eval.compare import Row, compare, score, summarise
-from eval.examples import EvalExample, load_examples
+from eval.examples import EvalExample
 from eval.metrics import (
     abstained_rightly,
     citations_are_verbatim,
@@ -18,7 +14,7 @@ from eval.metrics import (
     token_f1,
 )
 from rag.answering.prompt import CANNOT_ANSWER
-from rag.errors import DocumentNotFoundError, ReadError
+from rag.errors import DocumentNotFoundError
 from rag.types import Answer, Citation, Route
 from ui.assembly import Fathom
 
@@ -82,85 +78,6 @@ def test_only_an_unanswerable_question_is_rightly_declined() -> None:
     assert abstained_rightly(False, answerable=True)
     assert not abstained_rightly(True, answerable=True)
     assert not abstained_rightly(False, answerable=False)
-
-
-GOOD: dict[str, Any] = {
-    "id": "1",
-    "question": "q",
-    "document": "d",
-    "answers": ["a"],
-    "answerable": True,
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        ({"id": 7}, "id is 7; expected str"),
-        ({"answers": "a"}, "answers is 'a'; expected list"),
-        ({"answers": [" "]}, "not a word"),
-        ({"answers": []}, "answerable is True with 0 answers"),
-        ({"answerable": False}, "answerable is False with 1 answers"),
-        ({"answerable": 1}, "answerable is 1; expected bool"),
-        ({"document": True}, "document is True; expected str"),
-        ({"question": " "}, "question is empty"),
-        ({"answers": ["a", 1]}, "not a word"),
-        ({}, "id '1' is on line 1 too"),
-    ],
-)
-def test_a_bad_row_is_named(tmp_path: Path, change: dict[str, Any], fault: str) -> None:
-    path = tmp_path / "examples.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | change) + "\n")
-    with pytest.raises(ReadError, match="line 3") as caught:
-        load_examples(path)
-    assert fault in caught.value.message
-    assert "answers (list)" in caught.value.hint
-
-
-@pytest.mark.parametrize("key", sorted(GOOD))
-def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
-    path = tmp_path / "examples.jsonl"
-    path.write_text(json.dumps({k: v for k, v in GOOD.items() if k != key}))
-    with pytest.raises(ReadError, match=f"line 1: {key} is missing"):
-        load_examples(path)
-
-
-def test_good_rows_are_read_plain_and_gzipped(tmp_path: Path) -> None:
-    rows = [GOOD, {**GOOD, "id": "2", "document": 7, "answers": [], "answerable": False, "x": 0}]
-    data = "\ufeff" + "\r\n".join(json.dumps(row) for row in rows)
-    (tmp_path / "plain.jsonl").write_bytes(data.encode())
-    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(data.encode()))
-    expected = [EvalExample("1", "q", "d", ("a",), True), EvalExample("2", "q", "7", (), False)]
-    assert load_examples(tmp_path / "plain.jsonl") == expected
-    assert load_examples(tmp_path / "packed.jsonl.gz") == expected
-
-
-@pytest.mark.parametrize(
-    ("data", "fault"),
-    [
-        (b"", "holds no example"),
-        (b"\n \n", "holds no example"),
-        (b"[1]", "line 1: is not a JSON object"),
-        (b"\n\xff", "line 2: byte 1 is not UTF-8"),
-        (b"[" * 100_000, "line 1: is not a JSON object"),
-        (gzip.compress(json.dumps(GOOD).encode())[:-12], "cannot be read"),
-        (b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff" * 20, "cannot be read"),
-    ],
-)
-def test_broken_bytes_are_named(tmp_path: Path, data: bytes, fault: str) -> None:
-    path = tmp_path / "examples.jsonl"
-    path.write_bytes(data)
-    with pytest.raises(ReadError, match=fault):
-        load_examples(path)
-
-
-def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ReadError, match="cannot be read"):
-        load_examples(tmp_path / "none.jsonl")
-    path = tmp_path / "examples.jsonl"
-    path.write_text("{")
-    with pytest.raises(ReadError, match="line 1: is not a JSON object"):
-        load_examples(path)
 
 
 def _row(name: str, asked: Route, taken: Route, *, correct: bool) -> Row:

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.bench.bm25_floor import BM25Floor
-from eval.evidence_sets import EvidenceQuestion, EvidenceSet, Span
+from eval.evidence_sets import EvidenceQuestion, EvidenceSet
+from eval.metrics import RANKS, evidence_read, recall_at_ranks
 from eval.statistics import Interval, cluster_bootstrap
 from ingest.pipeline import IngestFailure, ingest_files
 from ingest.sources import SourceToRead
@@ -32,10 +33,8 @@ from rag.store.documents import DocumentStore
 from rag.store.oplog import OpLog
 from rag.types import Document
 
-RANKS = (1, 3, 5, 10, 20)
 TOKEN_BUDGETS = (256, 512, 1024, 2048)
 COLUMNS = (*(f"@{k}" for k in RANKS), *(f"{n}t" for n in TOKEN_BUDGETS))
-HALF = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,42 +133,6 @@ def bench_retrieval(
         p95_milliseconds=round(float(p95), 2),
         arms=_compared(found, [question.document for question in evidence.questions]),
     )
-
-
-def recall_at_ranks(
-    passages: Sequence[Span], gold: Sequence[Span], *, long_spans: bool
-) -> list[float]:
-    """Return for each of RANKS whether one of the first k passages shows the evidence: 0 or 1.
-
-    A passage does if it covers at least half of a gold span or, where gold spans are longer than
-    passages, if at least half of it lies within one.
-    """
-    shows = [
-        any(
-            _overlap(passage, span)
-            >= HALF * (min(_length(span), _length(passage)) if long_spans else _length(span))
-            for span in gold
-        )
-        for passage in passages[: max(RANKS)]
-    ]
-    return [float(any(shows[:k])) for k in RANKS]
-
-
-def evidence_read(read: Sequence[Span], gold: Sequence[Span], *, long_spans: bool) -> float:
-    """Return whether what was read, taken together, covers at least half of a gold span: 0 or 1.
-
-    Where gold spans are longer than passages, return the share of the gold's characters instead.
-    """
-    merged: list[Span] = []
-    for start, end in sorted(read):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    covered = [sum(_overlap(part, span) for part in merged) for span in gold]
-    if long_spans:
-        return sum(covered) / sum(map(_length, gold))
-    return float(any(c >= HALF * _length(span) for c, span in zip(covered, gold, strict=True)))
 
 
 def card(report: SetReport) -> str:
@@ -316,7 +279,7 @@ def _score_hits(
 
 
 def _score_windows(
-    windows: Sequence[Span],
+    windows: Sequence[tuple[int, int]],
     text: str,
     question: EvidenceQuestion,
     long_spans: bool,
@@ -326,7 +289,7 @@ def _score_windows(
     recall = recall_at_ranks(windows, question.spans, long_spans=long_spans)
     offsets = [embedder.token_offsets(text[a:b]) for a, b in windows[: max(RANKS)]]
     for budget in TOKEN_BUDGETS:
-        read: list[Span] = []
+        read: list[tuple[int, int]] = []
         left = budget
         for (start, _), tokens in zip(windows, offsets, strict=False):
             part = tokens[:left]
@@ -363,11 +326,3 @@ def _intervals(table: npt.NDArray[np.float64], clusters: list[str]) -> dict[str,
 
 def _row(label: str, tokens: str, cells: list[str]) -> str:
     return f"  {label:<18}{tokens:>6}  " + "".join(f"{cell:<8}" for cell in cells).rstrip()
-
-
-def _overlap(a: Span, b: Span) -> int:
-    return max(0, min(a[1], b[1]) - max(a[0], b[0]))
-
-
-def _length(span: Span) -> int:
-    return span[1] - span[0]
