@@ -1,206 +1,175 @@
-"""The same questions through both routes, paired."""
+"""The same questions by every arm, paired: asked, written down as they come, and gone on with.
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+What comes of it is rows (`eval.journal`); what they say is `eval.analysis`.
+"""
 
-from scipy.stats import binomtest
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from eval.examples import EvalExample
-from eval.metrics import (
-    abstained_rightly,
-    citations_are_verbatim,
-    contains_answer,
-    exact_match,
-    token_f1,
-)
-from rag.answering.citations import UNVERIFIED
-from rag.answering.service import AnsweringService
-from rag.store.documents import DocumentStore
-from rag.types import Answer, Document, Route
+from eval.arms import Arm, Workplace, answer_by, spans_of
+from eval.examples import EvalExample, load_examples
+from eval.journal import Journal, Run, appending, check_same, read_journals
+from rag.errors import DocumentNotFoundError, ReadError
+from rag.types import Document
 
-SIGNIFICANCE = 0.05
-
-_MARKS = re.compile(rf"\[\d+\]|{re.escape(UNVERIFIED)}")
+EXAMPLES = "examples.jsonl"
+# An arm that reads a document whole would make it cheap for the router to do so, too; and what a
+# router reads would be cheap for `full`. Each drops what is kept first; the cheap arms come first,
+# so that a run that is ended early has whole pairs.
+_ORDER = tuple(Arm)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One question by one route.
+def find_documents(
+    examples: Sequence[EvalExample], find: Callable[[str], Document]
+) -> dict[str, Document]:
+    """Return the document of every example by the name that the example gives it.
 
-    `correct` is: contains a reference and does not abstain, or, where the document does not hold
-    the answer, abstains. `f1` and `exact` follow SQuAD 2.0: there they are 1 for abstaining.
-    `seconds` is wall-clock time; `cached_tokens` of the `prompt_tokens` cost none of it, so two
-    routes' seconds compare only where both read their prompt afresh (None: a server did not tell).
+    Args:
+        examples: the questions.
+        find: from a name to a document of the library.
+
+    Raises:
+        DocumentNotFoundError: naming every example whose document is not there.
     """
-
-    example_id: str
-    asked: Route
-    taken: Route
-    correct: bool
-    exact: bool
-    f1: float
-    abstained: bool
-    abstained_rightly: bool
-    verbatim: bool
-    num_citations: int
-    prompt_tokens: int
-    cached_tokens: int | None
-    new_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """`correct` of `total`, with the Wilson interval at 95%."""
-
-    correct: int
-    total: int
-    low: float
-    high: float
+    found: dict[str, Document] = {}
+    faults: dict[str, str] = {}
+    for name in dict.fromkeys(example.document for example in examples):
+        try:
+            found[name] = find(name)
+        except DocumentNotFoundError as error:
+            faults[name] = error.message
+    if faults:
+        ids = [example.id for example in examples if example.document in faults]
+        raise DocumentNotFoundError(
+            "\n".join(faults.values())
+            + f"\n{len(ids)} examples ask about them, e.g. {', '.join(ids[:5])}",
+            hint="add them first: fathom ingest PATH...; fathom list shows what is there",
+        )
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What each route got right, and both on the questions where each was really taken.
+def check_evidence(
+    examples: Sequence[EvalExample], documents: Mapping[str, Document], place: Workplace
+) -> None:
+    """Refuse evidence that lies outside its document.
 
-    `taken` counts every question that a route really answered, so its totals may differ and the
-    two are not to be compared; `shares` counts the pairs alone. `only_full` and `only_retrieval`
-    count the pairs that one route alone got right; `p_value` is McNemar's, exact, two-sided; None
-    without pairs, and then nothing can be said.
+    Raises:
+        ReadError: naming every example, and what is wrong.
     """
+    faults = []
+    for example in examples:
+        document = documents[example.document]
+        faults += [
+            f"example {example.id}: evidence [{start}, {end}) ends after the"
+            f" {document.num_chars:,} characters of {document.title}"
+            for start, end in example.evidence
+            if end > document.num_chars
+        ]
+        if example.pages and not spans_of(example, document, place.store):
+            pages = ", ".join(map(str, example.pages))
+            faults.append(f"example {example.id}: {document.title} has no page {pages}")
+    if faults:
+        raise ReadError(
+            "\n".join(faults),
+            hint="evidence counts characters of the text that `fathom text DOCUMENT` prints",
+        )
 
-    taken: dict[Route, Share]
-    shares: dict[Route, Share]
-    only_full: int
-    only_retrieval: int
-    p_value: float | None
-    words: str
+
+def keep_examples(examples: Sequence[EvalExample], folder: Path) -> None:
+    """Write the examples into the folder of the comparison, or see that they are those there.
+
+    Raises:
+        ReadError: if the folder holds others.
+    """
+    path = folder / EXAMPLES
+    if path.exists():
+        if load_examples(path) != list(examples):
+            raise ReadError(
+                f"{path} holds other examples than those asked for",
+                hint="give another folder with -o, or the same examples, --limit and --seed",
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    lines = (json.dumps(example.to_json(), ensure_ascii=False) for example in examples)
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_comparison(folder: Path) -> tuple[list[EvalExample], Journal]:
+    """Return what a comparison left in its folder, to be scored again without a model.
+
+    Raises:
+        ReadError: if there is none.
+    """
+    if not (folder / EXAMPLES).is_file():
+        raise ReadError(
+            f"{folder} holds no comparison: there is no {EXAMPLES}",
+            hint="make one first: fathom compare EXAMPLES -o DIR",
+        )
+    return load_examples(folder / EXAMPLES), read_journals(folder)
 
 
 def compare(
     examples: Sequence[EvalExample],
-    service: AnsweringService,
-    store: DocumentStore,
-    routes: Sequence[Route] = (Route.RETRIEVAL, Route.FULL),
-    on_row: Callable[[Row], None] | None = None,
-) -> Iterator[Row]:
-    """Yield a row for each question and route, in order.
+    documents: Mapping[str, Document],
+    arms: Sequence[Arm],
+    place: Workplace,
+    run: Run,
+    folder: Path,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Journal:
+    """Ask what has not been asked yet, document by document; return all rows that there are.
 
-    Every document is looked up before the first question, so a wrong name costs no model time.
+    The rows of a document by an arm are on the disk together once they are answered: a process that
+    is killed loses at most those it was at.
 
     Args:
-        examples: the questions.
-        service: answers them; the route asked for is taken only where it is possible.
-        store: the library that holds their documents.
-        routes: the routes to ask each question by, in this order.
-        on_row: called with each row before it is yielded, e.g. to save it or show progress.
+        examples: the questions, those of `keep_examples`.
+        documents: by the names that the examples give them.
+        arms: the ways to answer.
+        place: store, retriever and model.
+        run: what the rows are made with.
+        folder: of the journals.
+        shard: (i, n) takes every n-th document, from the i-th; each shard writes its own journal.
+        on_progress: called with the arm, the rows done by this shard, and all of them.
 
     Raises:
-        DocumentNotFoundError: if an example names a document that the library does not hold.
-        ModelError: if the model cannot read even the retrieved passages.
+        SettingsError: if rows there were made with other things, or are being written.
     """
-    documents = {example.document: store.find(example.document) for example in examples}
+    number, of = shard
+    before = read_journals(folder)
+    if before.runs:
+        check_same(before.runs[0], run)
+    by_document: dict[str, list[EvalExample]] = {}
     for example in examples:
-        for route in routes:
-            row = _ask(example, documents[example.document], route, service, store)
-            if on_row:
-                on_row(row)
-            yield row
+        by_document.setdefault(example.document, []).append(example)
+    mine = list(by_document)[number - 1 :: of]
+    total = len(arms) * sum(len(by_document[name]) for name in mine)
+    num_done = 0
+    name = "rows.jsonl" if of == 1 else f"rows-{number}-of-{of}.jsonl"
+    with appending(folder / name, run) as journal:
+        for document in mine:
+            for arm in sorted(set(arms), key=_ORDER.index):
+                asked = by_document[document]
+                left = [e for e in asked if (e.id, arm) not in before.done]
+                num_done += len(asked) - len(left)
+                counted = num_done
 
+                def on_answer(arm: Arm = arm) -> None:
+                    nonlocal counted
+                    counted += 1
+                    on_progress(arm, counted, total)
 
-def score(
-    example: EvalExample, asked: Route, answer: Answer, text_of: Callable[[int, int, int], str]
-) -> Row:
-    """Return the row of one finished answer; no model is needed.
-
-    Args:
-        example: the question.
-        asked: the route that was asked for.
-        answer: what came of it.
-        text_of: from document id, start and end to the canonical text there.
-    """
-    text = _MARKS.sub(" ", answer.answer)
-    stretch = _quoted_stretch(answer) or text
-    rightly = abstained_rightly(answer.abstained, example.answerable)
-    scored = example.answerable and not answer.abstained
-    return Row(
-        example_id=example.id,
-        asked=asked,
-        taken=answer.receipt.route,
-        correct=contains_answer(text, example.answers) if scored else rightly,
-        exact=exact_match(stretch, example.answers) if scored else rightly,
-        f1=token_f1(stretch, example.answers) if scored else float(rightly),
-        abstained=answer.abstained,
-        abstained_rightly=rightly,
-        verbatim=citations_are_verbatim(answer, text_of),
-        num_citations=len(answer.citations),
-        prompt_tokens=answer.receipt.prompt_tokens,
-        cached_tokens=answer.receipt.cached_tokens,
-        new_tokens=answer.receipt.new_tokens,
-        seconds=answer.receipt.seconds.total,
-    )
-
-
-def summarise(rows: Sequence[Row]) -> Verdict:
-    """Return the paired verdict on the questions that were answered by both routes.
-
-    Source: Wilson 1927; McNemar 1947, in its exact binomial form.
-
-    Raises:
-        ValueError: if a question was asked twice by one route; its pairs would be ambiguous.
-    """
-    if len({(row.example_id, row.asked) for row in rows}) < len(rows):
-        raise ValueError("a question stands twice in the rows of one route")
-    by_route = {
-        route: {r.example_id: r for r in rows if r.asked is r.taken is route}
-        for route in (Route.FULL, Route.RETRIEVAL)
-    }
-    taken = {
-        route: _share([r.correct for r in found.values()]) for route, found in by_route.items()
-    }
-    full, retrieval = by_route[Route.FULL], by_route[Route.RETRIEVAL]
-    pairs = [(full[i].correct, retrieval[i].correct) for i in full if i in retrieval]
-    only_full = pairs.count((True, False))
-    only_retrieval = pairs.count((False, True))
-    shares = {
-        Route.FULL: _share([a for a, _ in pairs]),
-        Route.RETRIEVAL: _share([b for _, b in pairs]),
-    }
-    if not pairs:
-        words = "not measurable: no question was answered by both"
-        return Verdict(taken, shares, 0, 0, None, words)
-    discordant = only_full + only_retrieval
-    p_value = float(binomtest(only_full, discordant).pvalue) if discordant else 1.0
-    words = "no difference shown"
-    if p_value < SIGNIFICANCE:
-        better = Route.FULL if only_full > only_retrieval else Route.RETRIEVAL
-        words = f"{better} is better"
-    words = f"{words} (p = {p_value:.3g})"
-    return Verdict(taken, shares, only_full, only_retrieval, p_value, words)
-
-
-def _ask(
-    example: EvalExample,
-    document: Document,
-    route: Route,
-    service: AnsweringService,
-    store: DocumentStore,
-) -> Row:
-    answer = service.answer(example.question, document_ids=[document.id], route=route)
-    return score(example, route, answer, store.text)
-
-
-def _quoted_stretch(answer: Answer) -> str:
-    """Return the stretch that a quotation answers with, "" where the answer is no quotation."""
-    for c in answer.citations:
-        if c.answer_start is not None and c.answer_end is not None:
-            return c.quote[c.answer_start - c.start : c.answer_end - c.start]
-    return ""
-
-
-def _share(correct: list[bool]) -> Share:
-    if not correct:
-        return Share(0, 0, 0.0, 1.0)
-    interval = binomtest(sum(correct), len(correct)).proportion_ci(method="wilson")
-    return Share(sum(correct), len(correct), float(interval.low), float(interval.high))
+                on_progress(arm, num_done, total)
+                if left:
+                    rows = answer_by(
+                        arm, left, documents[document], place, seed=run.seed, on_answer=on_answer
+                    )
+                    journal.append([row.to_json() for row in rows])
+                num_done += len(left)
+                on_progress(arm, num_done, total)
+    return read_journals(folder)

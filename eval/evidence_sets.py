@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -13,7 +13,10 @@ from typing import Any
 from eval.examples import EvalExample
 from eval.metrics import Span as Span
 from eval.metrics import contains_answer
+from ingest.pipeline import IngestFailure, IngestResult
+from ingest.sources import SourceToRead
 from rag.errors import ReadError
+from rag.types import Document
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,45 @@ class ExampleSet:
 
     documents: tuple[EvidenceDocument, ...]
     examples: tuple[EvalExample, ...]
+
+
+def ingest_set(
+    documents: Sequence[EvidenceDocument],
+    ingest: Callable[[Sequence[SourceToRead]], Iterable[IngestResult | IngestFailure]],
+    folder: Path,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Document]:
+    """Take a set's documents into a library the way every document goes; return them by their ids.
+
+    Args:
+        documents: of the set.
+        ingest: takes files into the library, in their order.
+        folder: where the files are written first.
+        on_progress: called with the documents done, and all of them.
+
+    Raises:
+        ReadError: if a text does not survive as it is, so that evidence would point elsewhere.
+    """
+    sources = []
+    for number, document in enumerate(documents):
+        file = folder / f"document-{number}.txt"
+        file.write_text(document.text, encoding="utf-8")
+        sources.append(
+            SourceToRead(file, document.id, f"{document.title.removesuffix('.txt')}.txt")
+        )
+    found: dict[str, Document] = {}
+    for document, outcome in zip(documents, ingest(sources), strict=True):
+        if isinstance(outcome, IngestFailure):
+            raise outcome.error
+        if outcome.document.num_chars != len(document.text):
+            raise ReadError(
+                f"{document.title}: the ingested text is not as long as the set's",
+                hint="its evidence spans would point elsewhere; the set needs plain Unix text",
+            )
+        found[document.id] = outcome.document
+        on_progress(len(found), len(documents))
+    return found
 
 
 def is_example_set(folder: Path) -> bool:

@@ -234,11 +234,6 @@ def _items(text: str) -> list[list[str]]:
     return [words for part in _BETWEEN_ITEMS.split(text) if (words := normalised(part))]
 
 
-def abstained_rightly(abstained: bool, answerable: bool) -> bool:
-    """Say whether the answer declined exactly when it should: abstained = not answerable."""
-    return abstained is not answerable
-
-
 def citations_are_verbatim(answer: Answer, text_of: Callable[[int, int, int], str]) -> bool:
     """Say whether every quote is the document's text at its place: quote = text[start : end].
 

@@ -122,12 +122,17 @@ def cluster_bootstrap_of(
 def clustered_mean(
     values: Sequence[float] | FloatArray, clusters: Sequence[str], *, seed: int = 0
 ) -> Interval:
-    """Return the mean with the wider of two intervals: documents drawn, and questions drawn.
+    """Return the mean with the wider of two intervals: documents drawn, and questions taken alone.
 
     Of a handful of documents the first is often too short: three that happen to agree say little.
+    The second is that of `rate` where all values are 0 or 1, else by drawing questions.
     """
-    by_document = cluster_bootstrap(values, clusters, seed=seed)
-    by_question = cluster_bootstrap(values, [str(n) for n in range(len(values))], seed=seed)
+    numbers = np.asarray(values, dtype=np.float64)
+    by_document = cluster_bootstrap(numbers, clusters, seed=seed)
+    if len(numbers) and set(numbers.tolist()) <= {0.0, 1.0}:
+        by_question = rate(int(numbers.sum()), len(numbers))
+    else:
+        by_question = cluster_bootstrap(numbers, [str(n) for n in range(len(numbers))], seed=seed)
     return Interval(
         by_document.mean,
         min(by_document.low, by_question.low),

@@ -118,7 +118,11 @@ def test_a_bootstrap_by_document_is_wider_where_its_questions_are_alike() -> Non
     assert clustered_mean(values, documents) == by_document
     # One document: there is nothing to draw, so the questions' own interval stands.
     alone = clustered_mean(values, ["one"] * len(values))
-    assert (alone.low, alone.high) == (by_question.low, by_question.high)
+    assert alone == rate(120, 180)
+    differences = values - 0.5
+    alone = clustered_mean(differences, ["one"] * len(values))
+    assert (alone.low, alone.high) == pytest.approx((by_question.low - 0.5, by_question.high - 0.5))
+    assert clustered_mean([1.0] * 5, list("aabbc")).low == pytest.approx(0.025**0.2)
     assert cluster_bootstrap(values, documents) == by_document  # seeded
 
 

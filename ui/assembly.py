@@ -142,9 +142,15 @@ class Fathom:
         )
 
     @cached_property
+    def retriever(self) -> Retriever:
+        """Finds the chunks nearest to a question."""
+        return Retriever(self.store, self.index, self.lexical, self.embedder, self.reranker)
+
+    @cached_property
     def _service(self) -> AnsweringService:
-        retriever = Retriever(self.store, self.index, self.lexical, self.embedder, self.reranker)
-        return AnsweringService(self.store, self.receipts, retriever, self.engine, self.settings)
+        return AnsweringService(
+            self.store, self.receipts, self.retriever, self.engine, self.settings
+        )
 
     def service(self) -> AnsweringService:
         """Return the one door to answers."""

@@ -15,13 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.bench.bm25_floor import BM25Floor
-from eval.evidence_sets import EvidenceQuestion, EvidenceSet
+from eval.evidence_sets import EvidenceQuestion, EvidenceSet, ingest_set
 from eval.metrics import RANKS, evidence_read, recall_at_ranks
 from eval.statistics import Interval, cluster_bootstrap
-from ingest.pipeline import IngestFailure, ingest_files
-from ingest.sources import SourceToRead
+from ingest.pipeline import ingest_files
 from rag.answering.context import nearest_passages, retrieved_context
-from rag.errors import ReadError
 from rag.retrieval.embedding import Embedder, FloatArray, Offsets
 from rag.retrieval.lexical_index import open_lexical_index
 from rag.retrieval.reranker import Reranker
@@ -203,24 +201,12 @@ def ingested_library(
     database = Database(settings.resolved_database_url)
     store = DocumentStore(database)
     ingesting = CachedEmbedder(embedder, cache_folder) if cache_folder else embedder
-    sources = []
-    for number, document in enumerate(evidence.documents):
-        file = settings.home / f"document-{number}.txt"
-        file.write_text(document.text, encoding="utf-8")
-        title = f"{document.title.removesuffix('.txt')}.txt"
-        sources.append(SourceToRead(file, document.id, title))
-    documents: dict[str, Document] = {}
-    outcomes = ingest_files(sources, store=store, embedder=ingesting, settings=settings)
-    for document, outcome in zip(evidence.documents, outcomes, strict=True):
-        if isinstance(outcome, IngestFailure):
-            raise outcome.error
-        documents[document.id] = outcome.document
-        if len(store.text(outcome.document.id)) != len(document.text):
-            raise ReadError(
-                f"{document.title}: the ingested text is not as long as the set's",
-                hint="its evidence spans would point elsewhere; the set needs plain Unix text",
-            )
-        progress("ingesting", len(documents), len(evidence.documents))
+    documents = ingest_set(
+        evidence.documents,
+        lambda sources: ingest_files(sources, store=store, embedder=ingesting, settings=settings),
+        settings.home,
+        on_progress=lambda done, total: progress("ingesting", done, total),
+    )
     index = VectorIndex(
         OpLog(database, embedder.fingerprint),
         settings.index_dir,

@@ -35,7 +35,7 @@ from rag.lm.prefill import Prefill
 from rag.lm.prefill_rate import PrefillClock
 from rag.lm.scoring import score_tails, shared_tokens
 from rag.lm.spec import ModelSpec
-from rag.lm.strides import read_strides, take_apart
+from rag.lm.strides import read_once, read_strides, take_apart
 from rag.settings import MIB, Settings
 from rag.store.calibrations import CalibrationStore
 
@@ -371,30 +371,75 @@ class LocalEngine:
             UnsupportedModelError: if no window can be fitted to the model exactly.
             OutOfMemoryError: if memory runs out.
         """
+        strides = take_apart([p.ids for p in prompts], [p.ids for p in frames])
+        held = len(strides.front) + strides.window(max_new_tokens)
+        yield from self._through_window(
+            held,
+            lambda checked, end_ids: read_strides(
+                checked,
+                strides,
+                end_ids=end_ids,
+                new_stream=self._tokenizer.stream,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+            ),
+        )
+
+    def generate_windowed(
+        self,
+        prompts: Sequence[Prompt],
+        prefix: DocumentPrefix,
+        *,
+        num_sinks: int,
+        window: int,
+        max_new_tokens: int,
+        stop: Event,
+    ) -> Iterator[tuple[int, GenerationStep]]:
+        """Answer prompts that begin with `prefix`, which is read once through a sliding window.
+
+        See `rag.lm.strides.read_once`: what left the window is gone.
+
+        Raises:
+            UnsupportedModelError: if no window can be fitted to the model exactly.
+            OutOfMemoryError: if memory runs out.
+        """
+        shared = prefix.num_tokens
+        yield from self._through_window(
+            num_sinks + window,
+            lambda checked, end_ids: read_once(
+                checked,
+                prompts[0].ids[:shared],
+                [prompt.ids[shared:] for prompt in prompts],
+                num_sinks=num_sinks,
+                window=window,
+                end_ids=end_ids,
+                new_stream=self._tokenizer.stream,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+            ),
+        )
+
+    def _through_window(
+        self,
+        held_tokens: int,
+        read: Callable[[WindowedModel, frozenset[int]], Iterator[tuple[int, GenerationStep]]],
+    ) -> Iterator[tuple[int, GenerationStep]]:
+        """Read with the model once a window is proven exact on it; `held_tokens` are cached."""
         from rag.lm.windowed_attention import check_windowed
 
-        strides = take_apart([p.ids for p in prompts], [p.ids for p in frames])
         with self._lock:
             model = self._loaded_model()
-            held = len(strides.front) + strides.window(max_new_tokens)
-            self._prefill.release(2 * kv_cache_bytes(self._spec, held))
+            self._prefill.release(2 * kv_cache_bytes(self._spec, held_tokens))
             try:
                 if self._windowed is None:
                     self._windowed = check_windowed(model)
-                yield from read_strides(
-                    self._windowed,
-                    strides,
-                    end_ids=self._tokenizer.end_ids(model),
-                    new_stream=self._tokenizer.stream,
-                    max_new_tokens=max_new_tokens,
-                    stop=stop,
-                )
+                yield from read(self._windowed, self._tokenizer.end_ids(model))
                 return
             except (RuntimeError, MemoryError) as error:
                 if not is_allocation_failure(error):
                     raise
-            # Raised here, where the error that holds the pass's tensors is gone.
-            raise OutOfMemoryError(f"memory ran out while a window of {held:,} tokens was read")
+        # Raised here, where the error that holds the pass's tensors is gone.
+        raise OutOfMemoryError(f"memory ran out while a window of {held_tokens:,} tokens was read")
 
     def score(
         self,

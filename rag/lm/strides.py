@@ -20,7 +20,7 @@ from rag.lm.engine import GenerationDone, GenerationStep, PrefillProgress, TextP
 
 if TYPE_CHECKING:
     from rag.lm.chat_tokenizer import TextStream
-    from rag.lm.windowed_attention import WindowedModel
+    from rag.lm.windowed_attention import WindowedModel, WindowedSession, WindowPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,33 +85,104 @@ def read_strides(
             session.read(piece)
             done += len(piece)
             yield number, PrefillProgress(done, total)
-        branch = session.fork()
-        logits = branch.read(strides.back)
-        next_id = int(logits.argmax())
-        read_seconds = time.perf_counter() - begun
-        text, new_tokens = new_stream(), 1
-        while next_id not in end_ids and not stop.is_set():
-            if piece_of_text := text.push(next_id):
-                yield number, TextPiece(piece_of_text)
-            if new_tokens == max_new_tokens:
-                break
-            next_id = int(branch.read([next_id]).argmax())
-            new_tokens += 1
-        if piece_of_text := text.flush():
-            yield number, TextPiece(piece_of_text)
-        yield (
-            number,
-            GenerationDone(
+        yield from (
+            (number, step)
+            for step in _reply(
+                session.fork(),
+                plan,
+                strides.back,
                 prompt_tokens=len(strides.front) + len(middle) + len(strides.back),
                 reused_tokens=len(strides.front) if number else 0,
-                new_tokens=new_tokens,
-                kv_tokens=plan.kept_tokens(branch.num_read),
-                kv_bytes=branch.kv_bytes,
-                prefill_seconds=read_seconds,
-                decode_seconds=time.perf_counter() - begun - read_seconds,
-                stopped=stop.is_set(),
-            ),
+                begun=begun,
+                end_ids=end_ids,
+                text=new_stream(),
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+            )
         )
+
+
+def read_once(
+    checked: WindowedModel,
+    shared_ids: Sequence[int],
+    tails: Sequence[Sequence[int]],
+    *,
+    num_sinks: int,
+    window: int,
+    end_ids: frozenset[int],
+    new_stream: Callable[[], TextStream],
+    max_new_tokens: int,
+    stop: Event,
+) -> Iterator[tuple[int, GenerationStep]]:
+    """Read what prompts share once through a sliding window, and answer each in a fork.
+
+    What left the window is gone, so only what stands at its end can be answered from: a control for
+    comparisons, not a way to answer. See `read_strides` for the steps.
+    """
+    from rag.lm.windowed_attention import WindowedSession, WindowPlan
+
+    plan = WindowPlan(num_sinks, window)
+    session = WindowedSession(checked, plan)
+    begun = time.perf_counter()
+    for start in range(0, len(shared_ids), session.chunk_tokens):
+        if stop.is_set():
+            return
+        session.read(shared_ids[start : start + session.chunk_tokens])
+    for number, tail in enumerate(tails):
+        if stop.is_set():
+            return
+        for step in _reply(
+            session.fork(),
+            plan,
+            tail,
+            prompt_tokens=len(shared_ids) + len(tail),
+            reused_tokens=len(shared_ids) if number else 0,
+            begun=begun,
+            end_ids=end_ids,
+            text=new_stream(),
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+        ):
+            yield number, step
+        begun = time.perf_counter()
+
+
+def _reply(
+    branch: WindowedSession,
+    plan: WindowPlan,
+    tail: Sequence[int],
+    *,
+    prompt_tokens: int,
+    reused_tokens: int,
+    begun: float,
+    end_ids: frozenset[int],
+    text: TextStream,
+    max_new_tokens: int,
+    stop: Event,
+) -> Iterator[GenerationStep]:
+    """Read the end of a prompt in a fork, and write the reply to it."""
+    next_id = int(branch.read(tail).argmax())
+    read_seconds = time.perf_counter() - begun
+    new_tokens = 1
+    while next_id not in end_ids and not stop.is_set():
+        if piece := text.push(next_id):
+            yield TextPiece(piece)
+        if new_tokens == max_new_tokens:
+            break
+        next_id = int(branch.read([next_id]).argmax())
+        new_tokens += 1
+    if piece := text.flush():
+        yield TextPiece(piece)
+    yield GenerationDone(
+        prompt_tokens=prompt_tokens,
+        reused_tokens=reused_tokens,
+        new_tokens=new_tokens,
+        kv_tokens=plan.kept_tokens(branch.num_read),
+        kv_bytes=branch.kv_bytes,
+        prefill_seconds=read_seconds,
+        decode_seconds=time.perf_counter() - begun - read_seconds,
+        stopped=stop.is_set(),
+    )
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:

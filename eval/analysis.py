@@ -1,0 +1,540 @@
+"""What the rows of a comparison say: rates with intervals, paired differences, and a verdict.
+
+Every number is made from scored rows alone, so all of it can be made again without a model. Two
+arms are compared on the questions that both answered; what does not fit a model is counted apart.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from eval.arms import ABOUT, Arm
+from eval.examples import EvalExample
+from eval.journal import DOES_NOT_FIT, FAILED, Journal, Row, Run
+from eval.metrics import area_under_risk, balanced_accuracy, risk_coverage
+from eval.scoring import NAMES_OF_RECALL, Scored, score_row
+from eval.statistics import (
+    NO_DIFFERENCE,
+    SIGNIFICANCE,
+    Interval,
+    clustered_mean,
+    design_effect,
+    detectable_difference,
+    holm,
+    is_equivalent,
+    mcnemar,
+)
+from rag.routing.question_class import classify_question
+from rag.routing.utility import RouteFeatures, RouterWeights, estimate_routes, places_of
+from rag.types import Route
+
+MARGIN = 0.05  # what counts as "as good as", declared before any run
+ORACLE_ROUTER = "oracle router"
+SELF_ROUTE = "self-route"
+SLICES = ("length", "question_class", "depth", "kind")
+_THRIFTS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# The comparisons that are made, the second being what is known already.
+_SECOND = (Arm.HYBRID, Arm.FULL)
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """One arm over all questions that it answered; shares are 0 to 1, means are a question's.
+
+    `does_not_fit` and `failed` questions are in no mean. `score` is by each example's metric;
+    `rest` is the same without the questions answered right closed book. `correct_if_shown` and
+    `correct_if_not` part it by whether the evidence was in the prompt, of which `shown` is the
+    share. None is what cannot be known.
+    """
+
+    arm: str
+    about: str
+    num_questions: int
+    does_not_fit: int
+    failed: int
+    score: Interval
+    rest: Interval | None
+    contains: float
+    exact: float
+    f1: float
+    crag: float
+    balanced_accuracy: float | None
+    answers_what_can_be: float | None
+    declines_what_cannot: float | None
+    aurc: float
+    verbatim: float
+    citation_precision: Interval | None
+    citation_recall: Interval | None
+    shown: float | None
+    correct_if_shown: float | None
+    correct_if_not: float | None
+    recall: Mapping[str, float]
+    words: float
+    prompt_tokens: float
+    computed_tokens: float
+    new_tokens: float
+    kv_bytes: float | None
+    seconds: float
+    seconds_a_right_answer: float | None
+    routes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two arms on the questions that both answered: `difference` is first less second.
+
+    `only_first` and `only_second` count the pairs that one alone got right. `p_value` is McNemar's
+    exact one, `holm` adjusted for all pairs of the comparison; both None where scores are not
+    right or wrong. `detectable` is the smallest difference that so many pairs, less their
+    `design_effect`, show in 4 of 5 runs. `equivalent` is shown to lie within the margin.
+    """
+
+    first: str
+    second: str
+    num_pairs: int
+    num_documents: int
+    difference: Interval
+    only_first: int
+    only_second: int
+    p_value: float | None
+    mid_p: float | None
+    holm: float | None
+    design_effect: float
+    detectable: float
+    equivalent: bool
+    words: str
+
+    @property
+    def shows_difference(self) -> bool:
+        """Whether zero is outside the interval, and the adjusted p-value low, if there is one."""
+        return self.difference.excludes_zero and (self.holm is None or self.holm < SIGNIFICANCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One arm on one slice of the questions."""
+
+    slice: str
+    value: str
+    arm: str
+    num_questions: int
+    score: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A way to answer by what it costs: prompt tokens computed a question, and all of them."""
+
+    name: str
+    computed_tokens: float
+    prompt_tokens: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """Everything that the report shows.
+
+    `grid` holds, of each arm, cells whose `slice` is a length and whose `value` a depth.
+    `frontier` are the arms and policies as points, `curve` the router's two models over thrift.
+    `waterfall` goes from knowing nothing to being shown the evidence. `risk` are points (share
+    answered, share of those wrong) of each arm. `gap_closed` is how much of the way from the best
+    single arm to the better of hybrid and full for each question the router went.
+    """
+
+    runs: tuple[Run, ...]
+    num_examples: int
+    num_documents: int
+    num_rows_missing: int
+    arms: tuple[ArmResult, ...]
+    pairs: tuple[Pair, ...]
+    cells: tuple[Cell, ...]
+    grid: tuple[Cell, ...]
+    frontier: tuple[Point, ...]
+    curve: tuple[Point, ...]
+    waterfall: tuple[tuple[str, float], ...]
+    risk: Mapping[str, tuple[tuple[float, float], ...]]
+    gap_closed: float | None
+    verdict: tuple[str, ...]
+
+
+Scores = dict[str, dict[str, Scored]]  # arm, example id
+
+
+def analyse(
+    examples: Sequence[EvalExample], journal: Journal, weights: RouterWeights | None = None
+) -> Analysis:
+    """Score every row and return what they say.
+
+    Args:
+        examples: the questions of the comparison.
+        journal: its rows.
+        weights: the router's two models, for its curve; None draws none.
+    """
+    by_id = {example.id: example for example in examples}
+    rows = [row for row in journal.rows if row.example_id in by_id]
+    arms = [arm for arm in Arm if any(row.arm == arm for row in rows)]
+    scored: Scores = {arm: {} for arm in arms}
+    for row in rows:
+        if (scores := score_row(by_id[row.example_id], row)) is not None:
+            scored[row.arm][row.example_id] = scores
+    derived = _derived(scored)
+    closed = {name for name, s in scored.get(Arm.CLOSED, {}).items() if s.correct}
+    closed &= {example.id for example in examples if example.answerable}
+    results = tuple(
+        _arm_result(name, found, rows, closed if Arm.CLOSED in scored else None)
+        for name, found in (scored | derived).items()
+        if found
+    )
+    pairs = _pairs(scored)
+    frontier = tuple(
+        Point(r.arm, r.computed_tokens, r.prompt_tokens, r.score.mean) for r in results
+    )
+    analysis = Analysis(
+        runs=journal.runs,
+        num_examples=len(examples),
+        num_documents=len({example.document for example in examples}),
+        num_rows_missing=len(examples) * len(arms) - len(rows),
+        arms=results,
+        pairs=pairs,
+        cells=tuple(_cells(scored)),
+        grid=tuple(_grid(scored)),
+        frontier=frontier,
+        curve=_curve(by_id, rows, scored, journal, weights) if weights else (),
+        waterfall=_waterfall(scored),
+        risk={arm: tuple(_risk(list(found.values()))) for arm, found in scored.items() if found},
+        gap_closed=_gap_closed(scored, derived),
+        verdict=(),
+    )
+    return _with_verdict(analysis)
+
+
+# ---- one arm ------------------------------------------------------------------------------------
+
+
+def _arm_result(
+    name: str, found: Mapping[str, Scored], rows: Sequence[Row], closed: set[str] | None
+) -> ArmResult:
+    answers = list(found.values())
+    mine = [row for row in rows if row.arm == name]
+    rest = [s for s in answers if closed is not None and s.example_id not in closed]
+    answerable = [s for s in answers if s.answerable]
+    others = [s for s in answers if not s.answerable]
+    known = [s for s in answerable if s.evidence_in_prompt is not None]
+    num_right = sum(s.correct for s in answers)
+    return ArmResult(
+        arm=name,
+        about=_ABOUT.get(name, ""),
+        num_questions=len(answers),
+        does_not_fit=sum(row.outcome == DOES_NOT_FIT for row in mine),
+        failed=sum(row.outcome == FAILED for row in mine),
+        score=_mean_score(answers),
+        rest=_mean_score(rest) if rest and name != Arm.CLOSED else None,
+        contains=_mean([s.contains for s in answerable]),
+        exact=_mean([s.exact for s in answers]),
+        f1=_mean([s.f1 for s in answers]),
+        crag=_mean([s.crag for s in answers]),
+        balanced_accuracy=_or_none(
+            balanced_accuracy([s.abstained for s in answers], [s.answerable for s in answers])
+        ),
+        answers_what_can_be=_or_none(_mean([not s.abstained for s in answerable])),
+        declines_what_cannot=_or_none(_mean([s.abstained for s in others])),
+        aurc=area_under_risk(_risk(answers)),
+        verbatim=_mean([s.verbatim for s in answers]),
+        citation_precision=_known_mean(answers, lambda s: s.citation_precision),
+        citation_recall=_known_mean(answers, lambda s: s.citation_recall),
+        shown=_or_none(_mean([s.evidence_in_prompt or 0.0 for s in known])),
+        correct_if_shown=_or_none(_mean([s.score for s in known if s.evidence_in_prompt == 1])),
+        correct_if_not=_or_none(_mean([s.score for s in known if s.evidence_in_prompt != 1])),
+        recall=_recall(answerable) if name in _SEARCHING else {},
+        words=_mean([s.words for s in answers]),
+        prompt_tokens=_mean([s.prompt_tokens for s in answers]),
+        computed_tokens=_mean([s.computed_tokens for s in answers]),
+        new_tokens=_mean([s.new_tokens for s in answers]),
+        kv_bytes=_or_none(_mean([s.kv_bytes for s in answers if s.kv_bytes is not None])),
+        seconds=_mean([s.seconds for s in answers]),
+        seconds_a_right_answer=(sum(s.seconds for s in answers) / num_right if num_right else None),
+        routes=_counts([s.route for s in answers]),
+    )
+
+
+_ABOUT: Mapping[str, str] = ABOUT | {
+    ORACLE_ROUTER: "the better of hybrid and full, known afterwards: a ceiling, lucky as it is",
+    SELF_ROUTE: "hybrid, and the whole document where that declines: both are paid for",
+}
+_SEARCHING = (Arm.RANDOM, Arm.LEXICAL, Arm.DENSE, Arm.HYBRID)
+
+
+def _derived(scored: Scores) -> Scores:
+    """Return the policies that need no run of their own, on questions that both arms answered."""
+    hybrid, full = scored.get(Arm.HYBRID, {}), scored.get(Arm.FULL, {})
+    both = [name for name in hybrid if name in full]
+    oracle = {
+        name: max(hybrid[name], full[name], key=lambda s: (s.score, -s.computed_tokens))
+        for name in both
+    }
+    routed = {
+        name: _after(hybrid[name], full[name]) if hybrid[name].abstained else hybrid[name]
+        for name in both
+    }
+    return {ORACLE_ROUTER: oracle, SELF_ROUTE: routed} if both else {}
+
+
+def _after(first: Scored, second: Scored) -> Scored:
+    """Return the second answer at the cost of both."""
+    return replace(
+        second,
+        prompt_tokens=first.prompt_tokens + second.prompt_tokens,
+        computed_tokens=first.computed_tokens + second.computed_tokens,
+        new_tokens=first.new_tokens + second.new_tokens,
+        seconds=first.seconds + second.seconds,
+    )
+
+
+# ---- two arms -----------------------------------------------------------------------------------
+
+
+def _pairs(scored: Scores) -> tuple[Pair, ...]:
+    seconds = [arm for arm in _SECOND if scored.get(arm)]
+    wanted = [(arm, seconds[0]) for arm in scored if seconds and arm != seconds[0]]
+    if len(seconds) > 1 and Arm.ROUTER in scored:
+        wanted.append((Arm.ROUTER, seconds[1]))
+    found = [pair for a, b in wanted if (pair := _pair(a, b, scored)) is not None]
+    tested = [pair.p_value for pair in found if pair.p_value is not None]
+    adjusted = iter(holm(tested))
+    return tuple(
+        _worded(pair, next(adjusted) if pair.p_value is not None else None) for pair in found
+    )
+
+
+def _pair(first: str, second: str, scored: Scores) -> Pair | None:
+    both = [name for name in scored[first] if name in scored[second]]
+    if not both:
+        return None
+    left, right = (np.array([scored[arm][name].score for name in both]) for arm in (first, second))
+    differences = left - right
+    documents = [scored[first][name].document for name in both]
+    is_binary = set(left.tolist()) | set(right.tolist()) <= {0.0, 1.0}
+    test = mcnemar(int((differences == 1).sum()), int((differences == -1).sum()))
+    effect = design_effect(differences, documents)
+    # For graded scores the mean square of the difference is what discordance is for right or wrong.
+    discordance = max(float((differences**2).mean()), 1 / len(both))
+    return Pair(
+        first=first,
+        second=second,
+        num_pairs=len(both),
+        num_documents=len(set(documents)),
+        difference=clustered_mean(differences, documents),
+        only_first=int((differences > 0).sum()),
+        only_second=int((differences < 0).sum()),
+        p_value=test.p_value if is_binary else None,
+        mid_p=test.mid_p if is_binary else None,
+        holm=None,
+        design_effect=effect,
+        detectable=detectable_difference(len(both) / effect, discordance),
+        equivalent=is_equivalent(differences, documents, margin=MARGIN),
+        words="",
+    )
+
+
+def _worded(pair: Pair, adjusted: float | None) -> Pair:
+    pair = replace(pair, holm=adjusted)
+    if pair.shows_difference:
+        better, worse = pair.first, pair.second
+        if pair.difference.mean < 0:
+            better, worse = worse, better
+        words = f"{better} is better than {worse}"
+    elif pair.equivalent:
+        words = f"{NO_DIFFERENCE}, and shown to be within {100 * MARGIN:.0f} points"
+    else:
+        words = NO_DIFFERENCE
+    return replace(pair, words=words)
+
+
+# ---- slices, depth, cost ------------------------------------------------------------------------
+
+
+def _slice_of(s: Scored, name: str) -> str:
+    if name == "kind":
+        return "has an answer" if s.answerable else "has no answer"
+    return str(getattr(s, name))
+
+
+def _cells(scored: Scores) -> list[Cell]:
+    cells = []
+    for name in SLICES:
+        values = sorted({_slice_of(s, name) for found in scored.values() for s in found.values()})
+        for value in values:
+            for arm, found in scored.items():
+                part = [s for s in found.values() if _slice_of(s, name) == value]
+                if part:
+                    cells.append(Cell(name, value.strip(), arm, len(part), _mean_score(part)))
+    return cells
+
+
+def _grid(scored: Scores) -> list[Cell]:
+    cells = []
+    for arm, found in scored.items():
+        answerable = [s for s in found.values() if s.answerable and s.depth != "unknown"]
+        for place in sorted({(s.length, s.depth) for s in answerable}):
+            part = [s for s in answerable if (s.length, s.depth) == place]
+            cells.append(Cell(place[0].strip(), place[1], arm, len(part), _mean_score(part)))
+    return cells
+
+
+def _waterfall(scored: Scores) -> tuple[tuple[str, float], ...]:
+    """Return the score of each step, on the questions that every one of them answered."""
+    steps = [
+        arm
+        for arm in (Arm.CLOSED, Arm.RANDOM, Arm.HYBRID, Arm.FULL, Arm.ROUTER, Arm.ORACLE)
+        if scored.get(arm)
+    ]
+    if not steps:
+        return ()
+    common = set.intersection(*(set(scored[arm]) for arm in steps))
+    if not common:
+        return ()
+    return tuple(
+        (arm, _mean([scored[arm][name].score for name in sorted(common)])) for arm in steps
+    )
+
+
+def _risk(answers: Sequence[Scored]) -> list[tuple[float, float]]:
+    """Return the points of those that were answered, the declined being the last to be let through.
+
+    An answer that declines has made no claim: it has no risk and no coverage.
+    """
+    given = [s for s in answers if not s.abstained]
+    points = risk_coverage([s.confidence for s in given], [s.score for s in given])
+    return [(coverage * len(given) / len(answers), risk) for coverage, risk in points]
+
+
+def _curve(
+    by_id: Mapping[str, EvalExample],
+    rows: Sequence[Row],
+    scored: Scores,
+    journal: Journal,
+    weights: RouterWeights,
+) -> tuple[Point, ...]:
+    """Return what the router's two models would choose between hybrid and full, over thrift.
+
+    They see what a router sees: the question, the lengths, and the ranking of hybrid.
+    """
+    hybrid, full = scored.get(Arm.HYBRID, {}), scored.get(Arm.FULL, {})
+    both = [name for name in hybrid if name in full]
+    ranked = {row.example_id: row for row in rows if row.arm == Arm.HYBRID}
+    if not both:
+        return ()
+    context = journal.runs[0].context_tokens if journal.runs else None
+    points = []
+    for thrift in _THRIFTS:
+        chosen = []
+        for name in both:
+            row = ranked[name]
+            features = RouteFeatures(
+                question=by_id[name].question,
+                document_tokens=row.document_tokens,
+                effective_tokens=context or row.document_tokens,
+                shares=tuple(found.lexical for found in row.ranked),
+                places=places_of([found.ordinal for found in row.ranked], row.num_chunks),
+                question_class=classify_question(by_id[name].question).question_class,
+            )
+            costs = {
+                Route.FULL: full[name].prompt_tokens,
+                Route.RETRIEVAL: hybrid[name].prompt_tokens,
+            }
+            best = estimate_routes(features, weights, costs, thrift=thrift)[0].route
+            chosen.append((full if best is Route.FULL else hybrid)[name])
+        points.append(
+            Point(
+                f"thrift {thrift:g}",
+                _mean([s.computed_tokens for s in chosen]),
+                _mean([s.prompt_tokens for s in chosen]),
+                _mean([s.score for s in chosen]),
+            )
+        )
+    return tuple(points)
+
+
+def _gap_closed(scored: Scores, derived: Scores) -> float | None:
+    router, oracle = scored.get(Arm.ROUTER, {}), derived.get(ORACLE_ROUTER, {})
+    both = [name for name in oracle if name in router]
+    if not both:
+        return None
+    best = max(_mean([scored[arm][name].score for name in both]) for arm in (Arm.HYBRID, Arm.FULL))
+    ceiling = _mean([oracle[name].score for name in both])
+    return (
+        (_mean([router[n].score for n in both]) - best) / (ceiling - best)
+        if ceiling > best
+        else None
+    )
+
+
+# ---- the verdict --------------------------------------------------------------------------------
+
+
+def _with_verdict(analysis: Analysis) -> Analysis:
+    lines = []
+    if analysis.num_rows_missing:
+        lines.append(
+            f"Not finished: {analysis.num_rows_missing:,} answers are still to come; what follows"
+            " is of those that are there."
+        )
+    for pair in analysis.pairs:
+        points = 100 * pair.difference.mean
+        about = (
+            f"{points:+.1f} points [{100 * pair.difference.low:+.1f},"
+            f" {100 * pair.difference.high:+.1f}] on {pair.num_pairs:,} questions of"
+            f" {pair.num_documents:,} documents; so many show a difference of"
+            f" {100 * pair.detectable:.0f} points in 4 of 5 runs"
+        )
+        if pair.shows_difference:
+            lines.append(f"{pair.words[0].upper()}{pair.words[1:]}: {about}.")
+        else:
+            lines.append(f"{pair.first} against {pair.second}: {pair.words}: {about}.")
+    for result in analysis.arms:
+        if result.does_not_fit:
+            lines.append(
+                f"{result.arm}: {result.does_not_fit:,} questions are on documents that do not fit"
+                " this model here; they are in no comparison with it."
+            )
+        if result.failed:
+            lines.append(f"{result.arm}: {result.failed:,} questions failed.")
+    return replace(analysis, verdict=tuple(lines))
+
+
+# ---- small things -------------------------------------------------------------------------------
+
+
+def _mean_score(answers: Sequence[Scored]) -> Interval:
+    return clustered_mean([s.score for s in answers], [s.document for s in answers])
+
+
+def _known_mean(
+    answers: Sequence[Scored], value: Callable[[Scored], float | None]
+) -> Interval | None:
+    known = [(found, s.document) for s in answers if (found := value(s)) is not None]
+    return clustered_mean([v for v, _ in known], [d for _, d in known]) if known else None
+
+
+def _recall(answers: Sequence[Scored]) -> dict[str, float]:
+    known = [s.recall + s.recall_at_tokens for s in answers if s.recall]
+    return {
+        name: _mean([values[place] for values in known])
+        for place, name in enumerate(NAMES_OF_RECALL)
+        if known
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _counts(values: Sequence[str]) -> dict[str, int]:
+    return {value: values.count(value) for value in sorted(set(values))}

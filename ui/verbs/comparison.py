@@ -1,0 +1,240 @@
+"""fathom compare: the same questions by every way to answer, paired, as a report."""
+
+import hashlib
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rag.settings import Settings, load_settings
+from ui.console import Home, Json, Model, open_fathom, out, print_json, stages_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from eval.examples import EvalExample
+    from eval.journal import Run
+    from rag.types import Document
+
+app = typer.Typer()
+
+# The settings that can change an answer.
+_SETTINGS = (
+    "chunk_tokens", "retrieval_tokens", "max_new_tokens", "num_candidates", "answer_mode",
+    "max_context_tokens", "prefill_deadline_seconds", "reranker", "device",
+)  # fmt: skip
+
+
+@app.command(
+    epilog="Examples: fathom compare questions.csv -o report"
+    "  |  fathom compare sets/squad2_articles --split test --limit 100 --documents 3 -o report"
+    "  |  fathom compare --rescore report --json"
+)
+def compare(
+    examples: Annotated[
+        Path | None,
+        typer.Argument(help="Table of questions (JSONL, CSV, XLSX), or the folder of a set."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the report; goes on there.")
+    ] = None,
+    arms: Annotated[
+        str, typer.Option(help="Ways to answer, by commas; all of them: `all`.")
+    ] = "closed,hybrid,full,router",
+    split: Annotated[str, typer.Option(help="Of a set: dev (to tune on) or test.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions; default: all.")] = None,
+    documents: Annotated[int | None, typer.Option(min=1, help="Documents; default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice, and of random passages.")] = 0,
+    shard: Annotated[
+        str, typer.Option(help="i/n: every n-th document from the i-th, beside other processes.")
+    ] = "1/1",
+    rescore: Annotated[
+        Path | None, typer.Option(help="Score the answers in this folder again; no model is run.")
+    ] = None,
+    model: Model = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the same questions in every way, paired, and say whether a difference is shown.
+
+    A row holds id, question, document (title, path or number of one in the library), answers,
+    answerable, and may hold evidence. The documents of a set come with it, into a library of their
+    own inside the report's folder. A run that was ended goes on where it was.
+    """
+    from eval.analysis import analyse
+    from eval.compare import load_comparison
+    from eval.report import summary, to_json, write_report
+    from rag.routing.utility import load_weights
+
+    if (rescore is None) == (examples is None):
+        raise typer.BadParameter("give a table of questions, or --rescore with a folder")
+    if rescore is None:
+        if output is None:
+            raise typer.BadParameter("say where the report goes: -o DIR")
+        assert examples is not None
+        _ask(
+            examples,
+            output,
+            _arms(arms),
+            split=split,
+            limit=limit,
+            documents=documents,
+            seed=seed,
+            shard=_shard(shard),
+            settings=load_settings(home=home, model=model),
+        )
+    folder = rescore or output
+    assert folder is not None
+    asked, journal = load_comparison(folder)
+    analysis = analyse(asked, journal, load_weights())
+    page = write_report(analysis, asked, journal, output or folder)
+    if as_json:
+        print_json({"report": str(page), **to_json(analysis)})
+        return
+    out.print(summary(analysis), markup=False)
+    out.print(f"\n{page}", markup=False)
+
+
+def _ask(
+    examples: Path,
+    folder: Path,
+    arms: "Sequence[Any]",
+    *,
+    split: str,
+    limit: int | None,
+    documents: int | None,
+    seed: int,
+    shard: tuple[int, int],
+    settings: Settings,
+) -> None:
+    """Ask what has not been asked yet."""
+    from eval.arms import Workplace
+    from eval.compare import check_evidence, compare, find_documents, keep_examples
+    from eval.evidence_sets import ingest_set, is_example_set, load_example_set
+    from eval.examples import choose, load_examples
+
+    is_set = examples.is_dir() and is_example_set(examples)
+    found = load_example_set(examples, split) if is_set else None
+    asked = choose(
+        found.examples if found else load_examples(examples),
+        documents=documents,
+        limit=limit,
+        seed=seed,
+    )
+    keep_examples(asked, folder)
+    if found is not None:
+        library = {"home": folder / "library", "database_url": None, "document_kv_disk_bytes": 0}
+        settings = settings.model_copy(update=library)
+    fathom = open_fathom(settings)
+    with stages_bar("compare") as on_progress:
+        if found is not None:
+            names = {example.document for example in asked}
+            with TemporaryDirectory(prefix="fathom-compare-") as files:
+                by_name = ingest_set(
+                    [document for document in found.documents if document.id in names],
+                    fathom.ingest_files,
+                    Path(files),
+                    on_progress=lambda done, total: on_progress("documents", done, total),
+                )
+        else:
+            by_name = find_documents(asked, fathom.store.find)
+        place = Workplace(
+            store=fathom.store,
+            retriever=fathom.retriever,
+            engine=fathom.engine,
+            settings=settings,
+            forget=lambda document: fathom.document_kv.forget({document.version_key}),
+        )
+        check_evidence(asked, by_name, place)
+        compare(
+            asked,
+            by_name,
+            arms,
+            place,
+            _run(examples, split if found else "", asked, by_name, fathom, seed),
+            folder,
+            shard=shard,
+            on_progress=lambda arm, done, total: on_progress("answers", done, total),
+        )
+
+
+def _run(
+    examples: Path,
+    split: str,
+    asked: "Sequence[EvalExample]",
+    documents: "Mapping[str, Document]",
+    fathom: Any,  # noqa: ANN401
+    seed: int,
+) -> "Run":
+    """Return what the rows are made with."""
+    from eval.bench.machine import this_machine
+    from eval.journal import Run
+    from rag.lm.device import choose_device
+
+    settings = fathom.settings
+    machine = this_machine(choose_device(settings))
+    names = sorted({example.document for example in asked})
+    return Run(
+        command=shlex.join(["fathom", *sys.argv[1:]]),
+        data=f"{examples.name} {split}".strip(),
+        examples_sha256=_sha256(examples),
+        documents={name: documents[name].content_sha256 for name in names},
+        model=fathom.engine.name,
+        model_sha256=_weights_sha256(settings),
+        context_tokens=fathom.engine.context_tokens,
+        embedder=fathom.embedder.fingerprint,
+        settings={name: getattr(settings, name) for name in _SETTINGS},
+        seed=seed,
+        commit=machine.commit,
+        device=machine.device if settings.remote_url is None else "a server",
+        num_threads=machine.num_threads,
+        versions=machine.versions,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _weights_sha256(settings: Settings) -> str:
+    """Return the checksum over the files of weights, "" where a server holds them."""
+    from rag.lm.catalog import is_gguf, resolve_model
+
+    if settings.remote_url is not None:
+        return ""
+    if is_gguf(settings.model):
+        return _sha256(Path(settings.model))
+    folder = resolve_model(settings.model, settings)
+    return _sha256(*sorted(folder.glob("*.safetensors")))
+
+
+def _sha256(*paths: Path) -> str:
+    """Return the checksum over files, and of a folder over the files in it, in order of names."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path]:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _arms(names: str) -> "list[Any]":
+    from eval.arms import Arm
+
+    if names == "all":
+        return list(Arm)
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in list(Arm)]
+    if unknown or not wanted:
+        raise typer.BadParameter(
+            f"there is no arm {', '.join(unknown) or names!r}; known are: {', '.join(Arm)}"
+        )
+    return [Arm(name) for name in wanted]
+
+
+def _shard(words: str) -> tuple[int, int]:
+    number, _, of = words.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise typer.BadParameter(f"--shard is {words!r}; expected i/n, e.g. 1/4")
+    return int(number), int(of)
