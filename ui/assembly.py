@@ -25,6 +25,7 @@ from rag.retrieval.lexical_index import LexicalIndex, open_lexical_index
 from rag.retrieval.reranker import Reranker
 from rag.retrieval.retriever import Retriever
 from rag.retrieval.vector_index import VectorIndex
+from rag.routing.model_plan import ContextRanges, context_ranges
 from rag.settings import Settings
 from rag.store.calibrations import CalibrationStore
 from rag.store.database import Database
@@ -62,6 +63,11 @@ class Fathom:
     def receipts(self) -> ReceiptStore:
         """The answers given so far."""
         return ReceiptStore(self.database)
+
+    @cached_property
+    def calibrations(self) -> CalibrationStore:
+        """What was measured here: prefill rates, effective lengths."""
+        return CalibrationStore(self.database)
 
     @cached_property
     def lexical(self) -> LexicalIndex:
@@ -113,10 +119,19 @@ class Fathom:
                 self._given_engine = LocalEngine.load(
                     self.settings.model,
                     self.settings,
-                    calibrations=CalibrationStore(self.database),
+                    calibrations=self.calibrations,
                     document_kv=self.document_kv,
                 )
             return self._given_engine
+
+    def context_ranges(self) -> ContextRanges | None:
+        """Return how long a context the model is made for and was measured to use well.
+
+        None where a server runs it.
+        """
+        spec = self.engine.spec
+        found = self.calibrations.effective_length(self.engine.model_id)
+        return context_ranges(spec, found.tokens if found else None) if spec else None
 
     @cached_property
     def document_kv(self) -> DocumentKV:
@@ -149,7 +164,12 @@ class Fathom:
     @cached_property
     def _service(self) -> AnsweringService:
         return AnsweringService(
-            self.store, self.receipts, self.retriever, self.engine, self.settings
+            self.store,
+            self.receipts,
+            self.retriever,
+            self.engine,
+            self.settings,
+            self.calibrations,
         )
 
     def service(self) -> AnsweringService:

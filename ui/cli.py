@@ -11,7 +11,16 @@ import typer
 from rag.errors import FathomError
 from rag.runtime import prepare_process
 from ui.console import err, show_error
-from ui.verbs import batch, bench, comparison, documents, models, questions, serving
+from ui.verbs import (
+    batch,
+    bench,
+    calibration,
+    comparison,
+    documents,
+    models,
+    questions,
+    serving,
+)
 
 app = typer.Typer(
     name="fathom",
@@ -24,6 +33,7 @@ app.add_typer(documents.app)
 app.add_typer(questions.app)
 app.add_typer(batch.app)
 app.add_typer(comparison.app)
+app.add_typer(calibration.app)
 app.add_typer(serving.app)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")

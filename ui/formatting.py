@@ -282,7 +282,7 @@ def receipt_text(answer: Answer) -> str:
     for gate in receipt.gates:
         verdict = "passed" if gate.passed else "FAILED"
         needs, limit = amount(gate.value, gate.unit), _limit(gate)
-        lines.append(f"  {gate.route:<9}  {gate.gate:<15}  {verdict}  {needs} of {limit}")
+        lines.append(f"  {gate.route:<9}  {gate.gate:<16}  {verdict}  {needs} of {limit}")
     lines += [
         f"read {read.tokens:,} of {read.of_tokens:,} tokens"
         + (f"; {read.not_read}" if read.not_read else ""),

@@ -31,6 +31,7 @@ from rag.routing.utility import (
     places_of,
 )
 from rag.settings import Settings
+from rag.store.calibrations import CalibrationStore
 from rag.store.documents import DocumentStore
 from rag.types import (
     AnswerMode,
@@ -78,12 +79,18 @@ class Planner:
     """Plans questions about the documents of one library with one model."""
 
     def __init__(
-        self, store: DocumentStore, retriever: Retriever, engine: Engine, settings: Settings
+        self,
+        store: DocumentStore,
+        retriever: Retriever,
+        engine: Engine,
+        settings: Settings,
+        calibrations: CalibrationStore | None = None,
     ) -> None:
         self._store = store
         self._retriever = retriever
         self._engine = engine
         self._settings = settings
+        self._calibrations = calibrations
 
     def plan(
         self,
@@ -321,15 +328,19 @@ class Planner:
         return min(known, default=None)
 
     def limits(self) -> Limits:
-        """Return what this model on this machine has now: context, free memory, the deadline."""
+        """Return what there is now: context, effective length, free memory, the deadline."""
         caps = [self._settings.max_context_tokens, self._engine.context_tokens]
         free_bytes = self._engine.free_bytes()
+        calibrated = self._calibrations and self._calibrations.effective_length(
+            self._engine.model_id
+        )
         return Limits(
             context_tokens=min((cap for cap in caps if cap is not None), default=None),
             memory_bytes=(
                 None if free_bytes is None else max(0, free_bytes - self._settings.kv_reserve_bytes)
             ),
             prefill_seconds=self._settings.prefill_deadline_seconds,
+            effective_tokens=calibrated.tokens if calibrated else None,
         )
 
     def features(

@@ -24,6 +24,7 @@ from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgres
 from rag.retrieval.retriever import Retriever
 from rag.routing.utility import RouteFeatures
 from rag.settings import Settings
+from rag.store.calibrations import CalibrationStore
 from rag.store.documents import DocumentStore
 from rag.store.receipts import ReceiptStore
 from rag.types import Answer, AnswerMode, Document, Receipt, Route, RouteDecision, storable
@@ -86,13 +87,14 @@ class AnsweringService:
         retriever: Retriever,
         engine: Engine,
         settings: Settings,
+        calibrations: CalibrationStore | None = None,
     ) -> None:
         self._store = store
         self._receipts = receipts
         self._retriever = retriever
         self._engine = engine
         self._settings = settings
-        self._planner = Planner(store, retriever, engine, settings)
+        self._planner = Planner(store, retriever, engine, settings, calibrations)
 
     def answer(
         self,

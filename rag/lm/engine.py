@@ -132,6 +132,13 @@ class Engine(Protocol):
         """Whether `score` works."""
 
     @property
+    def model_id(self) -> str:
+        """A fingerprint of what decides an answer: weights, their dtype, tokenizer and template.
+
+        Of a server, whose weights nobody here sees, it is that of the name.
+        """
+
+    @property
     def tokenizer_id(self) -> str:
         """A fingerprint of the tokenizer: equal ids give equal token counts."""
 

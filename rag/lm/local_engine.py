@@ -6,6 +6,7 @@ answer), `scoring` (likelihoods). Here are the parts put together, and the lock.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Lock
@@ -95,6 +96,7 @@ class LocalEngine:
         else:
             self._load_model = model
         self._name = name
+        self._weights_id = weights_id
         self._tokenizer = ChatTokenizer(tokenizer)
         self._spec = ModelSpec.from_config(config, dtype_bytes=dtype_bytes)
         if not self._spec.prefills_in_chunks:
@@ -182,6 +184,13 @@ class LocalEngine:
     def can_score(self) -> bool:
         """Whether `score` works."""
         return True
+
+    @property
+    def model_id(self) -> str:
+        """A fingerprint of what decides an answer: weights, their dtype, tokenizer and template."""
+        tokenizer = self._tokenizer
+        parts = (self._weights_id or self._name, tokenizer.id, tokenizer.template)
+        return hashlib.sha256(str(parts).encode()).hexdigest()[:16]
 
     @property
     def tokenizer_id(self) -> str:

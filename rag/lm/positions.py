@@ -46,6 +46,20 @@ def position_limit(spec: ModelSpec) -> int | None:
     return min(limits, default=None)
 
 
+def trained_limit(spec: ModelSpec) -> int | None:
+    """Return the longest context, in tokens, that was trained without scaling; None if no end is.
+
+    It is no longer than `position_limit`.
+    """
+    limits = [
+        reach.native
+        for reach in spec.positions
+        if reach.native is not None and (reach.window is None or reach.window > reach.native)
+    ]
+    declared = position_limit(spec)
+    return min([*limits, *([] if declared is None else [declared])], default=None)
+
+
 def _range_verdict(reach: PositionRange, num_tokens: int) -> PositionVerdict:
     distance = num_tokens if reach.window is None else min(num_tokens, reach.window)
     if reach.native is None or distance <= reach.native:

@@ -8,6 +8,7 @@ stands in every receipt.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -97,6 +98,11 @@ class RemoteEngine:
     def can_score(self) -> bool:
         """Whether `score` works: the protocol has no way to ask for it."""
         return False
+
+    @property
+    def model_id(self) -> str:
+        """A fingerprint of the name: the weights are the server's."""
+        return hashlib.sha256(self.name.encode()).hexdigest()[:16]
 
     @property
     def tokenizer_id(self) -> str:

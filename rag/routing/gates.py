@@ -25,16 +25,18 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What there is: the context in tokens, free bytes, the longest prefill.
+    """What there is: context and effective length in tokens, free bytes, the longest prefill.
 
     `memory_bytes` is free device memory less the reserve: the cache and what a forward pass takes
     beside it have to fit; None where a server has it. `context_tokens` is None if the model
-    declares no end and no cap is set.
+    declares no end and no cap is set. `effective_tokens` is the longest prompt that the model was
+    measured to use well, 0 if it does not even use the shortest one, None if nothing was measured.
     """
 
     context_tokens: int | None
     memory_bytes: int | None
     prefill_seconds: float
+    effective_tokens: int | None = None
 
 
 def check_gates(
@@ -92,6 +94,13 @@ def check_gates(
                 need.route,
             )
         )
+    if need.route is Route.FULL and limits.effective_tokens is not None:
+        # Where it is not measurable no limit is known, and what is not known is not relied on.
+        effective = limits.effective_tokens or None
+        fits = effective is not None and need.prompt_tokens <= effective
+        gates.append(
+            Gate("effective_length", need.prompt_tokens, effective, "tokens", fits, need.route)
+        )
     return tuple(gates)
 
 
@@ -106,4 +115,6 @@ def describe(gate: Gate) -> str:
         value, limit = (f"{(v or 0) / 2**20:,.0f} MiB" for v in (gate.value, gate.limit))
         return f"{gate.gate} {value} of {limit}"
     limit = "unknown" if gate.limit is None else f"{gate.limit:,.10g}"
+    if gate.gate == "effective_length" and gate.limit is None:
+        return f"{gate.gate} not measurable: the model answers too little even on short prompts"
     return f"{gate.gate} {gate.value:,.10g} of {limit}"

@@ -6,13 +6,47 @@ from typing import Any
 
 from rag.lm.kv_bytes import KVDtype, kv_bytes_by_kind, kv_cache_bytes
 from rag.lm.peak_bytes import peak_bytes
-from rag.lm.positions import position_limit
+from rag.lm.positions import position_limit, trained_limit
 from rag.lm.spec import ModelSpec
 from rag.routing.gates import Limits, Need, check_gates
 from rag.types import Gate, Route
 
 # Where neither positions nor memory end the context, the search ends here.
 _MOST_TOKENS = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class ContextRanges:
+    """How long a context a model was trained for, was scaled to, and was measured to use well.
+
+    In tokens. `trained` and `scaled` are None where nothing ends them, `scaled` also where the
+    checkpoint declares no scaling; `effective` is None where nothing was measured here, 0 where it
+    is not measurable.
+    """
+
+    trained: int | None
+    scaled: int | None
+    effective: int | None
+
+    @property
+    def counts(self) -> int | None:
+        """The range that counts: what positions allow, or what was measured if that is less.
+
+        None if nothing ends it.
+        """
+        positions = self.trained if self.scaled is None else self.scaled
+        known = [limit for limit in (positions, self.effective) if limit is not None]
+        return min(known, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that `fathom plan --json` prints."""
+        return asdict(self) | {"counts": self.counts}
+
+
+def context_ranges(spec: ModelSpec, effective_tokens: int | None) -> ContextRanges:
+    """Return the ranges of a model; `effective_tokens` is what `fathom calibrate` found."""
+    trained, declared = trained_limit(spec), position_limit(spec)
+    return ContextRanges(trained, declared if declared != trained else None, effective_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +77,17 @@ class ModelPlan:
     max_tokens: int | None
     num_sequences: int
     prefill_seconds: float | None
+    ranges: ContextRanges
 
     @property
     def fits(self) -> bool:
-        """Whether every gate passes but the prefill's: what is merely slow does fit."""
-        return all(gate.passed for gate in self.gates if gate.gate != "prefill_seconds")
+        """Whether every gate passes but two: what is merely slow, or badly used, does fit."""
+        soft = ("prefill_seconds", "effective_length")
+        return all(gate.passed for gate in self.gates if gate.gate not in soft)
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `fathom plan --model NAME --tokens N --json` prints."""
-        return asdict(self) | {"fits": self.fits}
+        return asdict(self) | {"fits": self.fits, "ranges": self.ranges.to_json()}
 
 
 def plan_model(
@@ -65,6 +101,7 @@ def plan_model(
     max_context_tokens: int | None = None,
     prefill_deadline_seconds: float = 60.0,
     predicted_prefill_seconds: float | None = None,
+    effective_tokens: int | None = None,
     source: str = "",
     file_bytes: int | None = None,
     quantization: str | None = None,
@@ -81,13 +118,14 @@ def plan_model(
         max_context_tokens: a cap below what the model declares.
         prefill_deadline_seconds: the longest acceptable prefill.
         predicted_prefill_seconds: of `tokens`, where a rate was measured here.
+        effective_tokens: what `fathom calibrate` found of it, 0 if not measurable.
         source: where the facts are from.
         file_bytes: the size of the weight files.
         quantization: the format of a checkpoint that is stored in another than its dtype.
     """
     caps = [cap for cap in (max_context_tokens, position_limit(spec)) if cap is not None]
     room = device_bytes - spec.weights_bytes - reserve_bytes
-    limits = Limits(min(caps, default=None), room, prefill_deadline_seconds)
+    limits = Limits(min(caps, default=None), room, prefill_deadline_seconds, effective_tokens)
     gates = check_gates(
         Need(Route.FULL, tokens - 1, 1),
         spec,
@@ -118,6 +156,7 @@ def plan_model(
         max_tokens=None if longest >= _MOST_TOKENS else longest,
         num_sequences=max(0, (room - peak) // kv_bytes),
         prefill_seconds=predicted_prefill_seconds,
+        ranges=context_ranges(spec, effective_tokens),
     )
 
 

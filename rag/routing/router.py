@@ -5,6 +5,12 @@ from rag.routing.gates import describe, failed
 from rag.routing.question_class import NEEDS_EVERYTHING, ClassifiedQuestion
 from rag.types import AnswerMode, Gate, QuestionClass, Route, RouteDecision, RouteEstimate
 
+# What a person who asks for everything to be read may overrule, and what they are told.
+_SOFT_GATES = {
+    "prefill_seconds": "it is slow",
+    "effective_length": "the model was not measured to use that much well",
+}
+
 
 def counted_decision(reason: str) -> RouteDecision:
     """Return the decision for a count that the text itself proves: exact, and no token is read.
@@ -36,8 +42,9 @@ def decide_route(
     Where every gate of `full` passes, a short document and a question that needs everything are
     read whole; any other question takes the route that is worth more. Where a gate fails, a
     question that needs everything is scanned, if the gates of `scan` are among those given and
-    pass; retrieval takes the rest. A prefill that is merely slow does not stop a person who asked
-    for `full`.
+    pass; retrieval takes the rest. A prefill that is merely slow, or a length that the model was
+    not measured to use well, does not stop a person who asked for `full`; nor does the latter stop
+    a document that is no longer than what retrieval would show.
 
     Args:
         gates: those of all routes.
@@ -58,7 +65,9 @@ def decide_route(
         )
     question_class = classified.question_class
     against = failed(gates, Route.FULL)
-    hard = [gate for gate in against if gate.gate != "prefill_seconds"]
+    hard = [gate for gate in against if gate.gate not in _SOFT_GATES]
+    if document_tokens <= retrieval_tokens:
+        against = [gate for gate in against if gate.gate != "effective_length"]
     can_scan = any(gate.route == Route.SCAN for gate in gates) and not failed(gates, Route.SCAN)
     if asked_for is Route.RETRIEVAL:
         route, reason = Route.RETRIEVAL, "retrieval was asked for"
@@ -67,7 +76,9 @@ def decide_route(
     elif asked_for is Route.FULL and not hard:
         route, reason = Route.FULL, "reading everything was asked for, and it fits"
         if against:
-            reason += f", though it is slow: {describe(against[0])}"
+            reason += (
+                f", though {'; '.join(f'{_SOFT_GATES[g.gate]}: {describe(g)}' for g in against)}"
+            )
     elif against:
         route = Route.SCAN if can_scan and question_class in NEEDS_EVERYTHING else Route.RETRIEVAL
         begin = "reading everything" + (" at once" if route is Route.SCAN else "")

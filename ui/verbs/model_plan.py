@@ -8,8 +8,9 @@ from rich.table import Table
 
 from rag.lm.kv_bytes import KVDtype
 from rag.lm.spec import ModelSpec
-from rag.routing.model_plan import ModelPlan
+from rag.routing.model_plan import ContextRanges, ModelPlan
 from rag.settings import Settings
+from rag.store.calibrations import CalibrationStore
 from ui.console import out, print_json
 from ui.formatting import amount
 
@@ -75,6 +76,7 @@ def show_model_plan(
         max_context_tokens=settings.max_context_tokens,
         prefill_deadline_seconds=settings.prefill_deadline_seconds,
         predicted_prefill_seconds=remembered_seconds(facts.name, facts.spec, tokens, settings),
+        effective_tokens=remembered_effective_tokens(facts.name, settings),
     )
     if plot is not None:
         from ui.plots import draw_model_plan
@@ -90,15 +92,13 @@ def show_model_plan(
 
 def remembered_seconds(name: str, spec: ModelSpec, tokens: int, settings: Settings) -> float | None:
     """Return the prefill seconds by a rate that this library remembers, None if it has none."""
-    url = settings.resolved_database_url
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+    calibrations = _calibrations(settings)
+    if calibrations is None:
         return None
     import torch
 
     from rag.lm.device import choose_device
     from rag.lm.prefill_rate import PrefillClock
-    from rag.store.calibrations import CalibrationStore
-    from rag.store.database import Database
 
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
@@ -106,9 +106,44 @@ def remembered_seconds(name: str, spec: ModelSpec, tokens: int, settings: Settin
         spec,
         model_name=name,
         device_type=choose_device(settings).type,
-        calibrations=CalibrationStore(Database(url)),
+        calibrations=calibrations,
     )
     return clock.seconds(tokens) if clock.is_set else None
+
+
+def remembered_effective_tokens(name: str, settings: Settings) -> int | None:
+    """Return the effective length that this library remembers of a model of that name."""
+    calibrations = _calibrations(settings)
+    found = calibrations.effective_length_of(name) if calibrations else None
+    return found.tokens if found else None
+
+
+def ranges_text(ranges: ContextRanges) -> str:
+    """Return how long a context was trained, scaled and measured, and what counts, in a line."""
+    parts = [f"trained for {_tokens(ranges.trained)}"]
+    if ranges.scaled is not None:
+        parts.append(f"scaled to {_tokens(ranges.scaled)}")
+    if ranges.effective is None:
+        parts.append("effective length not measured here (fathom calibrate)")
+    elif ranges.effective == 0:
+        parts.append("effective length not measurable")
+    else:
+        parts.append(f"measured to use {_tokens(ranges.effective)} well")
+    return f"context: {', '.join(parts)}; {_tokens(ranges.counts)} counts"
+
+
+def _tokens(limit: int | None) -> str:
+    return "any length" if limit is None else f"{limit:,} tokens"
+
+
+def _calibrations(settings: Settings) -> CalibrationStore | None:
+    """Return what the library remembers; None where there is no library, for none is made here."""
+    url = settings.resolved_database_url
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+        return None
+    from rag.store.database import Database
+
+    return CalibrationStore(Database(url))
 
 
 def _print_plan(plan: ModelPlan) -> None:
@@ -143,6 +178,7 @@ def _print_plan(plan: ModelPlan) -> None:
 
     longest = "without end" if plan.max_tokens is None else f"{plan.max_tokens:,} tokens"
     out.print(f"longest context that fits: {longest}", markup=False)
+    out.print(ranges_text(plan.ranges), markup=False)
     out.print(f"caches of {plan.tokens:,} tokens that fit at once: {plan.num_sequences:,}")
     if plan.prefill_seconds is None:
         out.print(

@@ -131,12 +131,14 @@ def plan(
         raise typer.BadParameter("--device-memory, --kv-dtype and --plot need --tokens")
     from rag.routing.gates import describe
     from ui.formatting import routes_words
+    from ui.verbs.model_plan import ranges_text
 
     fathom = open_fathom(settings)
     ids = document_ids(fathom, documents, collection)
     service = fathom.service()
     planned = service.plan(question, service.documents(ids), route=route, calibrate=measure)
     decision = planned.decision
+    ranges = fathom.context_ranges()
     if as_json:
         print_json(
             {
@@ -149,6 +151,7 @@ def plan(
                 "document_tokens": planned.document_tokens,
                 "prompt_tokens": planned.prompt.num_tokens,
                 "longest_context_tokens": service.longest_context_tokens(),
+                "context_ranges": ranges.to_json() if ranges else None,
                 "model": fathom.engine.name,
             }
         )
@@ -164,6 +167,8 @@ def plan(
     longest = service.longest_context_tokens()
     room = "no end" if longest is None else f"{longest:,} tokens"
     out.print(f"longest context that fits {fathom.engine.name} here: {room}")
+    if ranges:
+        out.print(ranges_text(ranges), markup=False)
 
 
 @app.command(epilog="Examples: fathom receipt 1f2e3d4c5b6a  |  fathom receipt ID --json")

@@ -1,0 +1,421 @@
+"""Effective length: the estimate against a known truth, runs that are killed, and the gate."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import HashEmbedder, make_tiny_engine
+from eval.calibrate import (
+    CalibrationProgress,
+    Run,
+    Step,
+    ask,
+    calibrate,
+    lengths_within,
+    possible_lengths,
+    quick_lengths,
+)
+from eval.effective_length import KEPT_SHARE, effective_tokens, estimate_length
+from eval.judge_calibration import judge
+from eval.synthetic import Mix, Task
+from rag.errors import ModelError
+from rag.lm.catalog import fetched_models
+from rag.lm.document_kv import DocumentKV
+from rag.lm.local_engine import LocalEngine
+from rag.settings import Settings
+from rag.store.calibrations import CalibrationStore, EffectiveLength
+from rag.store.database import Database
+from rag.types import Route
+from ui.assembly import Fathom
+from ui.plots import draw_calibration
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTHS = np.array([512.0, 1024, 2048, 4096, 8192])
+TINY_LENGTHS = (1536, 2048)  # in bytes, which are the tiny model's tokens
+HERE = {"dtype": "32 bits", "device": "a test"}
+
+
+# ---- the estimate -----------------------------------------------------------------------------
+
+
+def curve(lengths: Any, middle: float) -> Any:  # noqa: ANN401 - numpy in, numpy out
+    """Return a true accuracy that falls from 0.95 to half of it at `middle` tokens."""
+    return 0.95 / (1 + (lengths / middle) ** 1.6)
+
+
+def true_length(middle: float) -> float:
+    fine = np.geomspace(LENGTHS[0], LENGTHS[-1], 20_000)
+    kept = curve(fine, middle) >= KEPT_SHARE * curve(LENGTHS[0], middle)
+    return float(fine[kept][-1])
+
+
+def draw_scores(
+    random: np.random.Generator, middle: float, haystacks: int
+) -> dict[int, list[list[float]]]:
+    """Draw ten answers a haystack; haystacks differ (intra-class correlation 0.1)."""
+    alike = (1 - 0.1) / 0.1
+    drawn = {}
+    for tokens, accuracy in zip(LENGTHS, curve(LENGTHS, middle), strict=True):
+        own = random.beta(accuracy * alike, (1 - accuracy) * alike, size=(haystacks, 1))
+        drawn[int(tokens)] = (random.random((haystacks, 10)) < own).astype(float).tolist()
+    return drawn
+
+
+@pytest.mark.parametrize(("middle", "haystacks"), [(3000.0, 12), (6000.0, 3)])
+def test_the_5th_percentile_is_seldom_above_the_truth(middle: float, haystacks: int) -> None:
+    random = np.random.default_rng(int(middle) + haystacks)
+    truth = true_length(middle)
+    found = [estimate_length(draw_scores(random, middle, haystacks)) for _ in range(100)]
+    low = np.array([estimate.low_tokens for estimate in found])
+    assert np.mean(low <= truth) >= 0.93
+    # Nor does it promise nothing: half of the runs give much of the truth.
+    assert np.median(low) > 0.4 * truth
+    median = np.array([estimate.median_tokens for estimate in found])
+    assert truth / 1.5 < np.median(median) < 1.5 * truth
+    assert all(e.low_tokens <= e.median_tokens <= e.high_tokens for e in found)
+
+
+def test_the_curve_is_read_between_lengths_by_their_logarithms() -> None:
+    counts = np.full(3, 10.0)
+    lengths = np.array([512.0, 2048, 8192])
+    # 0.85 lies halfway between 1.0 and 0.7, and 1,024 between 512 and 2,048.
+    means = np.array([1.0, 0.7, 0.2])
+    assert effective_tokens(lengths, means, counts, floor=0.5) == pytest.approx(1024)
+    # A rise is levelled first: 0.9 and 1.0 count as 0.95 each, of which 0.8075 is kept.
+    means = np.array([0.9, 1.0, 0.665])
+    assert effective_tokens(lengths, means, counts, floor=0.5) == pytest.approx(4096)
+    assert effective_tokens(lengths, np.ones(3), counts, floor=0.5) == 8192
+    assert effective_tokens(lengths, means / 2, counts, floor=0.5) == 0
+
+
+def test_a_model_that_is_poor_from_the_start_is_not_measurable() -> None:
+    right = [[1.0] * 10] * 6
+    half = [[1.0] * 5 + [0.0] * 5] * 6
+    seldom = [[1.0] * 3 + [0.0] * 7] * 6
+    assert not estimate_length({512: seldom, 1024: seldom}).is_measurable
+    unsure = estimate_length({512: half, 1024: half})
+    assert unsure.base == unsure.floor == 0.5
+    assert not unsure.is_measurable
+    assert estimate_length({512: right, 1024: right}).is_measurable
+    # What a guess would score in one of three cases is no base.
+    six = [[1.0] * 6 + [0.0] * 4] * 12
+    assert estimate_length({512: six, 1024: six}, chance=0.35).floor == pytest.approx(0.65)
+    assert not estimate_length({512: six, 1024: six}, chance=0.35).is_measurable
+
+
+def test_nothing_is_promised_beyond_the_longest_length() -> None:
+    right = [[1.0] * 10] * 3
+    found = estimate_length({512: right, 1024: right})
+    assert (found.low_tokens, found.high_tokens, found.longest_tokens) == (1024, 1024, 1024)
+    with pytest.raises(ValueError, match="two lengths"):
+        estimate_length({512: right})
+
+
+# ---- which lengths ----------------------------------------------------------------------------
+
+
+def test_lengths_are_powers_of_two_and_the_longest_that_fits() -> None:
+    assert possible_lengths(4096 + 32) == [512, 1024, 2048, 4096]
+    assert possible_lengths(4096) == [512, 1024, 2048, 4064]
+    assert possible_lengths(4200) == [512, 1024, 2048, 4096]
+    with pytest.raises(ModelError, match="too few"):
+        possible_lengths(600)
+
+
+def test_a_quick_run_takes_lengths_that_fit_its_seconds() -> None:
+    lengths = [512, 1024, 2048, 4096, 8192]
+
+    def seconds_of(tokens: int) -> float:
+        return tokens / 512
+
+    assert quick_lengths(lengths, 3 * (1 + 2 + 4), seconds_of) == lengths[:3]
+    assert quick_lengths(lengths, 3 * (1 + 2 + 4) - 1, seconds_of) == lengths[:2]
+    assert quick_lengths(lengths, 0.1, seconds_of) == lengths[:2]
+    assert quick_lengths(lengths, 0.1, lambda tokens: None) == lengths
+    assert lengths_within(lengths, 8, seconds_of) == lengths[:4]
+
+
+# ---- runs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibrations(tmp_path: Path) -> CalibrationStore:
+    return CalibrationStore(Database(f"sqlite:///{tmp_path / 'library.sqlite'}"))
+
+
+def kept_engine(tmp_path: Path) -> LocalEngine:
+    """Return the tiny model with a document KV, as the verb gives it one."""
+    tiny = make_tiny_engine()
+    kept = DocumentKV(tmp_path / "kv", memory_bytes=2**26, disk_bytes=0)
+    tokenizer = tiny._tokenizer._tokenizer
+    return LocalEngine(tiny._loaded_model(), tokenizer, name="tiny", document_kv=kept)
+
+
+def test_a_haystack_is_prefilled_once_for_all_its_questions(tmp_path: Path) -> None:
+    engine = kept_engine(tmp_path)
+    engine.predicted_prefill_seconds(1)  # measures the rate, once
+    computed: list[int] = []
+
+    def count(_: object, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        ids = keywords.get("input_ids", arguments[0] if arguments else None)
+        computed.append(ids.numel())
+
+    engine._loaded_model().register_forward_pre_hook(count, with_kwargs=True)
+    record = ask(engine, Step(Mix.LOOKUP, 2048, 0), Run(TINY_LENGTHS), Event())
+    assert record is not None
+    assert 1950 < record["prompt_tokens"] <= 2048
+    rows = record["rows"]
+    assert len(rows) == 12
+    assert {row["likeliest"] for row in rows if row["task"] == Task.ABSENT} == {None}
+    assert all(row["likeliest"] in (True, False) for row in rows if row["task"] != Task.ABSENT)
+    # Replies and options: the document, then 12 and 10 tails, 16 tokens each of the former.
+    tails = sum(len(row["question"]) for row in rows) * 4 + 12 * 16
+    assert record["document_tokens"] < sum(computed) < record["prompt_tokens"] + tails
+
+
+def test_a_run_that_breaks_off_goes_on_and_ends_as_one_that_did_not(
+    calibrations: CalibrationStore, tmp_path: Path
+) -> None:
+    engine = kept_engine(tmp_path)
+    run = Run(TINY_LENGTHS, num_haystacks=2, mixes=(Mix.LOOKUP,))
+    prefix = run.rows_prefix(engine.model_id)
+
+    def break_off(progress: CalibrationProgress) -> None:
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(engine, calibrations, run, on_progress=break_off, **HERE)
+    there = calibrations.load_all(prefix)
+    assert set(there) == {prefix + f"lookup {step}" for step in ("1536 0", "2048 0", "1536 1")}
+    assert calibrations.effective_length(engine.model_id) is None
+
+    seen: list[CalibrationProgress] = []
+    resumed = calibrate(engine, calibrations, run, on_progress=seen.append, **HERE)
+    assert [(progress.done, progress.total) for progress in seen] == [(3, 4)]
+    after = calibrations.load_all(prefix)
+    assert {key: after[key] for key in there} == there
+
+    other = CalibrationStore(Database(f"sqlite:///{tmp_path / 'other.sqlite'}"))
+    whole = calibrate(kept_engine(tmp_path / "other"), other, run, **HERE)
+    assert timeless(resumed.found) == timeless(whole.found)
+    assert resumed.cells == whole.cells
+    assert calibrations.effective_length(engine.model_id) == resumed.found
+    assert calibrations.effective_length_of("tiny") == resumed.found
+    assert calibrations.effective_length_of("another") is None
+
+    seen.clear()
+    calibrate(engine, calibrations, run, on_progress=seen.append, **HERE)
+    assert not seen
+    calibrate(engine, calibrations, run, fresh=True, on_progress=seen.append, **HERE)
+    assert [progress.done for progress in seen] == [0, 1, 2, 3]
+
+
+def test_a_run_with_a_budget_ends_with_whole_rounds(
+    calibrations: CalibrationStore, tmp_path: Path
+) -> None:
+    engine = kept_engine(tmp_path)
+    ticks = iter(range(1_000_000))
+    run = Run(TINY_LENGTHS, num_haystacks=5, mixes=(Mix.LOOKUP,), budget_seconds=12)
+    found = calibrate(engine, calibrations, run, clock=lambda: float(next(ticks)), **HERE).found
+    counts = {point.num_haystacks for point in found.points}
+    assert len(counts) == 1  # as many of each length
+    assert 1 <= counts.pop() < 5
+
+
+def timeless(found: EffectiveLength) -> EffectiveLength:
+    """Return it without what differs between two equal runs."""
+    points = tuple(
+        replace(point, prefill_seconds=None, predicted_seconds=None) for point in found.points
+    )
+    return replace(found, points=points, measured_at="")
+
+
+def rows_of(database: Path) -> dict[str, str]:
+    """Return when each haystack was stored, by its key, as another process sees it."""
+    if not database.is_file():
+        return {}
+    from rag.store.schema import calibration
+
+    with Database(f"sqlite:///{database}").read() as connection:
+        return {
+            row.key: row.created_at + row.value
+            for row in connection.execute(calibration.select())
+            if row.key.startswith("calibration rows")
+        }
+
+
+def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
+    tiny = make_tiny_engine()
+    model = tmp_path / "tiny"
+    tiny._loaded_model().save_pretrained(model)
+    tiny._tokenizer._tokenizer.save_pretrained(model)
+    home = tmp_path / "home"
+    command = [sys.executable, "-m", "ui.cli", "calibrate", "--model", str(model), "--json"]
+    command += ["--lengths", ",".join(map(str, TINY_LENGTHS)), "--haystacks"]
+    environment = os.environ | {"FATHOM_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment |= {"FATHOM_KV_RESERVE_BYTES": "0"}
+
+    killed = subprocess.Popen(
+        [*command, "200"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    )
+    try:
+        while killed.poll() is None and len(rows_of(home / "fathom.sqlite")) < 3:
+            time.sleep(0.1)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL  # it was not done yet
+    there = rows_of(home / "fathom.sqlite")
+    assert len(there) >= 3
+
+    rounds = str(len(there) // 4 + 1)  # at least a haystack more than there are
+    done = subprocess.run(
+        [*command, rounds], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    after = rows_of(home / "fathom.sqlite")
+    assert len(after) > len(there)
+    assert {key: after[key] for key in there} == there
+    assert line["measurable"] is False  # random weights answer nothing
+    assert line["tokens"] == 0
+    assert {point["tokens"] for point in line["points"]} == set(TINY_LENGTHS)
+
+    settings = Settings(home=home, model=str(model))
+    stored = Fathom(settings, embedder=HashEmbedder()).calibrations.effective_length_of(str(model))
+    assert stored is not None
+    assert json.loads(json.dumps(stored.to_json())) | {"cells": line["cells"]} == line
+
+
+# ---- what was found is used -------------------------------------------------------------------
+
+
+def saved(library: Fathom, tokens: int) -> None:
+    """Save an effective length of this many tokens for the library's model."""
+    engine = library.engine
+    records = [
+        {"tokens": length, "prefill_seconds": 1.0, "predicted_seconds": 1.0}
+        | {"rows": [{"task": Task.LITERAL, "depth": 0.5, "score": right, "likeliest": None}] * 10}
+        for length in TINY_LENGTHS
+        for right in ([1.0] if tokens else [0.0])
+    ]
+    found = judge(
+        records, model=engine.name, model_id=engine.model_id, seed=0, filler="none", **HERE
+    ).found
+    library.calibrations.save_effective_length(replace(found, tokens=tokens))
+
+
+def gate_of(gates: Sequence[Any]) -> Any:  # noqa: ANN401 - a Gate
+    (gate,) = [gate for gate in gates if gate.gate == "effective_length"]
+    return gate
+
+
+QUESTION = "What is the fee for the crossing?"
+
+
+@pytest.fixture
+def crossing(library: Fathom, tmp_path: Path) -> Fathom:
+    """Return a library with a document of some 2,000 bytes, longer than the retrieval budget."""
+    path = tmp_path / "crossing.txt"
+    path.write_text("The ferry crosses the sound twice a day. The fee is 12 crowns. " * 32)
+    settings = library.settings.model_copy(update={"retrieval_tokens": 512})
+    library = Fathom(settings, embedder=HashEmbedder(), engine=library.engine)
+    library.ingest(path)
+    return library
+
+
+def test_the_gate_is_left_out_until_something_was_measured(crossing: Fathom) -> None:
+    service = crossing.service()
+    documents = service.documents(None)
+    planned = service.plan(QUESTION, documents)
+    assert planned.decision.route is Route.FULL
+    assert "effective_length" not in {gate.gate for gate in planned.decision.gates}
+
+    saved(crossing, 3500)
+    planned = service.plan(QUESTION, documents)
+    gate = gate_of(planned.decision.gates)
+    assert planned.decision.route is Route.FULL
+    assert (gate.value, gate.limit, gate.passed) == (planned.prompt.num_tokens, 3500, True)
+    assert gate.value > planned.document_tokens  # with the template, as it was measured
+
+
+def test_a_longer_prompt_is_retrieved_unless_all_was_asked_for(crossing: Fathom) -> None:
+    saved(crossing, 1800)
+    service = crossing.service()
+    documents = service.documents(None)
+    decision = service.plan(QUESTION, documents).decision
+    assert decision.route is Route.RETRIEVAL
+    assert gate_of(decision.gates).limit == 1800
+    assert "effective_length 2," in decision.reason
+    assert "of 1,800" in decision.reason
+
+    asked = service.plan(QUESTION, documents, route=Route.FULL).decision
+    assert asked.route is Route.FULL
+    assert "not measured to use that much well: effective_length 2," in asked.reason
+
+    answer = service.answer(QUESTION, route=Route.FULL)
+    assert gate_of(answer.receipt.gates) == gate_of(asked.gates)
+
+
+def test_what_is_not_measurable_is_not_relied_on(crossing: Fathom, handbook: Path) -> None:
+    saved(crossing, 0)
+    service = crossing.service()
+    decision = service.plan(QUESTION, service.documents(None)).decision
+    gate = gate_of(decision.gates)
+    assert (gate.limit, gate.passed) == (None, False)
+    assert decision.route is Route.RETRIEVAL
+    assert "not measurable" in decision.reason
+    ranges = crossing.context_ranges()
+    assert ranges is not None
+    assert (ranges.trained, ranges.effective, ranges.counts) == (4096, 0, 0)
+
+    # What retrieval would show anyway may as well be read whole: nothing is gained by less.
+    short = crossing.ingest(handbook).document
+    settings = crossing.settings.model_copy(update={"retrieval_tokens": 1024})
+    wide = Fathom(settings, embedder=HashEmbedder(), engine=crossing.engine).service()
+    decision = wide.plan(QUESTION, [short]).decision
+    assert not gate_of(decision.gates).passed
+    assert decision.route is Route.FULL
+    assert "fit the retrieval budget" in decision.reason
+
+
+# ---- a real model -----------------------------------------------------------------------------
+
+
+@pytest.mark.model
+@pytest.mark.skipif(
+    not any(model.name == "smollm2-135m" for model in fetched_models(Settings())),
+    reason="the test model is not fetched: make test fetches it",
+)
+def test_a_real_model_finds_the_facts_of_short_prompts(
+    calibrations: CalibrationStore, tmp_path: Path
+) -> None:
+    kept = DocumentKV(tmp_path / "kv", memory_bytes=2**28, disk_bytes=0)
+    engine = LocalEngine.load(
+        "smollm2-135m", Settings(), calibrations=calibrations, document_kv=kept
+    )
+    run = Run((512, 768), num_haystacks=1, mixes=(Mix.LOOKUP,))
+    calibration = calibrate(engine, calibrations, run, **HERE)
+    found = calibration.found
+    assert found.tasks[Task.LITERAL]["base"] >= 0.5
+    assert found.tasks[Task.MANY_KEYS]["base"] >= 0.5
+    assert [point.num_questions for point in found.points] == [10, 10]
+    for point in found.points:
+        assert point.predicted_seconds is not None
+        assert point.prefill_seconds is not None
+    picture = tmp_path / "chart.png"
+    draw_calibration(calibration, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    ((_, record), *_) = calibrations.load_all(run.rows_prefix(engine.model_id)).items()
+    assert 480 < record["prompt_tokens"] <= 512
