@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -43,7 +44,7 @@ from ui.plots import draw_calibration
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = np.array([512.0, 1024, 2048, 4096, 8192])
 TINY_LENGTHS = (1536, 2048)  # in bytes, which are the tiny model's tokens
-HERE = {"dtype": "32 bits", "device": "a test"}
+calibrate_here = partial(calibrate, dtype="32 bits", device="a test")
 
 
 # ---- the estimate -----------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def test_a_haystack_is_prefilled_once_for_all_its_questions(tmp_path: Path) -> N
     computed: list[int] = []
 
     def count(_: object, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        ids = keywords.get("input_ids", arguments[0] if arguments else None)
+        ids = keywords["input_ids"] if "input_ids" in keywords else arguments[0]
         computed.append(ids.numel())
 
     engine._loaded_model().register_forward_pre_hook(count, with_kwargs=True)
@@ -196,19 +197,19 @@ def test_a_run_that_breaks_off_goes_on_and_ends_as_one_that_did_not(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(engine, calibrations, run, on_progress=break_off, **HERE)
+        calibrate_here(engine, calibrations, run, on_progress=break_off)
     there = calibrations.load_all(prefix)
     assert set(there) == {prefix + f"lookup {step}" for step in ("1536 0", "2048 0", "1536 1")}
     assert calibrations.effective_length(engine.model_id) is None
 
     seen: list[CalibrationProgress] = []
-    resumed = calibrate(engine, calibrations, run, on_progress=seen.append, **HERE)
+    resumed = calibrate_here(engine, calibrations, run, on_progress=seen.append)
     assert [(progress.done, progress.total) for progress in seen] == [(3, 4)]
     after = calibrations.load_all(prefix)
     assert {key: after[key] for key in there} == there
 
     other = CalibrationStore(Database(f"sqlite:///{tmp_path / 'other.sqlite'}"))
-    whole = calibrate(kept_engine(tmp_path / "other"), other, run, **HERE)
+    whole = calibrate_here(kept_engine(tmp_path / "other"), other, run)
     assert timeless(resumed.found) == timeless(whole.found)
     assert resumed.cells == whole.cells
     assert calibrations.effective_length(engine.model_id) == resumed.found
@@ -216,9 +217,9 @@ def test_a_run_that_breaks_off_goes_on_and_ends_as_one_that_did_not(
     assert calibrations.effective_length_of("another") is None
 
     seen.clear()
-    calibrate(engine, calibrations, run, on_progress=seen.append, **HERE)
+    calibrate_here(engine, calibrations, run, on_progress=seen.append)
     assert not seen
-    calibrate(engine, calibrations, run, fresh=True, on_progress=seen.append, **HERE)
+    calibrate_here(engine, calibrations, run, fresh=True, on_progress=seen.append)
     assert [progress.done for progress in seen] == [0, 1, 2, 3]
 
 
@@ -228,7 +229,7 @@ def test_a_run_with_a_budget_ends_with_whole_rounds(
     engine = kept_engine(tmp_path)
     ticks = iter(range(1_000_000))
     run = Run(TINY_LENGTHS, num_haystacks=5, mixes=(Mix.LOOKUP,), budget_seconds=12)
-    found = calibrate(engine, calibrations, run, clock=lambda: float(next(ticks)), **HERE).found
+    found = calibrate_here(engine, calibrations, run, clock=lambda: float(next(ticks))).found
     counts = {point.num_haystacks for point in found.points}
     assert len(counts) == 1  # as many of each length
     assert 1 <= counts.pop() < 5
@@ -303,15 +304,20 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def saved(library: Fathom, tokens: int) -> None:
     """Save an effective length of this many tokens for the library's model."""
-    engine = library.engine
+    engine, right = library.engine, float(tokens > 0)
     records = [
         {"tokens": length, "prefill_seconds": 1.0, "predicted_seconds": 1.0}
         | {"rows": [{"task": Task.LITERAL, "depth": 0.5, "score": right, "likeliest": None}] * 10}
         for length in TINY_LENGTHS
-        for right in ([1.0] if tokens else [0.0])
     ]
     found = judge(
-        records, model=engine.name, model_id=engine.model_id, seed=0, filler="none", **HERE
+        records,
+        model=engine.name,
+        model_id=engine.model_id,
+        seed=0,
+        filler="none",
+        dtype="32 bits",
+        device="a test",
     ).found
     library.calibrations.save_effective_length(replace(found, tokens=tokens))
 
@@ -406,7 +412,7 @@ def test_a_real_model_finds_the_facts_of_short_prompts(
         "smollm2-135m", Settings(), calibrations=calibrations, document_kv=kept
     )
     run = Run((512, 768), num_haystacks=1, mixes=(Mix.LOOKUP,))
-    calibration = calibrate(engine, calibrations, run, **HERE)
+    calibration = calibrate_here(engine, calibrations, run)
     found = calibration.found
     assert found.tasks[Task.LITERAL]["base"] >= 0.5
     assert found.tasks[Task.MANY_KEYS]["base"] >= 0.5
