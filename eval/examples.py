@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from eval.metrics import Span
+from eval.tables import read_table
 from rag.errors import ReadError
 
 METRICS = ("contains", "f1", "number", "option")
@@ -207,23 +208,14 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def _table(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield the number of each row as a spreadsheet shows it, with its cells made what they say."""
-    import pandas
-
-    try:
-        if path.suffix.lower() == ".xlsx":
-            table = pandas.read_excel(path, dtype=object, keep_default_na=False)
-        else:
-            comma = "\t" if path.suffix.lower() == ".tsv" else ","
-            table = pandas.read_csv(path, dtype=str, keep_default_na=False, sep=comma)
-    except Exception as error:  # whatever a damaged table makes of its readers
+    table = read_table(path)
+    if not table.rows:
         raise ReadError(
-            f"{path} cannot be read: {type(error).__name__}: {error}",
+            f"{path} holds no row",
             hint="expected a table with a head: id, question, document, answers, answerable",
-        ) from error
-    for number, cells in enumerate(table.to_dict(orient="records"), start=2):
-        row = {str(key).strip(): _plain(value) for key, value in cells.items()}
-        if any(row.values()):
-            yield number, _from_cells(row)
+        )
+    for number, cells in zip(table.numbers, table.rows, strict=True):
+        yield number, _from_cells({key: _plain(value) for key, value in cells.items()})
 
 
 def _plain(cell: object) -> str:

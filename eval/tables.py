@@ -51,12 +51,13 @@ class Table:
 
     A cell is text, a number, a truth value, a date or None; in JSON Lines and Parquet also a list
     or an object of these. A cell to be written may be a Link. `warnings` says what was guessed
-    while it was read.
+    while it was read, `numbers` at which row or line of the file each row stands.
     """
 
     columns: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...]
     warnings: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +120,10 @@ def _read_csv(path: Path) -> Table:
         delimiter = max(_DELIMITERS, key=lambda sign: len(next(csv.reader([head], delimiter=sign))))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
 
-    def lines() -> Iterator[tuple[str, list[str]]]:
+    def lines() -> Iterator[tuple[int, list[str]]]:
         try:
             for cells in reader:
-                yield f"line {reader.line_num}", cells
+                yield reader.line_num, cells
         except csv.Error as error:
             raise _damaged(path, f"line {reader.line_num}: {error}") from error
 
@@ -145,7 +146,7 @@ def _read_xlsx(path: Path) -> Table:
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # some programs write a wrong one
         numbered = enumerate(sheet.iter_rows(values_only=True), start=1)
-        return _table(path, ((f"row {number}", list(cells)) for number, cells in numbered))
+        return _table(path, ((number, list(cells)) for number, cells in numbered))
     except IndexError as error:
         raise _damaged(path, "it has no sheet of cells") from error
     finally:
@@ -155,7 +156,7 @@ def _read_xlsx(path: Path) -> Table:
 def _read_jsonl(path: Path) -> Table:
     text, warnings = decode(path.read_bytes())
     columns: dict[str, None] = {}
-    rows = []
+    rows, numbers = [], []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -167,7 +168,8 @@ def _read_jsonl(path: Path) -> Table:
             raise _damaged(path, f"line {number} is not an object")
         columns.update(dict.fromkeys(row))
         rows.append(row)
-    return Table(tuple(columns), tuple(rows), warnings)
+        numbers.append(number)
+    return Table(tuple(columns), tuple(rows), warnings, tuple(numbers))
 
 
 def _read_parquet(path: Path) -> Table:
@@ -178,13 +180,9 @@ def _read_parquet(path: Path) -> Table:
         found = ParquetFile(path).read()
     except ArrowException as error:
         raise _damaged(path, str(error)) from error
-    return _table(
-        path,
-        [
-            ("the header", list(found.column_names)),
-            *(("", list(row)) for row in zip(*(c.to_pylist() for c in found.columns), strict=True)),
-        ],
-    )
+    rows = zip(*(column.to_pylist() for column in found.columns), strict=True)
+    head = list(found.column_names)
+    return _table(path, enumerate([head, *map(list, rows)]))
 
 
 _READERS: dict[str, Callable[[Path], Table]] = {
@@ -196,10 +194,10 @@ _READERS: dict[str, Callable[[Path], Table]] = {
 }
 
 
-def _table(path: Path, lines: Iterable[tuple[str, list[Any]]]) -> Table:
-    """Return the table of lines of cells, each with its place in words; the first names columns."""
-    filled = ((place, cells) for place, cells in lines if any(not _is_blank(c) for c in cells))
-    _, names = next(filled, ("", []))
+def _table(path: Path, lines: Iterable[tuple[int, list[Any]]]) -> Table:
+    """Return the table of numbered lines of cells; the first names the columns."""
+    filled = ((number, cells) for number, cells in lines if any(not _is_blank(c) for c in cells))
+    _, names = next(filled, (0, []))
     columns = ["" if _is_blank(name) else str(name).strip() for name in names]
     while columns and not columns[-1]:
         columns.pop()
@@ -210,12 +208,13 @@ def _table(path: Path, lines: Iterable[tuple[str, list[Any]]]) -> Table:
             f"{path.name} has two columns {twice[0]!r}; expected each name once",
             hint="rename one of them",
         )
-    rows = []
-    for place, cells in filled:
+    rows, numbers = [], []
+    for number, cells in filled:
         if any(not _is_blank(cell) for cell in cells[len(columns) :]):
-            raise _damaged(path, f"{place} has {len(cells)} cells for {len(columns)} columns")
+            raise _damaged(path, f"row {number} has {len(cells)} cells for {len(columns)} columns")
         rows.append(dict(zip(columns, cells, strict=False)))
-    return Table(tuple(columns), tuple(rows))
+        numbers.append(number)
+    return Table(tuple(columns), tuple(rows), numbers=tuple(numbers))
 
 
 def _is_blank(cell: Any) -> bool:  # noqa: ANN401

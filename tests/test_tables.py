@@ -216,7 +216,7 @@ def test_an_xlsx_as_programs_really_write_it(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.csv", b"q,q\n1,2\n", "two columns 'q'"),
-        ("a.csv", b"q,r\n1,2,3\n", "line 2 has 3 cells for 2 columns"),
+        ("a.csv", b"q,r\n1,2,3\n", "row 2 has 3 cells for 2 columns"),
         ("a.csv", b'q,r\n"1"x,2\n', "line 2"),
         ("a.csv", b'q\n"never closed\n', "unexpected end of data"),
         ("a.jsonl", b'{"q": 1}\n{"q": \n', "line 2 is not JSON"),

@@ -363,11 +363,11 @@ class Planner:
             before[document.id] = num_chunks
             num_chunks += document.num_chunks
         nearest = hits[:NUM_HITS]
-        document_tokens = self._document_tokens(documents)
+        document_tokens, limits = self._document_tokens(documents), self.limits()
         return RouteFeatures(
             question=question,
             document_tokens=document_tokens,
-            effective_tokens=self.limits().context_tokens or document_tokens,
+            effective_tokens=limits.effective_tokens or limits.context_tokens or document_tokens,
             shares=tuple(sorted((hit.lexical for hit in nearest), reverse=True)),
             places=places_of(
                 [before[h.chunk.document_id] + h.chunk.chunk.ordinal for h in nearest], num_chunks
