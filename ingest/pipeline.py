@@ -8,11 +8,13 @@ in another.
 import errno
 import hashlib
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -188,13 +190,16 @@ def delete_documents(
 ) -> None:
     """Delete documents, their original bytes, and their sources where those lie in the library."""
     store.delete(*(document.id for document in documents))
-    remove_originals(documents, settings)
+    remove_originals(documents, store=store, settings=settings)
 
 
-def remove_originals(documents: Sequence[Document], settings: Settings) -> None:
-    """Remove the files of documents that the store holds no more."""
+def remove_originals(
+    documents: Sequence[Document], *, store: DocumentStore, settings: Settings
+) -> None:
+    """Remove the files of documents that the store holds no more, whoever else had them."""
     for document in documents:
-        original_path(settings, document.content_sha256).unlink(missing_ok=True)
+        original = original_path(settings, document.content_sha256)
+        store.if_unheld(document.content_sha256, partial(original.unlink, missing_ok=True))
         source = Path(document.source)
         if source.is_relative_to(settings.home.resolve()):  # the sample
             source.unlink(missing_ok=True)
@@ -280,20 +285,25 @@ def _commit(
 ) -> IngestResult:
     """Put the copied bytes in their place and everything else into one transaction."""
     file = taken.file
+    original = original_path(settings, file.content_sha256)
     try:
-        _put_in_place(taken.copy, file, settings)
-        document = store.save(
-            file,
-            taken.content,
-            taken.chunks,
-            np.concatenate(taken.vectors),
-            embedder=embedder.fingerprint,
-            collections=taken.collections,
-        )
+        with taken.copy.open("rb") as held:
+            _put_in_place(taken.copy, file, settings)
+            document = store.save(
+                file,
+                taken.content,
+                taken.chunks,
+                np.concatenate(taken.vectors),
+                embedder=embedder.fingerprint,
+                collections=taken.collections,
+            )
+            if not original.exists():  # another owner deleted the same bytes meanwhile
+                with taken.copy.open("wb") as again:
+                    shutil.copyfileobj(held, again)
+                _put_in_place(taken.copy, file, settings)
     except BaseException:
         taken.copy.unlink(missing_ok=True)
-        if store.by_content(file.content_sha256) is None:
-            original_path(settings, file.content_sha256).unlink(missing_ok=True)
+        store.if_unheld(file.content_sha256, partial(original.unlink, missing_ok=True))
         raise
     if document.source != file.source:  # the same content came under another name meanwhile
         return _known(document, file)

@@ -97,6 +97,7 @@ class Document:
     `source` is the name it was first ingested under (a resolved path, or `upload:` and a file
     name) and `version` counts that name's contents from 1. `is_latest` says that some name stands
     for it now: only such documents are searched, unless an older one is asked for by its number.
+    `owner` is the account it belongs to, "" where nobody signs in.
     """
 
     id: int
@@ -113,6 +114,7 @@ class Document:
     warnings: tuple[str, ...]
     created_at: str
     collections: tuple[str, ...] = ()
+    owner: str = ""
 
     @property
     def version_key(self) -> str:

@@ -234,7 +234,7 @@ class Fathom:
         A document that another collection holds as well stays.
         """
         documents = self.store.delete_collection(name)
-        remove_originals(documents, self.settings)
+        remove_originals(documents, store=self.store, settings=self.settings)
         self._erase_deleted(documents)
         return documents
 

@@ -161,7 +161,12 @@ class Database:
             if _schema_version(connection) == SCHEMA_VERSION:
                 return
         # Under the write lock: of two processes that open a new library, one makes the schema.
-        with self.write() as connection:
+        options = {"fathom_write": True, "fathom_migration": True}
+        with (
+            self._explained(),
+            self.engine.connect().execution_options(**options) as connection,
+            connection.begin(),
+        ):
             version = _schema_version(connection)
             if version is not None and version > SCHEMA_VERSION:
                 raise StoreError(
@@ -170,6 +175,7 @@ class Database:
                 )
             if version != SCHEMA_VERSION:
                 _upgrade(connection)
+        self.engine.dispose()  # of the connection without foreign keys
 
 
 def upsert(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -242,6 +248,8 @@ class _SQLite:
         # A deferred transaction that turns into a writer can fail at once with "locked", whatever
         # the busy timeout: writers therefore take the lock when they begin.
         options = connection.get_execution_options()
+        if options.get("fathom_migration"):  # a table can only be made anew without them
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
         if not options.get("fathom_outside"):
             write = options.get("fathom_write")
             connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

@@ -1,19 +1,16 @@
 """Queries on documents, their text, pages, sections and chunks. Rows never leave this file."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from sqlalchemy import (
     ColumnElement,
     Connection,
     CursorResult,
     Row,
-    Select,
     delete,
     exists,
     func,
@@ -23,26 +20,25 @@ from sqlalchemy import (
     update,
 )
 
-from rag.errors import DocumentNotFoundError, EmbedderMismatchError, StoreError
-from rag.store import receipts
+from rag.errors import DocumentNotFoundError, EmbedderMismatchError
+from rag.store import access, receipts
 from rag.store.database import Database, id_batches, upsert
+from rag.store.names import give_name, is_latest, meanings, source_key, stands_for
+from rag.store.parts import HEADING_SEPARATOR as HEADING_SEPARATOR
+from rag.store.parts import FloatArray, insert_parts, insert_vectors
 from rag.store.schema import (
     chunk,
     chunk_vector,
     collection_member,
+    collection_share,
     document,
     document_text,
     meta,
     page,
     section,
-    source_version,
     token_count,
 )
 from rag.types import CanonicalText, Chunk, Collection, Document, Page, Section, storable
-
-FloatArray = npt.NDArray[np.float32]
-HEADING_SEPARATOR = " > "
-ROWS_PER_INSERT = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +61,14 @@ class StoredChunk:
 
 
 class DocumentStore:
-    """The documents of one library."""
+    """The documents of one owner in a library, and those that others share with him.
 
-    def __init__(self, database: Database) -> None:
+    He reads both and changes only his own. `access.EVERY_OWNER` reads and changes all.
+    """
+
+    def __init__(self, database: Database, owner: str | None = "") -> None:
         self._database = database
+        self._owner = owner
 
     # ---- finding -----------------------------------------------------------------------------
 
@@ -85,20 +85,25 @@ class DocumentStore:
             DocumentNotFoundError: if there is no such collection.
         """
         with self._database.read() as connection:
+            versions = true() if include_superseded else is_latest()
             if collection is None:
-                return _documents(connection, true() if include_superseded else _is_latest())
-            _require_collection(connection, collection)
-            members = select(collection_member.c.document_id).where(
-                collection_member.c.collection == collection
-            )
-            wanted = document.c.id.in_(members)
-            return _documents(connection, wanted if include_superseded else wanted & _is_latest())
+                return self._documents(connection, versions)
+            key = access.find_collection(connection, self._owner, collection)
+            return self._documents(connection, access.members(key) & versions)
 
-    def by_content(self, content_sha256: str) -> Document | None:
-        """Return the document whose file has this SHA-256, or None."""
+    def if_unheld(self, content_sha256: str, remove: Callable[[], object]) -> None:
+        """Call `remove` if no document of any owner has this content; none is saved meanwhile."""
+        query = select(document.c.id).where(document.c.content_sha256 == content_sha256)
+        with self._database.write() as connection:
+            if connection.execute(query.limit(1)).first() is None:
+                remove()
+
+    def usage(self) -> tuple[int, int]:
+        """Return how many documents the owner has, all versions, and their bytes."""
+        query = select(func.count(), func.coalesce(func.sum(document.c.num_bytes), 0))
         with self._database.read() as connection:
-            found = _documents(connection, document.c.content_sha256 == content_sha256)
-        return found[0] if found else None
+            row = connection.execute(query.where(access.is_own(self._owner))).one()
+        return int(row[0]), int(row[1])
 
     def find(self, reference: str) -> Document:
         """Return the document with this id, or the one that a source or title stands for now.
@@ -107,12 +112,12 @@ class DocumentStore:
             DocumentNotFoundError: if none or several match.
         """
         with self._database.read() as connection:
-            for condition in _meanings(reference):
-                matches = _documents(connection, condition)
+            for condition in meanings(reference):
+                matches = self._documents(connection, condition)
                 if matches:
                     break
             else:
-                latest = _documents(connection, _is_latest())
+                latest = self._documents(connection, is_latest())
                 known = ", ".join(f"{d.id} {d.title!r}" for d in latest[:5]) or "none"
                 raise DocumentNotFoundError(
                     f"no document {reference!r}; there are {len(latest)}: {known}",
@@ -135,19 +140,26 @@ class DocumentStore:
             column = func.substr(column, start + 1, max(0, end - start))
         elif start:
             column = func.substr(column, start + 1)
-        query = select(column).where(document_text.c.document_id == document_id)
+        query = select(column).where(
+            document_text.c.document_id == document_id, self._reads(document_text.c.document_id)
+        )
         with self._database.read() as connection:
             return str(connection.scalar(query) or "")
 
     def pages(self, document_id: int) -> list[Page]:
         """Return the pages in order; empty where the format has none."""
-        query = select(page).where(page.c.document_id == document_id).order_by(page.c.number)
+        query = select(page).where(
+            page.c.document_id == document_id, self._reads(page.c.document_id)
+        )
         with self._database.read() as connection:
-            return [Page(r.number, r.label, r.start, r.end) for r in connection.execute(query)]
+            rows = connection.execute(query.order_by(page.c.number))
+            return [Page(r.number, r.label, r.start, r.end) for r in rows]
 
     def sections(self, document_id: int) -> list[Section]:
         """Return the headings in the order of the text."""
-        query = select(section).where(section.c.document_id == document_id)
+        query = select(section).where(
+            section.c.document_id == document_id, self._reads(section.c.document_id)
+        )
         with self._database.read() as connection:
             rows = connection.execute(query.order_by(section.c.ordinal))
             return [Section(r.level, r.title, r.start) for r in rows]
@@ -155,44 +167,49 @@ class DocumentStore:
     def chunks(self, chunk_ids: Sequence[int]) -> dict[int, StoredChunk]:
         """Return those of the given chunks that still exist, keyed by id."""
         found: dict[int, StoredChunk] = {}
+        readable = self._reads(chunk.c.document_id)
         with self._database.read() as connection:
             for ids in id_batches(chunk_ids):
-                rows = connection.execute(select(chunk).where(chunk.c.id.in_(ids)))
+                rows = connection.execute(select(chunk).where(chunk.c.id.in_(ids), readable))
                 found.update((row.id, _stored_chunk(row)) for row in rows)
         return found
 
     def chunks_of(self, document_id: int) -> list[StoredChunk]:
         """Return a document's chunks in order."""
-        query = select(chunk).where(chunk.c.document_id == document_id).order_by(chunk.c.ordinal)
+        query = select(chunk).where(
+            chunk.c.document_id == document_id, self._reads(chunk.c.document_id)
+        )
         with self._database.read() as connection:
-            return [_stored_chunk(row) for row in connection.execute(query)]
+            rows = connection.execute(query.order_by(chunk.c.ordinal))
+            return [_stored_chunk(row) for row in rows]
 
     def chunk_ids(self, document_ids: Sequence[int]) -> list[int]:
         """Return the ids of all chunks of the given documents."""
         found: list[int] = []
         with self._database.read() as connection:
-            for ids in id_batches(document_ids):
+            readable = access.readable_among(connection, self._owner, document_ids)
+            for ids in id_batches([number for number in document_ids if number in readable]):
                 query = select(chunk.c.id).where(chunk.c.document_id.in_(ids))
                 found += connection.scalars(query)
         return found
 
     def num_chunks(self) -> int:
-        """Return how many chunks there are, superseded versions included."""
+        """Return how many chunks the whole library has, superseded versions included."""
         with self._database.read() as connection:
             return connection.scalar(select(func.count()).select_from(chunk)) or 0
 
     # ---- writing -----------------------------------------------------------------------------
 
     def recall(self, file: SourceFile, *, collections: Sequence[str] = ()) -> Document | None:
-        """Return the document with this very content, or None if it is not stored yet.
+        """Return the owner's document with this very content, or None if he has none yet.
 
         The file's name stands for that document from now on, whatever it stood for before, and
         the document joins the collections. So content that a name goes back to, and content that
         another name has left, is searched again.
         """
-        names = _collection_names(collections)
+        names = access.collection_names(collections)
         with self._database.write() as connection:
-            return _recall(connection, file, names)
+            return self._recall(connection, file, names)
 
     def save(
         self,
@@ -223,17 +240,18 @@ class DocumentStore:
             StorageFullError: if the disk is full; nothing was kept.
         """
         assert len(chunks) == len(vectors)
-        names = _collection_names(collections)
+        names, owner = access.collection_names(collections), self._writer
         with self._database.write() as connection:
-            known = _recall(connection, source, names)  # another process may have been faster
+            known = self._recall(connection, source, names)  # another process may have been faster
             if known:
                 return known
             _claim_embedder(connection, embedder)
-            before = _stands_for(connection, source.source)
+            before = stands_for(connection, owner, source.source)
             version = before.version + 1 if before else 1
             values = {
+                "owner": owner,
                 "title": storable(source.title),
-                "source": _source_key(source.source),
+                "source": source_key(source.source),
                 "version": version,
                 "content_sha256": source.content_sha256,
                 "media_type": content.media_type,
@@ -245,12 +263,12 @@ class DocumentStore:
                 "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             document_id = _inserted_id(connection.execute(insert(document).values(values)))
-            _insert_parts(connection, document_id, content, chunks, vectors, embedder)
-            _name(connection, source, document_id)
+            insert_parts(connection, document_id, content, chunks, vectors, embedder)
+            give_name(connection, owner, source.source, source.title, document_id)
             if before:
-                names = {*names, *_collections_of(connection, before.document_id)}
-            _join_collections(connection, names, [document_id])
-            return _documents(connection, document.c.id == document_id)[0]
+                names |= self._collections_of(connection, before.document_id)
+            access.join_collections(connection, owner, names, [document_id])
+            return self._documents(connection, document.c.id == document_id)[0]
 
     def replace(
         self,
@@ -277,7 +295,7 @@ class DocumentStore:
             "warnings": json.dumps(content.warnings),
         }
         with self._database.write() as connection:
-            if not _existing(connection, [document_id]):
+            if not access.own_among(connection, self._owner, [document_id]):
                 raise DocumentNotFoundError(
                     f"no document {document_id}", hint="it was deleted meanwhile"
                 )
@@ -285,7 +303,7 @@ class DocumentStore:
             for table in (chunk, document_text, page, section, token_count):
                 connection.execute(delete(table).where(table.c.document_id == document_id))
             connection.execute(update(document).where(document.c.id == document_id).values(values))
-            _insert_parts(connection, document_id, content, chunks, vectors, embedder)
+            insert_parts(connection, document_id, content, chunks, vectors, embedder)
             self._database.erase_deleted_words(connection)
         self._database.erase_deleted()
 
@@ -293,10 +311,13 @@ class DocumentStore:
         """Delete documents, their chunks, vectors, lexical rows, and the answers' quotations.
 
         All of them or, on an error, none. A name that stood for one stands for the version before
-        it, if there is one.
+        it, if there is one. Those that are gone already are passed over.
+
+        Raises:
+            StoreError: if one is another's; none was deleted.
         """
         with self._database.write() as connection:
-            for document_id in document_ids:
+            for document_id in access.own_among(connection, self._owner, document_ids):
                 _delete(connection, document_id)
             self._database.erase_deleted_words(connection)
         self._database.erase_deleted()
@@ -304,46 +325,54 @@ class DocumentStore:
     # ---- collections -------------------------------------------------------------------------
 
     def collections(self) -> list[Collection]:
-        """Return the collections by name, with the number of documents (latest versions)."""
-        latest = collection_member.outerjoin(
-            document, (document.c.id == collection_member.c.document_id) & _is_latest()
-        )
-        query = (
-            select(collection_member.c.collection, func.count(document.c.id))
-            .select_from(latest)
-            .group_by(collection_member.c.collection)
-        )
+        """Return the collections by name, with the number of documents (latest versions).
+
+        One that another shares has its owner before its name: `anna/contracts`.
+        """
         with self._database.read() as connection:
-            rows = connection.execute(query).all()
-        return sorted((Collection(*row) for row in rows), key=lambda found: found.name)
+            keys = access.own_collections(connection, self._owner)
+            keys |= access.collections_shared_with(connection, self._owner)
+            latest = select(func.count(document.c.id)).where(is_latest())
+            found = [
+                Collection(
+                    access.shown_name(key, self._owner),
+                    connection.scalar(latest.where(access.members(key))) or 0,
+                )
+                for key in keys
+            ]
+        return sorted(found, key=lambda collection: collection.name)
 
     def add_to_collection(self, name: str, document_ids: Iterable[int]) -> None:
         """Put documents into a collection, which is made if it is new.
 
         Raises:
             DocumentNotFoundError: if one of the documents is gone; none was added.
+            StoreError: if one of them is another's.
         """
         ids = list(dict.fromkeys(document_ids))
         with self._database.write() as connection:
-            missing = set(ids) - _existing(connection, ids)
+            missing = set(ids) - set(access.own_among(connection, self._owner, ids))
             if missing:
                 raise DocumentNotFoundError(
                     f"no document {min(missing)}", hint="fathom list shows all numbers"
                 )
-            _join_collections(connection, _collection_names([name]), ids)
+            names = access.collection_names([name])
+            access.join_collections(connection, self._writer, names, ids)
 
     def remove_from_collection(self, name: str, document_ids: Iterable[int]) -> None:
         """Take documents out of a collection; the documents stay. Without members it is gone.
 
         Raises:
             DocumentNotFoundError: if there is no such collection.
+            StoreError: if it is another's.
         """
         with self._database.write() as connection:
-            _require_collection(connection, name)
-            for ids in id_batches(list(document_ids)):
+            _, own_name = access.find_own_collection(connection, self._owner, name)
+            own = access.own_among(connection, self._owner, list(document_ids))
+            for ids in id_batches(own):
                 connection.execute(
                     delete(collection_member).where(
-                        collection_member.c.collection == name,
+                        collection_member.c.collection == own_name,
                         collection_member.c.document_id.in_(ids),
                     )
                 )
@@ -353,10 +382,11 @@ class DocumentStore:
 
         Raises:
             DocumentNotFoundError: if there is no such collection.
+            StoreError: if it is another's.
         """
         with self._database.write() as connection:
-            _require_collection(connection, name)
-            _dissolve(connection, name)
+            key = access.find_own_collection(connection, self._owner, name)
+            access.dissolve(connection, key)
 
     def delete_collection(self, name: str) -> list[Document]:
         """Delete a collection with its documents of all versions, and return those deleted.
@@ -365,21 +395,56 @@ class DocumentStore:
 
         Raises:
             DocumentNotFoundError: if there is no such collection.
+            StoreError: if it is another's.
         """
-        members = select(collection_member.c.document_id)
         with self._database.write() as connection:
-            _require_collection(connection, name)
-            doomed = _documents(
-                connection,
-                document.c.id.in_(members.where(collection_member.c.collection == name))
-                & document.c.id.not_in(members.where(collection_member.c.collection != name)),
+            key = access.find_own_collection(connection, self._owner, name)
+            others = select(collection_member.c.document_id).where(
+                collection_member.c.collection != key[1]
             )
-            _dissolve(connection, name)
+            doomed = self._documents(
+                connection, access.members(key) & document.c.id.not_in(others)
+            )
+            access.dissolve(connection, key)
             for each in doomed:
                 _delete(connection, each.id)
             self._database.erase_deleted_words(connection)
         self._database.erase_deleted()
         return doomed
+
+    def share_collection(self, name: str, reader: str) -> None:
+        """Let an account, or `access.EVERYONE`, read the collection's documents.
+
+        Raises:
+            DocumentNotFoundError: if there is no such collection.
+            StoreError: if it is another's.
+        """
+        with self._database.write() as connection:
+            holder, own_name = access.find_own_collection(connection, self._owner, name)
+            row = {"owner": holder, "collection": own_name, "reader": reader}
+            upsert(connection, collection_share, [row])
+
+    def unshare_collection(self, name: str, reader: str | None = None) -> None:
+        """Let a reader, or None for all, read it no more; answers given before stay theirs.
+
+        Raises:
+            DocumentNotFoundError: if there is no such collection.
+            StoreError: if it is another's.
+        """
+        with self._database.write() as connection:
+            key = access.find_own_collection(connection, self._owner, name)
+            access.unshare(connection, key, reader)
+
+    def readers(self) -> dict[str, list[str]]:
+        """Return who may read each of the owner's collections that is shared."""
+        query = select(collection_share).where(collection_share.c.owner == self._writer)
+        found: dict[str, list[str]] = {}
+        with self._database.read() as connection:
+            own = {name for _, name in access.own_collections(connection, self._writer)}
+            for row in connection.execute(query.order_by("collection", "reader")):
+                if row.collection in own:
+                    found.setdefault(row.collection, []).append(row.reader)
+        return found
 
     # ---- embedders ---------------------------------------------------------------------------
 
@@ -415,7 +480,7 @@ class DocumentStore:
             for ids in id_batches(chunk_ids):
                 there.update(connection.scalars(select(chunk.c.id).where(chunk.c.id.in_(ids))))
             kept = [row for row, chunk_id in enumerate(chunk_ids) if chunk_id in there]
-            _insert_vectors(connection, embedder, [chunk_ids[row] for row in kept], vectors, kept)
+            insert_vectors(connection, embedder, [chunk_ids[row] for row in kept], vectors, kept)
 
     def activate_embedder(self, embedder: str) -> None:
         """Make this the embedder that the library is searched with, and drop all other vectors.
@@ -450,7 +515,8 @@ class DocumentStore:
         )
         counts: dict[int, int] = {}
         with self._database.read() as connection:
-            for ids in id_batches(list(document_ids)):
+            readable = access.readable_among(connection, self._owner, list(document_ids))
+            for ids in id_batches(sorted(readable)):
                 rows = connection.execute(query.where(token_count.c.document_id.in_(ids)))
                 counts.update((row.document_id, row.num_tokens) for row in rows)
         return counts
@@ -459,81 +525,51 @@ class DocumentStore:
         """Remember how many tokens a document has under one tokenizer, if it is still there."""
         row = {"document_id": document_id, "tokenizer": tokenizer, "num_tokens": num_tokens}
         with self._database.write() as connection:
-            if _existing(connection, [document_id]):
+            if access.readable_among(connection, self._owner, [document_id]):
                 upsert(connection, token_count, [row])
 
+    # ---- what the owner may see ----------------------------------------------------------------
 
-# ---- names and versions -----------------------------------------------------------------------
+    @property
+    def _writer(self) -> str:
+        """Whose a new document is; the whole library has none of its own but that of ""."""
+        return self._owner or ""
 
+    def _reads(self, document_id: ColumnElement[int]) -> ColumnElement[bool]:
+        return access.belongs_to_readable(self._owner, document_id)
 
-def _recall(connection: Connection, file: SourceFile, collections: set[str]) -> Document | None:
-    same_content = document.c.content_sha256 == file.content_sha256
-    document_id = connection.scalar(select(document.c.id).where(same_content))
-    if document_id is None:
-        return None
-    before = _stands_for(connection, file.source)
-    if before is None or before.document_id != document_id:
-        _name(connection, file, document_id)
-        if before:
-            collections = {*collections, *_collections_of(connection, before.document_id)}
-    _join_collections(connection, collections, [document_id])
-    return _documents(connection, same_content)[0]
+    def _documents(self, connection: Connection, condition: ColumnElement[bool]) -> list[Document]:
+        """Return the documents that fulfil the condition and may be read, by id."""
+        query = select(document, is_latest().label("is_latest"))
+        query = query.where(condition, access.is_readable(self._owner))
+        rows = connection.execute(query.order_by(document.c.id)).all()
+        ids = [row.id for row in rows]
+        names = access.names_of_members(connection, self._owner, ids)
+        return [_document(row, names.get(row.id, [])) for row in rows]
 
+    def _recall(
+        self, connection: Connection, file: SourceFile, collections: set[str]
+    ) -> Document | None:
+        owner = self._writer
+        same = (document.c.content_sha256 == file.content_sha256) & (document.c.owner == owner)
+        document_id = connection.scalar(select(document.c.id).where(same))
+        if document_id is None:
+            return None
+        before = stands_for(connection, owner, file.source)
+        if before is None or before.document_id != document_id:
+            give_name(connection, owner, file.source, file.title, document_id)
+            if before:
+                collections = collections | self._collections_of(connection, before.document_id)
+        access.join_collections(connection, owner, collections, [document_id])
+        return self._documents(connection, same)[0]
 
-def _name(connection: Connection, file: SourceFile, document_id: int) -> None:
-    """Let the file's name stand for this document from now on."""
-    before = _stands_for(connection, file.source)
-    connection.execute(
-        insert(source_version).values(
-            source=_source_key(file.source),
-            version=before.version + 1 if before else 1,
-            title=storable(file.title),
-            document_id=document_id,
-        )
-    )
-
-
-def _stands_for(connection: Connection, source: str) -> Row[Any] | None:
-    query = select(source_version).where(source_version.c.source == _source_key(source))
-    return connection.execute(query.order_by(source_version.c.version.desc()).limit(1)).first()
-
-
-def _source_key(source: str) -> str:
-    # a file name need not be UTF-8; its odd bytes stay apart, unlike in `storable`
-    return storable(source.encode("utf-8", "backslashreplace").decode())
-
-
-def _heads() -> Select[Any]:
-    """Select the document that each name stands for now."""
-    newer = source_version.alias("newer")
-    superseded = exists().where(
-        newer.c.source == source_version.c.source, newer.c.version > source_version.c.version
-    )
-    return select(source_version.c.document_id).where(~superseded)
+    def _collections_of(self, connection: Connection, document_id: int) -> set[str]:
+        query = select(collection_member.c.collection)
+        members = query.where(collection_member.c.document_id == document_id)
+        return set(connection.scalars(members))
 
 
-def _is_latest() -> ColumnElement[bool]:
-    return document.c.id.in_(_heads())
-
-
-def _meanings(reference: str) -> Iterator[ColumnElement[bool]]:
-    """Yield what a reference may mean, the most exact first."""
-    if reference.isascii() and reference.isdigit() and len(reference) < 19:
-        yield document.c.id == int(reference)
-    yield document.c.id.in_(_heads().where(source_version.c.source == _source_key(reference)))
-    yield document.c.id.in_(_heads().where(source_version.c.title == storable(reference)))
-
-
-def _documents(connection: Connection, condition: ColumnElement[bool]) -> list[Document]:
-    """Return the documents that fulfil the condition, by id, with their collections."""
-    query = select(document, _is_latest().label("is_latest")).where(condition)
-    rows = connection.execute(query.order_by(document.c.id)).all()
-    members: dict[int, list[str]] = {}
-    for ids in id_batches([row.id for row in rows]):
-        found = select(collection_member).where(collection_member.c.document_id.in_(ids))
-        for member in connection.execute(found.order_by(collection_member.c.collection)):
-            members.setdefault(member.document_id, []).append(member.collection)
-    return [_document(row, members.get(row.id, [])) for row in rows]
+# ---- rows to records and back -------------------------------------------------------------------
 
 
 def _document(row: Row[Any], collections: Sequence[str]) -> Document:
@@ -543,148 +579,11 @@ def _document(row: Row[Any], collections: Sequence[str]) -> Document:
     return Document(**fields, collections=tuple(collections))
 
 
-def _existing(connection: Connection, document_ids: Sequence[int]) -> set[int]:
-    found: set[int] = set()
-    for ids in id_batches(document_ids):
-        found.update(connection.scalars(select(document.c.id).where(document.c.id.in_(ids))))
-    return found
-
-
 def _delete(connection: Connection, document_id: int) -> None:
     receipts.redact(connection, document_id)
     # Not left to the cascade: SQLite fires triggers for it only if told to.
     connection.execute(delete(chunk).where(chunk.c.document_id == document_id))
     connection.execute(delete(document).where(document.c.id == document_id))
-
-
-# ---- collections ------------------------------------------------------------------------------
-
-
-def _collection_names(names: Iterable[str]) -> set[str]:
-    cleaned = {name.strip() for name in names}
-    for name in cleaned:
-        if not name or not name.isprintable():
-            raise StoreError(
-                f"{name!r} cannot name a collection; expected printable characters",
-                hint="give it a name such as contracts or 'Annual reports'",
-            )
-    return cleaned
-
-
-def _collections_of(connection: Connection, document_id: int) -> list[str]:
-    query = select(collection_member.c.collection)
-    return list(connection.scalars(query.where(collection_member.c.document_id == document_id)))
-
-
-def _join_collections(connection: Connection, names: set[str], document_ids: Sequence[int]) -> None:
-    rows = [{"collection": n, "document_id": d} for n in sorted(names) for d in document_ids]
-    if rows:
-        upsert(connection, collection_member, rows)
-
-
-def _require_collection(connection: Connection, name: str) -> None:
-    names = set(connection.scalars(select(collection_member.c.collection).distinct()))
-    if name not in names:
-        known = ", ".join(sorted(names)) or "none"
-        raise DocumentNotFoundError(
-            f"no collection {name!r}; there are: {known}",
-            hint="a collection is made by putting documents into it",
-        )
-
-
-def _dissolve(connection: Connection, name: str) -> None:
-    connection.execute(delete(collection_member).where(collection_member.c.collection == name))
-
-
-# ---- the parts of a document ------------------------------------------------------------------
-
-
-def _insert_parts(
-    connection: Connection,
-    document_id: int,
-    content: CanonicalText,
-    chunks: Sequence[Chunk],
-    vectors: FloatArray,
-    embedder: str,
-) -> None:
-    connection.execute(insert(document_text).values(document_id=document_id, text=content.text))
-    if content.pages:
-        connection.execute(
-            insert(page),
-            [
-                {
-                    "document_id": document_id,
-                    "number": p.number,
-                    "label": p.label,
-                    "start": p.start,
-                    "end": p.end,
-                }
-                for p in content.pages
-            ],
-        )
-    if content.sections:
-        connection.execute(
-            insert(section),
-            [
-                {
-                    "document_id": document_id,
-                    "ordinal": ordinal,
-                    "level": s.level,
-                    "title": s.title,
-                    "start": s.start,
-                }
-                for ordinal, s in enumerate(content.sections)
-            ],
-        )
-    if not chunks:
-        return
-    connection.execute(
-        insert(chunk),
-        [
-            {
-                "document_id": document_id,
-                "ordinal": c.ordinal,
-                "start": c.start,
-                "end": c.end,
-                "page_first": c.page_first,
-                "page_last": c.page_last,
-                "heading": HEADING_SEPARATOR.join(c.heading_path),
-                "num_tokens": c.num_tokens,
-                "text": c.text,
-                "scope": f"d{document_id}",
-            }
-            for c in chunks
-        ],
-    )
-    stored = select(chunk.c.ordinal, chunk.c.id).where(chunk.c.document_id == document_id)
-    id_of = {row.ordinal: row.id for row in connection.execute(stored)}
-    _insert_vectors(
-        connection, embedder, [id_of[c.ordinal] for c in chunks], vectors, range(len(chunks))
-    )
-
-
-def _insert_vectors(
-    connection: Connection,
-    embedder: str,
-    chunk_ids: Sequence[int],
-    vectors: FloatArray,
-    rows: Sequence[int],
-) -> None:
-    """Insert `vectors[rows]`, a part at a time so that no second copy of all of them exists."""
-    for first in range(0, len(rows), ROWS_PER_INSERT):
-        part = slice(first, first + ROWS_PER_INSERT)
-        upsert(
-            connection,
-            chunk_vector,
-            [
-                {
-                    "chunk_id": chunk_id,
-                    "embedder": embedder,
-                    "vector": np.ascontiguousarray(vectors[row], dtype=np.float32).tobytes(),
-                }
-                for chunk_id, row in zip(chunk_ids[part], rows[part], strict=True)
-            ],
-        )
 
 
 def _active_embedder(connection: Connection) -> str | None:

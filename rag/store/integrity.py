@@ -87,13 +87,18 @@ class StoreIntegrity:
             row = connection.execute(select(document).where(document.c.id == document_id)).one()
             newest = connection.scalar(
                 select(func.max(source_version.c.version)).where(
-                    source_version.c.source == row.source
+                    source_version.c.owner == row.owner,
+                    source_version.c.source == row.source,
                 )
             )
             version = max(row.version, (newest or 0) + 1)
             connection.execute(
                 insert(source_version).values(
-                    source=row.source, version=version, title=row.title, document_id=document_id
+                    owner=row.owner,
+                    source=row.source,
+                    version=version,
+                    title=row.title,
+                    document_id=document_id,
                 )
             )
 

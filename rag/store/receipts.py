@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, insert, select, true, update
 
 from rag.errors import DocumentNotFoundError
 from rag.store.database import ROWS_PER_FETCH, Database, id_batches
@@ -15,10 +15,11 @@ REDACTED = "[deleted with its document]"
 
 
 class ReceiptStore:
-    """The answers given so far."""
+    """The answers given to one owner; `access.EVERY_OWNER` reads all."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, owner: str | None = "") -> None:
         self._database = database
+        self._owner = owner
 
     def save(self, question: str, given: Answer, document_ids: Sequence[int]) -> None:
         """Store one answer with the documents that were asked about.
@@ -29,6 +30,7 @@ class ReceiptStore:
             connection.execute(
                 insert(answer).values(
                     id=given.receipt.id,
+                    owner=self._owner or "",
                     created_at=datetime.now(UTC).isoformat(timespec="seconds"),
                     question=storable(question),
                     body=json.dumps(given.to_json()),
@@ -50,8 +52,9 @@ class ReceiptStore:
         Raises:
             DocumentNotFoundError: if there is no such receipt.
         """
+        query = select(answer.c.body).where(answer.c.id == receipt_id, self._is_own())
         with self._database.read() as connection:
-            body = connection.scalar(select(answer.c.body).where(answer.c.id == receipt_id))
+            body = connection.scalar(query)
         if body is None:
             raise _no_receipt(receipt_id)
         return answer_from_json(json.loads(body))
@@ -66,7 +69,8 @@ class ReceiptStore:
             answer_document.c.answer_id == receipt_id
         )
         with self._database.read() as connection:
-            question = connection.scalar(select(answer.c.question).where(answer.c.id == receipt_id))
+            asked = select(answer.c.question).where(answer.c.id == receipt_id, self._is_own())
+            question = connection.scalar(asked)
             document_ids = list(connection.scalars(documents.order_by("document_id")))
         if question is None:
             raise _no_receipt(receipt_id)
@@ -85,7 +89,7 @@ class ReceiptStore:
                 documents.setdefault(row.answer_id, []).append(row.document_id)
             there = set(connection.scalars(select(document.c.id)))
             rows = connection.execute(
-                select(answer).order_by(answer.c.created_at),
+                select(answer).where(self._is_own()).order_by(answer.c.created_at),
                 execution_options={"yield_per": ROWS_PER_FETCH},
             )
             for row in rows:
@@ -113,7 +117,7 @@ class ReceiptStore:
             moment: ISO 8601, UTC, in seconds; what was given in it counts.
             before: the same, None until now; what was given in it does not count.
         """
-        within = answer.c.created_at >= moment
+        within = self._is_own() & (answer.c.created_at >= moment)
         if before is not None:
             within &= answer.c.created_at < before
         rows = select(answer.c.id, answer.c.question).where(within).order_by("created_at")
@@ -131,6 +135,12 @@ class ReceiptStore:
                 (row.id, row.question, tuple(asked.get(row.id, ())))
                 for row in connection.execute(rows)
             ]
+
+    def delete_all(self) -> None:
+        """Delete every answer of the owner."""
+        with self._database.write() as connection:
+            connection.execute(delete(answer).where(self._is_own()))
+        self._database.erase_deleted()
 
     def quoting_the_deleted(self) -> list[tuple[str, int]]:
         """Return (receipt id, document id) where an answer still has words of a deleted one."""
@@ -157,6 +167,9 @@ class ReceiptStore:
         with self._database.write() as connection:
             redact(connection, document_id)
         self._database.erase_deleted()
+
+    def _is_own(self) -> ColumnElement[bool]:
+        return true() if self._owner is None else answer.c.owner == self._owner
 
 
 def _no_receipt(receipt_id: str) -> DocumentNotFoundError:

@@ -14,7 +14,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION = "0003"  # newest file in migrations/versions
+SCHEMA_VERSION = "0004"  # newest file in migrations/versions
 
 metadata = MetaData()
 BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only INTEGER by itself
@@ -25,10 +25,11 @@ document = Table(
     "document",
     metadata,
     Column("id", BigId, primary_key=True),
+    Column("owner", String, nullable=False),  # an account's name; "" without login
     Column("title", String, nullable=False),
     Column("source", String, nullable=False),  # the name it was first ingested under
     Column("version", Integer, nullable=False),  # of that name
-    Column("content_sha256", String(64), nullable=False, unique=True),
+    Column("content_sha256", String(64), nullable=False),
     Column("media_type", String, nullable=False),
     Column("num_bytes", BigId, nullable=False),
     Column("num_chars", BigId, nullable=False),
@@ -36,7 +37,9 @@ document = Table(
     Column("num_chunks", Integer, nullable=False),
     Column("warnings", Text, nullable=False),  # JSON list
     Column("created_at", String, nullable=False),  # ISO 8601, UTC
-    UniqueConstraint("source", "version"),
+    # each owner has a document of his own, so that nobody can find out what others have
+    UniqueConstraint("owner", "content_sha256"),
+    UniqueConstraint("owner", "source", "version"),
     sqlite_autoincrement=True,
 )
 
@@ -46,6 +49,7 @@ document = Table(
 source_version = Table(
     "source_version",
     metadata,
+    Column("owner", String, primary_key=True),
     Column("source", String, primary_key=True),
     Column("version", Integer, primary_key=True),
     Column("title", String, nullable=False),
@@ -54,6 +58,7 @@ source_version = Table(
     ),
 )
 
+# A collection is its owner's, who is its documents' owner.
 collection_member = Table(
     "collection_member",
     metadata,
@@ -61,6 +66,15 @@ collection_member = Table(
     Column(
         "document_id", ForeignKey("document.id", ondelete="CASCADE"), primary_key=True, index=True
     ),
+)
+
+# Who else may read a collection's documents: an account's name, or "*" for everyone.
+collection_share = Table(
+    "collection_share",
+    metadata,
+    Column("owner", String, primary_key=True),
+    Column("collection", String, primary_key=True),
+    Column("reader", String, primary_key=True),
 )
 
 document_text = Table(
@@ -147,6 +161,7 @@ answer = Table(
     "answer",
     metadata,
     Column("id", String, primary_key=True),
+    Column("owner", String, nullable=False, server_default="", index=True),  # who asked
     Column("created_at", String, nullable=False),
     Column("question", Text, nullable=False),
     Column("body", Text, nullable=False),  # Answer.to_json
@@ -166,4 +181,26 @@ calibration = Table(
     Column("key", String, primary_key=True),
     Column("value", Text, nullable=False),  # JSON
     Column("created_at", String, nullable=False),  # ISO 8601, UTC
+)
+
+account = Table(
+    "account",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("password_hash", String, nullable=False),  # argon2id, with its salt and parameters
+    Column("created_at", String, nullable=False),  # ISO 8601, UTC
+)
+
+# What lets a browser or a program in. Only the SHA-256 of the secret is kept: it is random and
+# long, so there is nothing to guess from its hash.
+credential = Table(
+    "credential",
+    metadata,
+    Column("secret_sha256", String(64), primary_key=True),
+    Column("kind", String, nullable=False),  # session | key
+    Column(
+        "account", ForeignKey("account.name", ondelete="CASCADE"), nullable=False, index=True
+    ),
+    Column("created_at", String, nullable=False),  # ISO 8601, UTC
+    Column("expires_at", String),  # none for a key
 )
