@@ -13,6 +13,7 @@ from rag.errors import EmbedderMismatchError
 from rag.retrieval.embedding import Embedder
 from rag.retrieval.vector_index import VectorIndex
 from rag.settings import Settings
+from rag.store.access import EVERY_OWNER
 from rag.store.database import Database
 from rag.store.documents import DocumentStore, StoredChunk
 from rag.store.oplog import OpLog
@@ -51,7 +52,7 @@ def reembed_library(
         EmbedderMismatchError: if a chunk is longer than the new embedder reads; nothing was
             embedded. Such a library is read anew: its chunks have to be cut shorter.
     """
-    store = DocumentStore(database)
+    store = DocumentStore(database, EVERY_OWNER)
     progress = on_progress or (lambda done, total: None)
     if store.active_embedder() == embedder.fingerprint:
         return 0

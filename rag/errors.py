@@ -23,6 +23,8 @@
     │   ├── OutOfMemoryError          a request needed more memory than there is; the model goes on
     │   └── ModelServerError          the server that runs the model gave no answer
     ├── TableError                  a table of questions or answers could not be read or written
+    ├── AccountError                an account could not be made, changed or found
+    ├── QuotaError                  somebody asks for more than his share
     ├── TooFewPairsError            nothing can be fitted from so few questions
     └── ServeError                  the web page could not be served
 
@@ -133,6 +135,14 @@ class ModelServerError(ModelError):
 
 class TableError(FathomError):
     """A table could not be read or written, or is not what it should be."""
+
+
+class AccountError(FathomError):
+    """An account, its password or its keys could not be made, changed or found."""
+
+
+class QuotaError(FathomError):
+    """Somebody asks for more documents, bytes or turns than his share."""
 
 
 class TooFewPairsError(FathomError):

@@ -166,6 +166,13 @@ class Settings(BaseSettings):
         default=512 * MIB, ge=1, description="Largest file that is ingested, in bytes."
     )
 
+    max_documents_per_user: int = Field(
+        default=10_000, ge=1, description="Most documents of each account, all versions."
+    )
+    max_bytes_per_user: int = Field(
+        default=8192 * MIB, ge=1, description="Most bytes of each account's original files."
+    )
+
     host: str = Field(default="127.0.0.1", description="Address that the web page binds to.")
     port: int = Field(default=7860, ge=1, le=65535, description="Port of the web page.")
 

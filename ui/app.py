@@ -1,6 +1,5 @@
-"""The web page: one Gradio app behind a strict content policy, on this machine only."""
+"""The web page and the HTTP API: one application behind a door and a strict content policy."""
 
-import ipaddress
 import logging
 import os
 import socket
@@ -11,11 +10,13 @@ from typing import Any
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rag.errors import FathomError, ServeError
+from ui.api import add_api
 from ui.assembly import Fathom
+from ui.fair_queue import MAX_WAITING
+from ui.sign_in import Door, is_loopback
 from ui.tabs.chat import build_chat
 from ui.tabs.library import build_library
 
@@ -43,9 +44,7 @@ _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
-MAX_WAITING = 32
-# A page elsewhere whose name was made to point here must not read the documents (DNS rebinding).
-_OWN_NAMES = ["127.0.0.1", "localhost", "::1", "[::1]"]
+_THREADS = MAX_WAITING + 64  # a question that waits for the model holds one
 
 _CSS = """
 .gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto; }
@@ -94,8 +93,11 @@ figure.evidence mark, .citations mark { background: #fde68a; color: #1c1917; pad
 """
 
 
-def build_app(fathom: Fathom) -> FastAPI:
-    """Return the whole web application; nothing is served yet."""
+def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
+    """Return the whole web application; nothing is served yet.
+
+    Everybody has to sign in where there are accounts, or where it `is_public`.
+    """
     uploads = fathom.settings.home / "tmp"
     uploads.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
@@ -106,17 +108,15 @@ def build_app(fathom: Fathom) -> FastAPI:
             elem_id="brand",
         )
         with gr.Tab("Chat") as chat_tab:
-            build_chat(fathom, blocks, chat_tab)
+            build_chat(fathom.for_user, blocks, chat_tab)
         with gr.Tab("Library") as library_tab:
-            build_library(fathom, library_tab)
-    blocks.queue(default_concurrency_limit=4, max_size=MAX_WAITING, api_open=False)
+            build_library(fathom.for_user, library_tab)
+    blocks.max_threads = _THREADS
+    blocks.queue(default_concurrency_limit=4, max_size=_THREADS, api_open=False)
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    @api.get("/healthz")
-    def health() -> dict[str, bool]:
-        return {"ok": True}
-
-    api.add_middleware(TrustedHostMiddleware, allowed_hosts=_OWN_NAMES, www_redirect=False)
+    add_api(api, fathom)
+    api.add_middleware(Door, fathom=fathom, is_public=is_public)
     api.add_middleware(_ContentPolicy)
     theme = gr.themes.Soft(
         primary_hue="teal",
@@ -158,22 +158,22 @@ def serve(
 
     Args:
         fathom: the library.
-        host: an address of this machine's own.
+        host: an address of this machine's own; any address where there are accounts.
         port: a free port.
         on_ready: called once the address is taken and the page can be asked for.
 
     Raises:
-        ServeError: if the address is not this machine's own, or the port is in use.
+        ServeError: if others could reach the address and there is no account, or the port is in
+            use.
     """
-    try:
-        is_own = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
-    except ValueError:
-        is_own = False
-    if not is_own:
+    is_public = not is_loopback(host)
+    if is_public and not fathom.accounts.any():
         raise ServeError(
-            f"binding to {host} would show the documents to others, and there is no login yet",
-            hint="serve on 127.0.0.1 and reach it through an SSH tunnel",
+            f"binding to {host} would show the documents to others, and nobody has to sign in yet",
+            hint="make an account first: fathom users add NAME; or serve on 127.0.0.1",
         )
+    if is_public:
+        logger.warning("passwords travel readably: put a proxy that speaks TLS before %s", host)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -184,7 +184,9 @@ def serve(
                 f"port {port} of {host} cannot be used: {error.strerror}",
                 hint=f"stop the other program, or choose another: fathom serve --port {port + 1}",
             ) from error
-        config = uvicorn.Config(build_app(fathom), log_level="warning", lifespan="on")
+        config = uvicorn.Config(
+            build_app(fathom, is_public=is_public), log_level="warning", lifespan="on"
+        )
         listener.listen(config.backlog)  # who connects from here on is waited on
         on_ready()
         threading.Thread(target=_warm_up, args=[fathom], daemon=True).start()

@@ -1,53 +1,51 @@
 """Fathom put together: settings to a library and a service. The only place that builds both."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
-from ingest.originals import ingesting
-from ingest.pipeline import (
-    IngestFailure,
-    IngestResult,
-    delete_documents,
-    ingest_files,
-    remove_originals,
-)
-from ingest.readers.guard import start_ahead
 from ingest.reindex import reembed_library
-from ingest.sources import SourceToRead
-from rag.answering.service import AnsweringService
-from rag.errors import DocumentNotFoundError, ReadError
+from rag.errors import DocumentNotFoundError
 from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import Engine
 from rag.retrieval.embedding import Embedder
 from rag.retrieval.lexical_index import LexicalIndex, open_lexical_index
 from rag.retrieval.reranker import Reranker
-from rag.retrieval.retriever import Retriever
 from rag.retrieval.vector_index import VectorIndex
 from rag.routing.model_plan import ContextRanges, context_ranges
 from rag.settings import Settings
+from rag.store.access import EVERY_OWNER
+from rag.store.accounts import AccountStore
 from rag.store.calibrations import CalibrationStore
 from rag.store.database import Database
 from rag.store.documents import DocumentStore
 from rag.store.oplog import OpLog
-from rag.store.receipts import ReceiptStore
-from rag.types import Document, IngestProgress
+from rag.types import Document
+from ui.fair_queue import FairQueue
+from ui.library import Library, PageCache
+from ui.metrics import Metrics
 
 
-class Fathom:
-    """One library with its models; each part is built when it is first needed.
+class Fathom(Library):
+    """A library with its models, as whoever runs the machine sees it: the owner "".
 
-    Tests hand in a small `embedder` and `engine`; otherwise they come from the settings.
+    Each part is built when it is first needed, and serves every owner; see `for_owner`. Tests hand
+    in a small `embedder` and `engine`; otherwise they come from the settings.
     """
 
     def __init__(
         self, settings: Settings, *, embedder: Embedder | None = None, engine: Engine | None = None
     ) -> None:
         self.settings = settings
+        super().__init__(self, "")
+        self.queue = FairQueue()
+        self.pages = PageCache()
+        self.metrics = Metrics()
+        self.building = threading.RLock()
+        self._libraries: dict[str, Library] = {}
         self._given_embedder = embedder
         self._given_engine = engine
-        self._building = threading.RLock()
 
     @cached_property
     def database(self) -> Database:
@@ -55,14 +53,14 @@ class Fathom:
         return Database(self.settings.resolved_database_url)
 
     @cached_property
-    def store(self) -> DocumentStore:
-        """The library's documents."""
-        return DocumentStore(self.database)
+    def everything(self) -> DocumentStore:
+        """The documents of all owners, for what looks after the library: never for a person."""
+        return DocumentStore(self.database, EVERY_OWNER)
 
     @cached_property
-    def receipts(self) -> ReceiptStore:
-        """The answers given so far."""
-        return ReceiptStore(self.database)
+    def accounts(self) -> AccountStore:
+        """Who may sign in."""
+        return AccountStore(self.database)
 
     @cached_property
     def calibrations(self) -> CalibrationStore:
@@ -77,7 +75,7 @@ class Fathom:
     @property
     def embedder(self) -> Embedder:
         """The embedder, loaded once."""
-        with self._building:
+        with self.building:
             if self._given_embedder is None:
                 from rag.lm.catalog import resolve_model
                 from rag.lm.device import choose_device
@@ -108,7 +106,7 @@ class Fathom:
 
         Its weights are loaded, or the server is asked, when it first reads.
         """
-        with self._building:
+        with self.building:
             if self._given_engine is None and self.settings.remote_url is not None:
                 from rag.lm.remote_engine import RemoteEngine
 
@@ -156,87 +154,34 @@ class Fathom:
             embedder=embedder.fingerprint,
         )
 
-    @cached_property
-    def retriever(self) -> Retriever:
-        """Finds the chunks nearest to a question."""
-        return Retriever(self.store, self.index, self.lexical, self.embedder, self.reranker)
-
-    @cached_property
-    def _service(self) -> AnsweringService:
-        return AnsweringService(
-            self.store,
-            self.receipts,
-            self.retriever,
-            self.engine,
-            self.settings,
-            self.calibrations,
-        )
-
-    def service(self) -> AnsweringService:
-        """Return the one door to answers."""
-        with self._building:
-            return self._service
-
     def warm_up(self) -> None:
         """Load both models and measure the prefill rate, which the first question needs."""
         self.service()
         self.engine.warm_up()
         self.engine.predicted_prefill_seconds(1)
 
-    def documents(self, collection: str | None = None) -> list[Document]:
-        """Return the latest version of every document, or of those in a collection."""
-        return self.store.all(collection=collection)
+    def for_owner(self, owner: str) -> Library:
+        """Return the library as an account sees it; "" is who needs no login."""
+        if not owner:
+            return self
+        with self.building:
+            return self._libraries.setdefault(owner, Library(self, owner))
 
-    def text(self, document_id: int, start: int, end: int) -> str:
-        """Return characters `[start, end)` of a document."""
-        return self.store.text(document_id, start, end)
+    def for_user(self, request: Any) -> Library:  # noqa: ANN401 - Starlette's or Gradio's
+        """Return the library as whoever sent this request may see it.
 
-    def ingest_files(
-        self,
-        sources: Sequence[SourceToRead | ReadError],
-        *,
-        on_progress: Callable[[IngestProgress], None] = lambda _: None,
-    ) -> Iterator[IngestResult | IngestFailure]:
-        """Take files into the library and the index; see `ingest.pipeline.ingest_files`."""
-        start_ahead()  # beside the loading of the embedder
-        self.index.catch_up()  # says at once where the library has another embedder
-        with ingesting(self.settings):
-            yield from ingest_files(
-                sources,
-                store=self.store,
-                embedder=self.embedder,
-                settings=self.settings,
-                on_progress=on_progress,
-            )
-            self.index.catch_up()
+        The door has let him in and written his name into the request; without that there is none.
+        """
+        return self.for_owner(getattr(request, "request", request).scope["fathom_owner"])
 
-    def ingest(self, path: Path, *, source: str | None = None) -> IngestResult:
-        """Take one file into the library; `source` is its identity, by default its path.
+    def remove_account(self, name: str) -> None:
+        """Remove an account with everything that belongs to it.
 
         Raises:
-            ReadError: if it cannot be read; nothing of it was kept.
+            AccountError: if there is no such account.
         """
-        named = SourceToRead(path, source or str(path.resolve()), path.name)
-        (outcome,) = self.ingest_files([named])
-        if isinstance(outcome, IngestFailure):
-            raise outcome.error
-        return outcome
-
-    def delete(self, *document_ids: int) -> None:
-        """Delete documents from the store, the originals, the indexes and what was kept of them."""
-        documents = [self.store.find(str(number)) for number in document_ids]
-        delete_documents(documents, store=self.store, settings=self.settings)
-        self._erase_deleted(documents)
-
-    def delete_collection(self, name: str) -> list[Document]:
-        """Delete a collection with every version of its documents, and return those deleted.
-
-        A document that another collection holds as well stays.
-        """
-        documents = self.store.delete_collection(name)
-        remove_originals(documents, store=self.store, settings=self.settings)
-        self._erase_deleted(documents)
-        return documents
+        self.accounts.remove(name)  # before the rest, so that nothing is added meanwhile
+        self.for_owner(name).delete_everything()
 
     def reembed(self, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Change the library to the embedder of the settings; return the chunks embedded."""
@@ -245,14 +190,16 @@ class Fathom:
     def _are_there(self, version_keys: tuple[str, ...]) -> bool:
         try:
             return all(
-                self.store.find(key.split(":")[0]).version_key == key for key in version_keys
+                self.everything.find(key.split(":")[0]).version_key == key for key in version_keys
             )
         except DocumentNotFoundError:
             return False
 
-    def _erase_deleted(self, documents: Sequence[Document]) -> None:
+    def erase_deleted(self, documents: Sequence[Document]) -> None:
+        """Take what was kept of deleted documents out of the caches and indexes."""
         self.document_kv.forget({document.version_key for document in documents})
         if self._given_engine is not None:
             self._given_engine.forget()
+        self.pages.forget({document.content_sha256 for document in documents})
         self.lexical.erase_deleted()
         self.index.snapshot(keep=1, wait=True)

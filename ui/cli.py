@@ -20,6 +20,7 @@ from ui.verbs import (
     models,
     questions,
     serving,
+    users,
 )
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.add_typer(calibration.app)
 app.add_typer(serving.app)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
+app.add_typer(users.app, name="users")
 
 
 def main() -> None:

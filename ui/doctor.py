@@ -16,8 +16,10 @@ from ingest.pipeline import original_path
 from ingest.reindex import embed_chunks, reread_document
 from rag.errors import DocumentNotFoundError, FathomError
 from rag.runtime import check_one_faiss
+from rag.store.access import EVERY_OWNER
 from rag.store.integrity import StoreIntegrity
 from rag.store.oplog import OpLog
+from rag.store.receipts import ReceiptStore
 from rag.types import Document
 from ui.assembly import Fathom
 
@@ -172,7 +174,7 @@ def _lexical(fathom: Fathom) -> Iterator[Problem]:
 def _originals(fathom: Fathom) -> Iterator[Problem]:
     settings = fathom.settings
     known = set()
-    for document in fathom.store.all(include_superseded=True):
+    for document in fathom.everything.all(include_superseded=True):
         path = original_path(settings, document.content_sha256)
         known.add(path)
         if _sha256(path) != document.content_sha256 and _is_there(document, fathom):
@@ -201,7 +203,7 @@ def _lost_original(document: Document, path: Path) -> Problem:
 
 
 def _texts(fathom: Fathom) -> Iterator[Problem]:
-    for document in fathom.store.all(include_superseded=True):
+    for document in fathom.everything.all(include_superseded=True):
         wrong = _wrong_with(document, fathom)
         if wrong is None or not _is_there(document, fathom):
             continue
@@ -219,16 +221,16 @@ def _texts(fathom: Fathom) -> Iterator[Problem]:
 
 def _read_anew(document: Document, fathom: Fathom) -> None:
     reread_document(
-        document, store=fathom.store, embedder=fathom.embedder, settings=fathom.settings
+        document, store=fathom.everything, embedder=fathom.embedder, settings=fathom.settings
     )
 
 
 def _wrong_with(document: Document, fathom: Fathom) -> str | None:
     """Return what of a document's own parts does not fit together, or None."""
-    text = fathom.store.text(document.id)
+    text = fathom.everything.text(document.id)
     if len(text) != document.num_chars:
         return f"its text has {len(text):,} characters instead of {document.num_chars:,}"
-    chunks = [stored.chunk for stored in fathom.store.chunks_of(document.id)]
+    chunks = [stored.chunk for stored in fathom.everything.chunks_of(document.id)]
     if len(chunks) != document.num_chunks:
         return f"it has {len(chunks):,} chunks instead of {document.num_chunks:,}"
     for ordinal, chunk in enumerate(chunks):
@@ -236,10 +238,10 @@ def _wrong_with(document: Document, fathom: Fathom) -> str | None:
             return f"its chunk {ordinal} is missing"
         if text[chunk.start : chunk.end] != chunk.text:
             return f"its chunk {ordinal} is not the text at {chunk.start}"
-    pages = fathom.store.pages(document.id)
+    pages = fathom.everything.pages(document.id)
     if [page.number for page in pages] != list(range(1, document.num_pages + 1)):
         return f"it has {len(pages):,} pages instead of {document.num_pages:,}"
-    starts = [section.start for section in fathom.store.sections(document.id)]
+    starts = [section.start for section in fathom.everything.sections(document.id)]
     ends = [page.end for page in pages]
     if max([0, *starts, *ends]) > len(text):
         return "its pages or sections lie beyond its text"
@@ -247,10 +249,11 @@ def _wrong_with(document: Document, fathom: Fathom) -> str | None:
 
 
 def _receipts(fathom: Fathom) -> Iterator[Problem]:
-    for receipt, number in fathom.receipts.quoting_the_deleted():
+    receipts = ReceiptStore(fathom.database, EVERY_OWNER)
+    for receipt, number in receipts.quoting_the_deleted():
         yield Problem(
             f"receipt {receipt} still has words of document {number}, which was deleted",
-            partial(fathom.receipts.redact_deleted, number),
+            partial(receipts.redact_deleted, number),
         )
 
 
@@ -259,7 +262,7 @@ def _receipts(fathom: Fathom) -> Iterator[Problem]:
 
 def _vectors(fathom: Fathom) -> Iterator[Problem]:
     embedder = fathom.embedder
-    active = fathom.store.active_embedder()
+    active = fathom.everything.active_embedder()
     if active not in (None, embedder.fingerprint):
         advice = f"set FATHOM_EMBEDDER back, or re-embed the library with {embedder.fingerprint}"
         yield Problem(f"the library is searched with {active}: {advice}", None)
@@ -279,10 +282,10 @@ def _vectors_in_words(fathom: Fathom) -> str:
 
 
 def _embed_anew(chunk_ids: list[int], fathom: Fathom) -> None:
-    chunks = list(fathom.store.chunks(chunk_ids).values())
-    vectors = embed_chunks(fathom.store, fathom.embedder, chunks)
+    chunks = list(fathom.everything.chunks(chunk_ids).values())
+    vectors = embed_chunks(fathom.everything, fathom.embedder, chunks)
     ids, name = [stored.id for stored in chunks], fathom.embedder.fingerprint
-    fathom.store.add_vectors(name, ids, vectors)
+    fathom.everything.add_vectors(name, ids, vectors)
     OpLog(fathom.database, name).announce(changed=ids, gone=[])
 
 
@@ -327,7 +330,7 @@ def _leftovers(fathom: Fathom) -> Iterator[Problem]:
     home = fathom.settings.home
     if is_ingesting(fathom.settings):
         return
-    sources = {document.source for document in fathom.store.all(include_superseded=True)}
+    sources = {document.source for document in fathom.everything.all(include_superseded=True)}
     for folder in ("tmp", "samples"):
         for path in (home / folder).rglob("*"):
             if not path.is_dir() and str(path.resolve()) not in sources:
@@ -335,7 +338,7 @@ def _leftovers(fathom: Fathom) -> Iterator[Problem]:
 
 
 def _document_kv(fathom: Fathom) -> Iterator[Problem]:
-    known = {document.version_key for document in fathom.store.all(include_superseded=True)}
+    known = {document.version_key for document in fathom.everything.all(include_superseded=True)}
     for path, wrong in fathom.document_kv.strays(known):
         name = path.relative_to(fathom.settings.home)
         yield Problem(f"{name} {wrong}", partial(path.unlink, missing_ok=True))
@@ -344,7 +347,7 @@ def _document_kv(fathom: Fathom) -> Iterator[Problem]:
 def _is_there(document: Document, fathom: Fathom) -> bool:
     """Whether a document that looks wrong was not just deleted by another process."""
     try:
-        fathom.store.find(str(document.id))
+        fathom.everything.find(str(document.id))
     except DocumentNotFoundError:
         return False
     return True
@@ -367,7 +370,11 @@ _LIBRARY: tuple[tuple[str, _Find, _Fine], ...] = (
     ("rows", _rows, lambda _: "each belongs to something, every document has a name"),
     ("lexical index", _lexical, lambda _: "equals the chunks"),
     ("original files", _originals, lambda _: "have their checksums, and none is too many"),
-    ("texts", _texts, lambda f: f"{f.store.num_chunks():,} chunks are the text at their places"),
+    (
+        "texts",
+        _texts,
+        lambda f: f"{f.everything.num_chunks():,} chunks are the text at their places",
+    ),
     ("receipts", _receipts, lambda _: "quote no deleted document"),
     ("vectors", _vectors, _vectors_in_words),
     ("index snapshots", _snapshots, lambda _: "their checksums are right"),

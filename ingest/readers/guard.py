@@ -4,6 +4,7 @@ The process is forked by a server that has imported the readers; see `worker.py`
 """
 
 import atexit
+import base64
 import json
 import math
 import os
@@ -48,11 +49,7 @@ def read_guarded(path: Path, *, name: str, settings: Settings) -> CanonicalText:
         EmptyDocumentError: if it holds no text.
         ReaderFailedError: if the parser failed, crashed or hit a limit.
     """
-    answer = _ask_worker(path, name, settings)
-    if "error" in answer:
-        kind: type[ReadError] = getattr(errors, answer["error"])
-        raise kind(answer["message"], hint=answer["hint"])
-    content = _content(answer)
+    content = _content(_ask_worker({"task": "read"}, path, name, settings))
     if not content.text.strip():
         pages = f"{len(content.pages)} pages without text" if content.pages else "no text"
         raise EmptyDocumentError(
@@ -62,8 +59,34 @@ def read_guarded(path: Path, *, name: str, settings: Settings) -> CanonicalText:
     return content
 
 
-def _ask_worker(path: Path, name: str, settings: Settings) -> dict[str, Any]:
+def render_page(path: Path, *, name: str, page: int, scale: float, settings: Settings) -> bytes:
+    """Return a page of the PDF at `path` as PNG, `scale` pixels to the point.
+
+    Raises:
+        ReaderFailedError: if there is no such page, or it could not be drawn within the limits.
+    """
+    task = {"task": "render", "page": page, "scale": scale}
+    return base64.b64decode(_ask_worker(task, path, name, settings)["png"])
+
+
+def span_boxes(
+    path: Path, *, name: str, page: int, start: int, end: int, settings: Settings
+) -> list[tuple[float, float, float, float]]:
+    """Return where characters `[start, end)` of a page's own text stand on its picture.
+
+    Each line has a box: left, top, right, bottom, as fractions of the picture's width and height.
+
+    Raises:
+        ReaderFailedError: if there is no such page, or it could not be read within the limits.
+    """
+    task = {"task": "boxes", "page": page, "start": start, "end": end}
+    return [tuple(box) for box in _ask_worker(task, path, name, settings)["boxes"]]
+
+
+def _ask_worker(task: dict[str, Any], path: Path, name: str, settings: Settings) -> dict[str, Any]:
+    """Return what the guarded process answers; an error that it names is raised here."""
     request = {
+        **task,
         "path": str(path),
         "name": name,
         "memory_bytes": settings.reader_memory_bytes,
@@ -99,6 +122,9 @@ def _ask_worker(path: Path, name: str, settings: Settings) -> dict[str, Any]:
             hint="the file is damaged or too large: save it anew, or raise"
             " FATHOM_READER_MEMORY_BYTES",
         )
+    if "error" in answer:
+        kind: type[ReadError] = getattr(errors, answer["error"])
+        raise kind(answer["message"], hint=answer["hint"])
     return answer
 
 

@@ -25,7 +25,7 @@ def read_pdf(path: Path, media_type: str = "application/pdf") -> CanonicalText:
         EncryptedDocumentError: if it needs a password.
         ReaderFailedError: if it is no PDF or beyond repair.
     """
-    pdf, warnings = _open(path)
+    pdf, warnings = open_pdf(path)
     try:
         texts: list[str] = []
         hidden: dict[str, list[int]] = defaultdict(list)
@@ -50,7 +50,13 @@ def read_pdf(path: Path, media_type: str = "application/pdf") -> CanonicalText:
     return CanonicalText(canonical, media_type, tuple(pages), sections, tuple(warnings))
 
 
-def _open(path: Path) -> tuple[pypdfium2.PdfDocument, list[str]]:
+def open_pdf(path: Path) -> tuple[pypdfium2.PdfDocument, list[str]]:
+    """Open a PDF, repairing it if need be; return it and what has to be said about that.
+
+    Raises:
+        EncryptedDocumentError: if it needs a password.
+        ReaderFailedError: if it is no PDF or beyond repair.
+    """
     try:
         return pypdfium2.PdfDocument(path), []
     except pypdfium2.PdfiumError as error:
@@ -93,12 +99,18 @@ def _read_page(pdf: pypdfium2.PdfDocument, index: int) -> tuple[str, set[str]]:
     except pypdfium2.PdfiumError:
         return "", set()  # a page that cannot be loaded is named among those without text
     text_page = page.get_textpage()
-    text = text_page.get_text_bounded()
+    text = page_text(text_page)
     kinds = hidden_text_kinds(page, text_page)
     text_page.close()
     page.close()
+    return text, kinds
+
+
+def page_text(text_page: pypdfium2.PdfTextPage) -> str:
+    """Return a page's stretch of the canonical text."""
+    text = text_page.get_text_bounded()
     # pdfium marks a hyphen that it removed at a line end with U+0002
-    return re.sub(r"\r\n?", "\n", text).replace("\x02", "").replace("\x00", "�"), kinds
+    return re.sub(r"\r\n?", "\n", text).replace("\x02", "").replace("\x00", "�")
 
 
 def _sections(pdf: pypdfium2.PdfDocument, text: str, pages: list[Page]) -> tuple[Section, ...]:

@@ -4,6 +4,7 @@ The forked process sets its limits, reads its one file, prints one JSON object a
 touches no file; it only has the readers imported already, which takes longer than most files.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -24,7 +25,7 @@ from rag.errors import ReaderFailedError, ReadError, UnsupportedFormatError
 from rag.types import CanonicalText
 
 # kreuzberg is left to the process that needs it: what has threads must not be forked
-PRELOADED = ("pdf", "web", "text", "word")
+PRELOADED = ("pdf", "page_image", "web", "text", "word")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -85,7 +86,7 @@ def main(request: dict[str, Any]) -> None:
     """Read the file of one request and print the answer."""
     _set_limits(request)
     try:
-        output = _as_json(_read(Path(request["path"]), request["name"]), request)
+        output = _answer(request)
     except ReadError as error:
         output = _failure(error, request)
     except MemoryError:
@@ -100,6 +101,18 @@ def main(request: dict[str, Any]) -> None:
         output = _failure(_damaged(f"{request['name']} could not be read: {told}"), request)
     with contextlib.suppress(MemoryError):
         _write(output)
+
+
+def _answer(request: dict[str, Any]) -> bytes:
+    path, task = Path(request["path"]), request["task"]
+    if task == "read":
+        return _as_json(_read(path, request["name"]), request)
+    pages = import_module("ingest.readers.page_image")
+    if task == "render":
+        png = pages.render_page(path, request["page"], request["scale"])
+        return json.dumps({"png": base64.b64encode(png).decode()}).encode()
+    boxes = pages.span_boxes(path, request["page"], request["start"], request["end"])
+    return json.dumps({"boxes": boxes}).encode()
 
 
 def _read(path: Path, name: str) -> CanonicalText:

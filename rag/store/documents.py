@@ -402,9 +402,7 @@ class DocumentStore:
             others = select(collection_member.c.document_id).where(
                 collection_member.c.collection != key[1]
             )
-            doomed = self._documents(
-                connection, access.members(key) & document.c.id.not_in(others)
-            )
+            doomed = self._documents(connection, access.members(key) & document.c.id.not_in(others))
             access.dissolve(connection, key)
             for each in doomed:
                 _delete(connection, each.id)

@@ -198,9 +198,7 @@ credential = Table(
     metadata,
     Column("secret_sha256", String(64), primary_key=True),
     Column("kind", String, nullable=False),  # session | key
-    Column(
-        "account", ForeignKey("account.name", ondelete="CASCADE"), nullable=False, index=True
-    ),
+    Column("account", ForeignKey("account.name", ondelete="CASCADE"), nullable=False, index=True),
     Column("created_at", String, nullable=False),  # ISO 8601, UTC
     Column("expires_at", String),  # none for a key
 )

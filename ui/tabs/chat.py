@@ -3,7 +3,7 @@
 import logging
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rag.answering.service import AnswerReady, RouteChosen
 from rag.errors import FathomError
 from rag.lm.engine import PrefillProgress, TextPiece
 from rag.types import Answer, Citation, IngestProgress, Route
-from ui.assembly import Fathom
+from ui.fair_queue import Waiting
 from ui.formatting import (
     SHOWN_QUOTATIONS,
     answer_html,
@@ -27,6 +27,7 @@ from ui.formatting import (
     progress_words,
     receipt_html,
 )
+from ui.library import Library
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,10 @@ _NO_NOTE = "PDF, office documents, web pages, e-mail, tables, notebooks, text"
 _EVERYTHING = ("all documents", "")  # label and value; a collection's name is never empty
 
 Turn = dict[str, str]
+LibraryOf = Callable[[gr.Request], Library]
 
 
-def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
+def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
     """Lay out the tab inside the running Blocks and wire it."""
     stops: dict[str, threading.Event] = {}
     last_answer = gr.State(None)
@@ -96,7 +98,10 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
             chosen = gr.Radio([], label="Show the place of", visible=False, elem_id="places")
             evidence = gr.HTML(label="Place", elem_id="evidence")
 
-    def documents(checked: list[int], chosen_collection: str) -> tuple[Any, Any, Any]:
+    def documents(
+        checked: list[int], chosen_collection: str, request: gr.Request
+    ) -> tuple[Any, Any, Any]:
+        fathom = library_of(request)
         names = [found.name for found in fathom.store.collections()]
         within = chosen_collection if chosen_collection in names else ""
         known = fathom.documents(within or None)
@@ -112,7 +117,11 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
             gr.update(placeholder=_EMPTY if known else _NO_DOCUMENT),
         )
 
-    def add(files: list[str] | None, progress: gr.Progress = gr.Progress()) -> tuple[str, None]:  # noqa: B008 - Gradio finds it by this default
+    def add(
+        files: list[str] | None,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio finds it by this default
+    ) -> tuple[str, None]:
         paths = [Path(file) for file in files or []]
         sources = [SourceToRead(path, f"upload:{path.name}", path.name) for path in paths]
 
@@ -121,7 +130,7 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
 
         notes = []
         try:
-            for outcome in fathom.ingest_files(sources, on_progress=on_progress):
+            for outcome in library_of(request).ingest_files(sources, on_progress=on_progress):
                 if isinstance(outcome, IngestFailure):
                     notes.append(error_html(outcome.error.message, outcome.error.hint))
                 else:
@@ -158,15 +167,17 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
         within: str,
         route_name: str,
         number: str,
+        request: gr.Request,
     ) -> Iterator[tuple[list[Turn], Answer | None]]:
         turns = turns[:-1]  # the one that waits
         written: list[str] = []
         reply: Turn = {"role": "assistant", "content": "<i>Preparing the model …</i>"}
         yield [*turns, reply], None
         try:
+            fathom = library_of(request)
             if within and not ids:
                 ids = [document.id for document in fathom.documents(within)]
-            events = fathom.service().stream(
+            events = fathom.stream(
                 question,
                 document_ids=ids if ids or within else None,
                 route=_ROUTES[route_name],
@@ -176,7 +187,10 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
                 if isinstance(event, AnswerReady):
                     yield [*turns, {**reply, "content": _reply(event.answer)}], event.answer
                     return
-                if isinstance(event, RouteChosen):
+                if isinstance(event, Waiting):
+                    status = f"Waiting for the model, place {event.place}"
+                    reply = {**reply, "content": f"<i>{status} …</i>"}
+                elif isinstance(event, RouteChosen):
                     written.clear()
                     status = f"{event.decision.route}: reading {event.read}"
                     reply = {**reply, "content": f"<i>{status} …</i>"}
@@ -187,6 +201,7 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
                     written.append(event.text)
                     reply = {**reply, "content": plain_html("".join(written))}
                 yield [*turns, reply], None
+            yield [*turns, {**reply, "content": "<i>Stopped before it was its turn.</i>"}], None
         except FathomError as error:
             yield [*turns, {**reply, "content": error_html(error.message, error.hint)}], None
         except Exception:
@@ -201,10 +216,10 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
         shown = gr.update(choices=choices, value=None, visible=bool(choices))
         return shown, gr.update(visible=True), gr.update(visible=False)
 
-    def show(marker: int | None, given: Answer | None) -> str:
+    def show(marker: int | None, given: Answer | None, request: gr.Request) -> str:
         for c in given.citations if given else ():
             if c.marker == marker:
-                return _evidence(fathom, c)
+                return _evidence(library_of(request), c)
         return ""
 
     def clear() -> tuple[None, Any, str]:
@@ -227,7 +242,7 @@ def build_chat(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab) -> None:
             [pending, chat, picker, collection, route, request_id],
             [chat, last_answer],
             concurrency_id="model",
-            concurrency_limit=1,
+            concurrency_limit=None,  # whose turn it is, `Library.stream` says
             show_progress="hidden",
             api_visibility="private",
         ).then(
@@ -269,16 +284,16 @@ def _reply(answer: Answer) -> str:
     return answer_html(answer) + citations_html(answer) + receipt_html(answer.receipt)
 
 
-def _evidence(fathom: Fathom, citation: Citation) -> str:
+def _evidence(library: Library, citation: Citation) -> str:
     """Return a quotation in the text around it, with an ellipsis where that text goes on."""
-    if fathom.text(citation.document, citation.start, citation.end) != citation.quote:
+    if library.text(citation.document, citation.start, citation.end) != citation.quote:
         return error_html(
             f"document {citation.document} is no longer in the library",
             "add it again and repeat the question",
         )
     first = max(0, citation.start - _EVIDENCE_CHARS)
-    before = fathom.text(citation.document, first, citation.start)
-    after = fathom.text(citation.document, citation.end, citation.end + _EVIDENCE_CHARS)
+    before = library.text(citation.document, first, citation.start)
+    after = library.text(citation.document, citation.end, citation.end + _EVIDENCE_CHARS)
     return evidence_html(
         place(citation),
         f"… {before}" if first else before,

@@ -1,18 +1,19 @@
 """The library: what is there, and deleting it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
 
 from rag.errors import FathomError
-from ui.assembly import Fathom
 from ui.formatting import error_html, plain_html
+from ui.library import Library
 
 _COLUMNS = ["no.", "title", "version", "pages", "chunks", "characters", "added", "warnings"]
 _WIDTHS: list[str | int] = ["5%", "27%", "8%", "7%", "8%", "11%", "11%", "23%"]
 
 
-def build_library(fathom: Fathom, tab: gr.Tab) -> None:
+def build_library(library_of: Callable[[gr.Request], Library], tab: gr.Tab) -> None:
     """Lay out the tab inside the running Blocks and wire it."""
     table = gr.Dataframe(
         headers=_COLUMNS,
@@ -29,8 +30,8 @@ def build_library(fathom: Fathom, tab: gr.Tab) -> None:
         remove = gr.Button("Delete", variant="stop", scale=0, min_width=120)
     note = gr.HTML()
 
-    def listing(chosen: int | None) -> tuple[list[list[Any]], Any]:
-        documents = fathom.documents()
+    def listing(chosen: int | None, request: gr.Request) -> tuple[list[list[Any]], Any]:
+        documents = library_of(request).documents()
         rows = [
             [
                 *(d.id, d.title, d.version, d.num_pages or "", f"{d.num_chunks:,}"),
@@ -42,7 +43,7 @@ def build_library(fathom: Fathom, tab: gr.Tab) -> None:
         still_there = next((d.id for d in documents if d.id == chosen), None)
         return rows, gr.update(choices=choices, value=still_there)
 
-    def delete(document_id: int | None, confirmed: bool) -> tuple[str, Any]:
+    def delete(document_id: int | None, confirmed: bool, request: gr.Request) -> tuple[str, Any]:
         if document_id is None:
             return error_html("no document is chosen", "choose one in the list"), False
         if not confirmed:
@@ -50,7 +51,7 @@ def build_library(fathom: Fathom, tab: gr.Tab) -> None:
                 "deleting is not confirmed", "tick the box beside it first"
             ), confirmed
         try:
-            fathom.delete(document_id)
+            library_of(request).delete(document_id)
         except FathomError as error:
             return error_html(error.message, error.hint), False
         return plain_html(f"Document {document_id} is deleted."), False

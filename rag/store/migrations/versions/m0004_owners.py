@@ -118,8 +118,6 @@ def _tables() -> MetaData:
         Column("source", String, primary_key=True),
         Column("version", Integer, primary_key=True),
         Column("title", String, nullable=False),
-        Column(
-            "document_id", BigId, ForeignKey("document.id", ondelete="CASCADE"), nullable=False
-        ),
+        Column("document_id", BigId, ForeignKey("document.id", ondelete="CASCADE"), nullable=False),
     )
     return metadata

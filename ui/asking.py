@@ -1,0 +1,59 @@
+"""Questions over HTTP: the events of an answer, computed in a thread while the server goes on."""
+
+from collections.abc import AsyncIterator
+from threading import Event
+
+from anyio import CancelScope, CapacityLimiter
+from anyio.to_thread import run_sync
+from starlette.requests import Request
+
+from rag.answering.service import AnswerEvent, AnswerReady
+from rag.errors import ModelError
+from rag.types import Answer, AnswerMode, Route
+from ui.fair_queue import MAX_WAITING, Waiting
+from ui.library import Library
+
+_THREADS = CapacityLimiter(MAX_WAITING + 8)  # those who wait must not keep others from asking
+
+
+def document_ids(
+    own: Library, references: list[int | str] | None, collection: str | None
+) -> list[int] | None:
+    """Return the numbers of the documents named and of the collection's; None if neither is."""
+    ids = [own.store.find(str(reference)).id for reference in references or []]
+    if collection:
+        ids += [document.id for document in own.documents(collection)]
+    return ids if references or collection else None
+
+
+async def ask_events(
+    own: Library,
+    stop: Event,
+    question: str,
+    *,
+    ids: list[int] | None,
+    route: Route | None = None,
+    mode: AnswerMode | None = None,
+) -> AsyncIterator[Waiting | AnswerEvent]:
+    """Yield the events of an answer, computed in a thread; leaving early stops the model."""
+    events = own.stream(question, document_ids=ids, route=route, mode=mode, stop=stop)
+    try:
+        while (event := await run_sync(next, events, None, limiter=_THREADS)) is not None:
+            yield event
+    finally:
+        stop.set()
+        with CancelScope(shield=True):
+            await run_sync(events.close, limiter=_THREADS)  # type: ignore[attr-defined]
+
+
+async def whole_answer(events: AsyncIterator[Waiting | AnswerEvent], request: Request) -> Answer:
+    """Return the answer that the events end with; a caller who hangs up ends them."""
+    try:
+        async for event in events:
+            if isinstance(event, AnswerReady):
+                return event.answer
+            if await request.is_disconnected():
+                break
+    finally:
+        await events.aclose()  # type: ignore[attr-defined]
+    raise ModelError("the question was called off", hint="ask again")
