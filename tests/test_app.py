@@ -188,7 +188,7 @@ def test_a_port_in_use_is_named(small_fathom: Fathom) -> None:
 
 
 def test_a_public_address_is_refused(small_fathom: Fathom) -> None:
-    with pytest.raises(ServeError, match="no login"):
+    with pytest.raises(ServeError, match="nobody has to sign in"):
         serve(small_fathom, "0.0.0.0", 0)
 
 

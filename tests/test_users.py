@@ -104,7 +104,8 @@ def test_every_query_of_a_store_is_its_owners(
     assert "report" in str(caught.value)  # his own is named, hers is not counted
     assert "there are 1:" in str(caught.value)
     assert ben.text(hers.id) == ""
-    assert ben.pages(hers.id) == ben.sections(hers.id) == ben.chunks_of(hers.id) == []
+    for parts in (ben.pages(hers.id), ben.sections(hers.id), ben.chunks_of(hers.id)):
+        assert list(parts) == []
     assert ben.chunks([chunk_id]) == {}
     assert ben.chunk_ids([hers.id, own.id]) == ben.chunk_ids([own.id])
     assert ben.token_counts([hers.id], "t") == {}
@@ -129,9 +130,9 @@ def test_what_another_owns_cannot_be_changed(stores: tuple[DocumentStore, Docume
             change("deals")
     with pytest.raises(DocumentNotFoundError):
         ben.remove_from_collection("deals", [hers.id])
+    vectors = np.full((1, 4), 0.5, dtype=np.float32)
+    content = CanonicalText("other", "text/plain")
     with pytest.raises(DocumentNotFoundError):
-        vectors = np.full((1, 4), 0.5, dtype=np.float32)
-        content = CanonicalText("other", "text/plain")
         ben.replace(hers.id, content, [Chunk(0, 0, 5, "other", 1)], vectors, embedder="test")
     assert anna.text(hers.id) == SECRET
     assert anna.find(str(hers.id)).collections == ("deals",)
@@ -473,7 +474,7 @@ def test_the_command_line_keeps_accounts(
         return done.stdout
 
     run("add", "anna", "--password-stdin", typed=f"{PASSWORD}\n")
-    with pytest.raises(AccountError, match="--password-stdin|terminal"):
+    with pytest.raises(AccountError, match="at a terminal"):
         run("add", "ben")
     key = run("key", "anna").strip()
     assert key.startswith("fathom-")

@@ -18,6 +18,7 @@ from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from ingest.pipeline import IngestFailure
@@ -29,7 +30,7 @@ from rag.types import AnswerMode, Document, Route
 from ui.asking import ask_events, document_ids, whole_answer
 from ui.assembly import Fathom
 from ui.fair_queue import Waiting
-from ui.http_errors import PlainError, error_json, status_of, unexpected
+from ui.http_errors import ERRORS, STREAMED, PlainError, error_json, status_of, unexpected
 from ui.library import MAX_PAGE_SCALE, PAGE_SCALE, Library
 from ui.openai_api import openai_router
 
@@ -65,7 +66,7 @@ def add_api(app: FastAPI, fathom: Fathom) -> None:
         return fathom.for_user(request)
 
     Own = Annotated[Library, Depends(library)]
-    router = APIRouter(responses={"4XX": {"description": "An error, with what to do."}})
+    router = APIRouter(responses=ERRORS)
 
     @router.get("/healthz", tags=["server"])
     def health() -> dict[str, bool]:
@@ -83,7 +84,12 @@ def add_api(app: FastAPI, fathom: Fathom) -> None:
         """List the documents, latest versions, of all or of a collection."""
         return [document_json(document) for document in own.documents(collection)]
 
-    @router.post("/v1/documents", tags=["documents"], status_code=201)
+    @router.post(
+        "/v1/documents",
+        tags=["documents"],
+        status_code=201,
+        responses={207: {"description": "Some files were taken; each says what became of it."}},
+    )
     def upload(
         own: Own, files: list[UploadFile], collection: Annotated[str | None, Form()] = None
     ) -> Response:
@@ -141,7 +147,7 @@ def add_api(app: FastAPI, fathom: Fathom) -> None:
         """List the collections, those that others share included."""
         return [found.to_json() for found in own.store.collections()]
 
-    @router.post("/v1/questions", tags=["questions"])
+    @router.post("/v1/questions", tags=["questions"], responses=STREAMED)
     async def ask(own: Own, asked: Question, request: Request) -> Response:
         """Answer a question with citations and receipt; with `stream`, as server-sent events.
 
@@ -187,7 +193,7 @@ def _ingest(
     scratch = own.settings.home / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     outcomes: list[dict[str, Any]] = []
-    status = 201
+    failures: list[FathomError] = []
     with tempfile.TemporaryDirectory(dir=scratch, prefix="upload-") as folder:
         sources = []
         for place, file in enumerate(files):
@@ -198,17 +204,18 @@ def _ingest(
             sources.append(SourceToRead(path, f"upload:{name}", name, collection or None))
         for outcome in own.ingest_files(sources):
             if isinstance(outcome, IngestFailure):
-                status = status_of(outcome.error)
-                error = {"message": outcome.error.message, "hint": outcome.error.hint}
-                outcomes.append({"outcome": "failed", "title": outcome.title, "error": error})
+                failures.append(outcome.error)
+                told = error_json(outcome.error)["error"]
+                outcomes.append({"outcome": "failed", "title": outcome.title, "error": told})
             else:
                 described = document_json(outcome.document)
                 outcomes.append(
                     {"outcome": outcome.outcome, "message": outcome.message}
                     | {"title": outcome.document.title, "document": described}
                 )
-    failed = sum(outcome["outcome"] == "failed" for outcome in outcomes)
-    return outcomes, (status if failed == len(outcomes) else 207) if failed else 201
+    if failures and len(files) == 1:
+        raise failures[0]
+    return outcomes, 207 if failures else 201
 
 
 # ---- questions --------------------------------------------------------------------------------
@@ -253,15 +260,17 @@ def _add_errors(app: FastAPI) -> None:
     async def known(request: Request, error: FathomError) -> JSONResponse:
         return JSONResponse(error_json(error), status_of(error))
 
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        answer = PlainError(error.status_code, str(error.detail), "see /docs for what there is")
+        answer.headers.update(error.headers or {})
+        return answer
+
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         return PlainError(422, f"{where}: {first['msg']}", "see /docs for what is expected")
-
-    @app.exception_handler(Exception)
-    async def fault(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(unexpected(error), 500)
 
 
 # ---- the description --------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from rag.errors import FathomError, ServeError
 from ui.api import add_api
 from ui.assembly import Fathom
 from ui.fair_queue import MAX_WAITING
+from ui.http_errors import FaultsTold
 from ui.sign_in import Door, is_loopback
 from ui.tabs.chat import build_chat
 from ui.tabs.library import build_library
@@ -113,11 +114,6 @@ def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
             build_library(fathom.for_user, library_tab)
     blocks.max_threads = _THREADS
     blocks.queue(default_concurrency_limit=4, max_size=_THREADS, api_open=False)
-    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-
-    add_api(api, fathom)
-    api.add_middleware(Door, fathom=fathom, is_public=is_public)
-    api.add_middleware(_ContentPolicy)
     theme = gr.themes.Soft(
         primary_hue="teal",
         font=["system-ui", "sans-serif"],
@@ -147,8 +143,20 @@ def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
         "run_history": False,
         "footer_links": [],
     }
-    app: FastAPI = gr.mount_gradio_app(api, blocks, path="/", **options)
+    app: FastAPI = gr.mount_gradio_app(
+        build_api(fathom, is_public=is_public), blocks, path="/", **options
+    )
     return app
+
+
+def build_api(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
+    """Return the application without the page: the HTTP API behind the door."""
+    api = FastAPI(title="Fathom", docs_url=None, redoc_url=None, openapi_url=None)
+    add_api(api, fathom)
+    api.add_middleware(FaultsTold)
+    api.add_middleware(Door, fathom=fathom, is_public=is_public)
+    api.add_middleware(_ContentPolicy)
+    return api
 
 
 def serve(

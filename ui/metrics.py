@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from rag.types import Answer
 
 if TYPE_CHECKING:
     from ui.assembly import Fathom
 
+disable_created_metrics()  # type: ignore[no-untyped-call] # when each count began is of no use to anybody
 _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 

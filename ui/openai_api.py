@@ -26,7 +26,7 @@ from rag.types import Answer, AnswerMode, Route
 from ui.asking import ask_events, document_ids, whole_answer
 from ui.assembly import Fathom
 from ui.fair_queue import Waiting
-from ui.http_errors import PlainError, error_json, unexpected
+from ui.http_errors import ERRORS, STREAMED, PlainError, error_json, unexpected
 from ui.library import Library
 
 ANY_MODEL = "fathom"  # the name that is always right, whatever model answers
@@ -88,7 +88,7 @@ class ChatRequest(BaseModel):
 def openai_router(fathom: Fathom, library: Callable[[Request], Library]) -> APIRouter:
     """Return the routes of the protocol."""
     Own = Annotated[Library, Depends(library)]
-    router = APIRouter(tags=["OpenAI"])
+    router = APIRouter(tags=["OpenAI"], responses=ERRORS)
 
     @router.get("/v1/models")
     def models(own: Own) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def openai_router(fathom: Fathom, library: Callable[[Request], Library]) -> APIR
         names = (ANY_MODEL, fathom.engine.name)
         return {"object": "list", "data": [_model_json(name) for name in names]}
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat(own: Own, asked: ChatRequest, request: Request) -> Response:
         """Answer the last message of the user from the documents."""
         name = await run_sync(lambda: fathom.engine.name)

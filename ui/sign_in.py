@@ -17,9 +17,10 @@ from urllib.parse import parse_qs, urlsplit
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rag.errors import AccountError
 from rag.store.accounts import SESSION_DAYS
@@ -32,6 +33,7 @@ COOKIE = "fathom_session"
 _OPEN_PATHS = ("/login", "/healthz")
 # A page elsewhere whose name was made to point here must not read the documents (DNS rebinding).
 _OWN_NAMES = ("127.0.0.1", "localhost", "::1", "[::1]")
+_UPLOADS = ("/v1/documents", "/gradio_api/upload")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _FORM_BYTES = 8192
 _BODY_BYTES = 32 * 2**20  # of a request that is no upload; the page sends its conversation along
@@ -69,7 +71,8 @@ class Door:
             is_public: whether others can reach the address; then nobody is let in unasked, even if
                 the last account is removed while the server runs.
         """
-        self._app = app
+        self._app = RequestBodyLimitMiddleware(app, _BODY_BYTES)
+        self._with_uploads = RequestBodyLimitMiddleware(app, fathom.settings.max_bytes_per_user)
         self._fathom = fathom
         self._asks = is_public
         self._failures = _Failures()
@@ -87,7 +90,8 @@ class Door:
         if response is not None:
             await response(scope, receive, send)
             return
-        await self._app(scope, _limited(request, self._body_limit(request)), send)
+        is_upload = request.url.path in _UPLOADS
+        await (self._with_uploads if is_upload else self._app)(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response | None:
         """Return what is answered here, or None where the application may answer."""
@@ -99,12 +103,9 @@ class Door:
         if request.method not in _SAFE_METHODS and not _is_same_origin(request.headers, host):
             self._fathom.metrics.count_refusal("origin")
             return PlainError(403, "the request comes from another site")
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self._body_limit(request):
-            return PlainError(413, "the request is too large")
         if not self._asks:
             request.scope["fathom_owner"] = ""
-            return None
+            return RedirectResponse("/", 303) if request.url.path == "/login" else None
         if request.url.path == "/login":
             return await self._login(request)
         owner = await run_in_threadpool(self._owner, request)
@@ -124,10 +125,6 @@ class Door:
         refused = PlainError(401, "sign in, or give an API key")
         refused.headers["www-authenticate"] = "Bearer"
         return refused
-
-    def _body_limit(self, request: Request) -> int:
-        is_upload = request.url.path in ("/v1/documents", "/gradio_api/upload")
-        return self._fathom.settings.max_bytes_per_user if is_upload else _BODY_BYTES
 
     def _owner(self, request: Request) -> str | None:
         kind, _, secret = request.headers.get("authorization", "").partition(" ")
@@ -240,16 +237,3 @@ def _is_local_metrics(request: Request) -> bool:
     forwarded = "x-forwarded-for" in request.headers or "forwarded" in request.headers
     local = request.client is not None and is_loopback(request.client.host)
     return request.url.path == "/metrics" and local and not forwarded
-
-
-def _limited(request: Request, limit: int) -> Receive:
-    """Return the request's own `receive`, which ends it where the body is longer than it may be."""
-    left = limit
-
-    async def receive() -> Message:
-        nonlocal left
-        message = await request.receive()
-        left -= len(message.get("body", b""))
-        return message if left >= 0 else {"type": "http.disconnect"}
-
-    return receive
