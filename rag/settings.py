@@ -166,6 +166,10 @@ class Settings(BaseSettings):
         default=512 * MIB, ge=1, description="Largest file that is ingested, in bytes."
     )
 
+    user: str = Field(
+        default="",
+        description="Account whose documents the command line works on; by default those of none.",
+    )
     max_documents_per_user: int = Field(
         default=10_000, ge=1, description="Most documents of each account, all versions."
     )

@@ -12,9 +12,10 @@ from alembic.migration import MigrationContext
 from rag.errors import StoreError
 from rag.retrieval.lexical_index import Fts5Index
 from rag.store.database import Database
-from rag.store.documents import DocumentStore
+from rag.store.documents import DocumentStore, SourceFile
 from rag.store.oplog import OpLog
 from rag.store.schema import SCHEMA_VERSION, metadata
+from rag.types import CanonicalText
 
 
 def _make_0001(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +90,50 @@ def _differences(database: Database) -> list[Any]:
         ours = {"include_name": lambda name, *_: not str(name).startswith("chunk_fts")}
         context = MigrationContext.configure(connection, opts=ours)
         return list(compare_metadata(context, metadata))
+
+
+def test_what_was_there_before_owners_belongs_to_nobody(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("rag.store.database.SCHEMA_VERSION", "0003")
+        database = Database(database_url)
+    with database.write() as connection:
+        run = connection.exec_driver_sql
+        for number in (1, 2):
+            run(
+                "INSERT INTO document(title, source, version, content_sha256, media_type,"
+                " num_bytes, num_chars, num_pages, num_chunks, warnings, created_at) VALUES"
+                f" ('title', '/{number}.txt', 1, '{number:064}', 'text/plain',"
+                " 9, 9, 0, 1, '[]', 't')"
+            )
+            run(f"INSERT INTO document_text VALUES ({number}, 'harbour {number}')")
+            run(f"INSERT INTO source_version VALUES ('/{number}.txt', 1, 'title', {number})")
+            run(f"INSERT INTO collection_member VALUES ('deals', {number})")
+            run(f"INSERT INTO answer VALUES ('receipt-{number}', 't', 'who?', '{{}}')")
+            run(f"INSERT INTO answer_document VALUES ('receipt-{number}', {number})")
+        run("DELETE FROM document WHERE id = 2")
+    database.close()
+
+    database = Database(database_url)
+    assert _differences(database) == []
+    store = DocumentStore(database)
+    (document,) = store.all()
+    assert (document.id, document.owner, document.collections) == (1, "", ("deals",))
+    assert store.text(1) == "harbour 1"
+    assert DocumentStore(database, "anna").all(include_superseded=True) == []
+    with database.read() as connection:
+        assert connection.exec_driver_sql("SELECT DISTINCT owner FROM answer").scalars().all() == [
+            ""
+        ]
+    content = CanonicalText("new", "text/plain")
+    saved = store.save(
+        SourceFile("/1.txt", "title", "f" * 64, 3), content, [], np.empty((0, 4)), embedder="e"
+    )
+    assert (saved.id, saved.version) == (3, 2)  # a number of a deleted document is not given again
+    with pytest.raises(StoreError), database.write() as connection:
+        connection.exec_driver_sql("INSERT INTO document_text VALUES (99, 'of no document')")
+    database.close()
 
 
 def test_a_library_of_a_newer_schema_is_left_alone(tmp_path: Path) -> None:

@@ -36,7 +36,11 @@ def test_heavy_libraries_have_one_home() -> None:
         "tantivy": {"rag/retrieval/tantivy_index.py"},
         "psycopg": set(),
         "gradio": {"ui/app.py", "ui/tabs/chat.py", "ui/tabs/library.py"},
-        "pypdfium2": {"ingest/readers/pdf.py", "ingest/readers/hidden_text.py"},
+        "pypdfium2": {
+            "ingest/readers/pdf.py",
+            "ingest/readers/hidden_text.py",
+            "ingest/readers/page_image.py",
+        },
         "pikepdf": {"ingest/readers/pdf.py"},
         "kreuzberg": {"ingest/readers/office.py"},
         "httpx": {"ingest/sources.py", "rag/lm/model_server.py"},

@@ -484,6 +484,13 @@ def test_the_command_line_keeps_accounts(
     fathom.store.add_to_collection("open", [give(fathom, tmp_path, "a.md", SECRET).id])
     assert "open: everyone" in run("share", "open", "--with", "everyone")
     assert [c.name for c in fathom.for_owner("anna").store.collections()] == ["library/open"]
+    with monkeypatch.context() as patch:
+        patch.setenv("FATHOM_USER", "anna")
+        found = runner.invoke(app, ["list", "--json"], catch_exceptions=False)
+        assert '"collections": ["library/open"]' in found.stdout
+        patch.setenv("FATHOM_USER", "nobody")
+        with pytest.raises(AccountError, match="there are: anna"):
+            runner.invoke(app, ["list"], catch_exceptions=False)
     assert run("share", "open", "--stop") == ""
     assert fathom.for_owner("anna").documents() == []
     run("password", "anna", "--password-stdin", typed="another long one\n")

@@ -28,7 +28,7 @@ from ui.metrics import Metrics
 
 
 class Fathom(Library):
-    """A library with its models, as whoever runs the machine sees it: the owner "".
+    """A library with its models, as whoever runs the machine sees it: the owner of the settings.
 
     Each part is built when it is first needed, and serves every owner; see `for_owner`. Tests hand
     in a small `embedder` and `engine`; otherwise they come from the settings.
@@ -38,7 +38,7 @@ class Fathom(Library):
         self, settings: Settings, *, embedder: Embedder | None = None, engine: Engine | None = None
     ) -> None:
         self.settings = settings
-        super().__init__(self, "")
+        super().__init__(self, settings.user)
         self.queue = FairQueue()
         self.pages = PageCache()
         self.metrics = Metrics()
@@ -162,7 +162,7 @@ class Fathom(Library):
 
     def for_owner(self, owner: str) -> Library:
         """Return the library as an account sees it; "" is who needs no login."""
-        if not owner:
+        if owner == self.owner:
             return self
         with self.building:
             return self._libraries.setdefault(owner, Library(self, owner))

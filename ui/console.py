@@ -48,7 +48,10 @@ def open_fathom(settings: Settings) -> Any:  # noqa: ANN401
     """The library with its service; imported late, because --help must be instant."""
     from ui.assembly import Fathom
 
-    return Fathom(settings)
+    fathom = Fathom(settings)
+    if settings.user:
+        fathom.accounts.require(settings.user)
+    return fathom
 
 
 def document_ids(

@@ -237,7 +237,8 @@ class Library:
             for document in self.store.all(include_superseded=True)
             if document.owner == self.owner
         ]
-        self.delete(*mine)
+        if mine:
+            self.delete(*mine)
         self.receipts.delete_all()
 
     def _pdf_page(self, document_id: int, number: int) -> tuple[Document, Page]:

@@ -116,7 +116,7 @@ def key(
 
 @app.command(
     epilog="Examples: fathom users share contracts --with everyone"
-    "  |  fathom users share contracts --with anna --owner ben  |  fathom users share --json"
+    "  |  FATHOM_USER=ben fathom users share contracts --with anna  |  fathom users share --json"
 )
 def share(
     collection: Annotated[str | None, typer.Argument(help="Name of the collection.")] = None,
@@ -124,22 +124,18 @@ def share(
         str | None, typer.Option("--with", help="An account, or everyone who may sign in.")
     ] = None,
     stop: Annotated[bool, typer.Option("--stop", help="Share it no more.")] = False,
-    owner: Annotated[
-        str, typer.Option("--owner", help="Whose collection; default: the command line's own.")
-    ] = "",
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Let others read a collection, and list what is shared. They can neither change nor share it.
 
-    A reader sees it as OWNER/NAME, one of the command line's own as library/NAME.
+    A reader sees it as OWNER/NAME, one of the command line's own as library/NAME. FATHOM_USER names
+    the account whose collection it is.
     """
     from rag.store.access import EVERYONE
 
     fathom = open_fathom(load_settings(home=home))
-    if owner:
-        fathom.accounts.require(owner)
-    store = fathom.for_owner(owner).store
+    store = fathom.store
     if collection is not None:
         if reader is None and not stop:
             raise typer.BadParameter("name who may read it with --with")
@@ -153,7 +149,7 @@ def share(
     for name, readers in store.readers().items():
         shown = ["everyone" if reader == EVERYONE else reader for reader in readers]
         if as_json:
-            print_json({"collection": name, "owner": owner, "readers": shown})
+            print_json({"collection": name, "owner": fathom.owner, "readers": shown})
         else:
             out.print(f"{name}: {', '.join(shown)}", markup=False)
 
