@@ -496,6 +496,25 @@ def test_openais_client_asks_and_gets_citations(anna: Person) -> None:
     assert anna.http.get(f"/v1/receipts/{told['receipt']['id']}").status_code == 200
 
 
+def test_a_follow_up_is_asked_with_what_came_before(anna: Person) -> None:
+    anna.upload("handbook.md", HANDBOOK)
+    chat: list[Any] = [
+        {"role": "user", "content": "Where is the north beacon?"},
+        {"role": "assistant", "content": "North of the quay."},
+        {"role": "user", "content": "What colour does it flash?"},
+    ]
+    given = anna.openai.chat.completions.create(model="fathom", messages=chat)
+    told = given.model_extra["fathom"] if given.model_extra else {}
+    assert told["messages_not_read"] == 0
+    assert "north beacon" in told["receipt"]["standalone_question"]
+    first = anna.http.post("/v1/questions", json={"question": "Where is the north beacon?"}).json()
+    asked = {"question": "What colour does it flash?", "after": first["receipt"]["id"]}
+    second = anna.http.post("/v1/questions", json=asked).json()
+    assert "north beacon" in second["receipt"]["standalone_question"]
+    unknown = anna.http.post("/v1/questions", json={**asked, "after": "no receipt"})
+    assert unknown.status_code == 404
+
+
 def test_openais_client_streams_the_checked_answer(anna: Person) -> None:
     anna.upload("handbook.md", HANDBOOK)
     whole = anna.openai.chat.completions.create(

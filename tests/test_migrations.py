@@ -128,7 +128,11 @@ def test_what_was_there_before_owners_belongs_to_nobody(
         ]
     content = CanonicalText("new", "text/plain")
     saved = store.save(
-        SourceFile("/1.txt", "title", "f" * 64, 3), content, [], np.empty((0, 4)), embedder="e"
+        SourceFile("/1.txt", "title", "f" * 64, 3),
+        content,
+        [],
+        np.empty((0, 4), np.float32),
+        embedder="e",
     )
     assert (saved.id, saved.version) == (3, 2)  # a number of a deleted document is not given again
     with pytest.raises(StoreError), database.write() as connection:

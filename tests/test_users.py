@@ -24,7 +24,7 @@ from rag.types import Answer, CanonicalText, Chunk, Document, Route
 from ui.assembly import Fathom
 from ui.cli import app
 from ui.doctor import examine_library
-from ui.fair_queue import MAX_WAITING_EACH, FairQueue, Turn, Waiting
+from ui.fair_queue import MAX_WAITING_EACH, FairQueue, Ticket, Waiting
 from ui.library import Library
 
 PASSWORD = "correct horse battery"
@@ -529,7 +529,7 @@ def test_turns_are_shared_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     while queue.is_running:
         turn = queue._running
-        assert isinstance(turn, Turn)
+        assert isinstance(turn, Ticket)
         order.append(turn.owner)
         clock[0] += turns[turn]
         queue._leave(turn)

@@ -23,11 +23,11 @@ from starlette.responses import StreamingResponse
 
 from ingest.pipeline import IngestFailure
 from ingest.sources import SourceToRead
-from rag.answering.service import AnswerEvent, AnswerReady, RouteChosen
+from rag.answering.service import AnswerEvent, AnswerReady, QuestionRewritten, RouteChosen
 from rag.errors import FathomError, QuotaError
 from rag.lm.engine import PrefillProgress, TextPiece
 from rag.types import AnswerMode, Document, Route
-from ui.asking import ask_events, document_ids, whole_answer
+from ui.asking import ask_events, document_ids, turn_before, whole_answer
 from ui.assembly import Fathom
 from ui.fair_queue import Waiting
 from ui.http_errors import ERRORS, STREAMED, PlainError, error_json, status_of, unexpected
@@ -56,6 +56,9 @@ class Question(BaseModel):
     collection: str | None = Field(default=None, max_length=1_000)
     route: Route | None = None
     mode: AnswerMode | None = None
+    after: str | None = Field(
+        default=None, max_length=64, description="Receipt of the answer that this one follows."
+    )
     stream: bool = Field(default=False, description="Events as server-sent events.")
 
 
@@ -151,11 +154,19 @@ def add_api(app: FastAPI, fathom: Fathom) -> None:
     async def ask(own: Own, asked: Question, request: Request) -> Response:
         """Answer a question with citations and receipt; with `stream`, as server-sent events.
 
-        The events are waiting, route, reading, text (a draft), answer, or error.
+        The events are waiting, rewritten, route, reading, text (a draft), answer, or error.
         """
         ids = await run_sync(document_ids, own, asked.documents, asked.collection)
-        stop = Event()
-        events = ask_events(own, stop, asked.question, ids=ids, route=asked.route, mode=asked.mode)
+        history = [await run_sync(turn_before, own, asked.after)] if asked.after else []
+        events = ask_events(
+            own,
+            Event(),
+            asked.question,
+            ids=ids,
+            route=asked.route,
+            mode=asked.mode,
+            history=history,
+        )
         if asked.stream:
             return StreamingResponse(_server_sent(events), media_type="text/event-stream")
         return JSONResponse((await whole_answer(events, request)).to_json())
@@ -237,6 +248,8 @@ def _event_json(event: Waiting | AnswerEvent) -> tuple[str, dict[str, Any]]:
     match event:
         case Waiting(place):
             return "waiting", {"place": place}
+        case QuestionRewritten(question):
+            return "rewritten", {"question": question}
         case RouteChosen(decision, read):
             return "route", {"route": decision.route, "reason": decision.reason, "reads": read}
         case PrefillProgress(done, total):

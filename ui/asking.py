@@ -1,12 +1,13 @@
 """Questions over HTTP: the events of an answer, computed in a thread while the server goes on."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from threading import Event
 
 from anyio import CancelScope, CapacityLimiter
 from anyio.to_thread import run_sync
 from starlette.requests import Request
 
+from rag.answering.conversation import Turn
 from rag.answering.service import AnswerEvent, AnswerReady
 from rag.errors import ModelError
 from rag.types import Answer, AnswerMode, Route
@@ -26,6 +27,17 @@ def document_ids(
     return ids if references or collection else None
 
 
+def turn_before(own: Library, receipt_id: str) -> Turn:
+    """Return the question and answer of a receipt, for a question that follows it.
+
+    Raises:
+        DocumentNotFoundError: if there is no such receipt.
+    """
+    before = own.receipts.load(receipt_id)
+    asked = before.receipt.standalone_question or own.receipts.asked(receipt_id)[0]
+    return Turn(asked, before.answer)
+
+
 async def ask_events(
     own: Library,
     stop: Event,
@@ -34,9 +46,12 @@ async def ask_events(
     ids: list[int] | None,
     route: Route | None = None,
     mode: AnswerMode | None = None,
+    history: Sequence[Turn] = (),
 ) -> AsyncIterator[Waiting | AnswerEvent]:
     """Yield the events of an answer, computed in a thread; leaving early stops the model."""
-    events = own.stream(question, document_ids=ids, route=route, mode=mode, stop=stop)
+    events = own.stream(
+        question, document_ids=ids, route=route, mode=mode, history=history, stop=stop
+    )
     try:
         while (event := await run_sync(next, events, None, limiter=_THREADS)) is not None:
             yield event

@@ -1,6 +1,6 @@
 """Whose turn it is at the model: one request at a time, its seconds shared out among the owners.
 
-Requests of one owner are answered in the order they came. Between owners, the next turn is of the
+Requests of one owner are answered in the order they came. Between owners, the next ticket is of the
 one who has had the model for the fewest seconds since the queue was last empty: thirty requests of
 one, or long ones, keep another waiting for no more than the one that is running. Who comes anew
 starts level with the one that is running, so that nobody saves up turns.
@@ -35,19 +35,19 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._changed = Condition()
-        self._waiting: list[Turn] = []  # in the order they came
-        self._running: Turn | None = None
+        self._waiting: list[Ticket] = []  # in the order they came
+        self._running: Ticket | None = None
         self._seconds: dict[str, float] = {}  # that each owner has had, since nobody was here
         self._usual_seconds = 1.0
 
-    def join(self, owner: str) -> "Turn":
+    def join(self, owner: str) -> "Ticket":
         """Return a place in the queue; it is given up by leaving its `with` block.
 
         Raises:
             QuotaError: if too many wait already.
         """
         with self._changed:
-            own = sum(turn.owner == owner for turn in self._waiting)
+            own = sum(ticket.owner == owner for ticket in self._waiting)
             if own >= MAX_WAITING_EACH or len(self._waiting) >= MAX_WAITING:
                 whose = "of yours" if own >= MAX_WAITING_EACH else "in all"
                 raise QuotaError(
@@ -55,12 +55,12 @@ class FairQueue:
                     " for the model already",
                     hint="try again when some of them are answered",
                 )
-            if not any(turn.owner == owner for turn in self._present()):
+            if not any(ticket.owner == owner for ticket in self._present()):
                 self._seconds[owner] = max(self._level(), self._seconds.get(owner, 0.0))
-            turn = Turn(self, owner)
-            self._waiting.append(turn)
+            ticket = Ticket(self, owner)
+            self._waiting.append(ticket)
             self._call_next()
-            return turn
+            return ticket
 
     @property
     def num_waiting(self) -> int:
@@ -74,7 +74,7 @@ class FairQueue:
         with self._changed:
             return self._running is not None
 
-    def _present(self) -> "list[Turn]":
+    def _present(self) -> "list[Ticket]":
         """Return the requests that are here, running or waiting."""
         return self._waiting if self._running is None else [self._running, *self._waiting]
 
@@ -82,51 +82,53 @@ class FairQueue:
         """Return the seconds that a newcomer is taken to have had: no turns are saved up."""
         if self._running is not None:
             return self._seconds[self._running.owner] - self._running.charged_seconds
-        return min((self._seconds[turn.owner] for turn in self._waiting), default=0.0)
+        return min((self._seconds[ticket.owner] for ticket in self._waiting), default=0.0)
 
-    def _order(self) -> "list[Turn]":
+    def _order(self) -> "list[Ticket]":
         """Return the waiting requests in the order they will be called, as far as is known now."""
         seconds = dict(self._seconds)
         rest, order = list(self._waiting), []
         while rest:
-            turn = min(rest, key=lambda turn: seconds[turn.owner])  # the first to come among equals
-            seconds[turn.owner] += self._usual_seconds
-            rest.remove(turn)
-            order.append(turn)
+            ticket = min(
+                rest, key=lambda ticket: seconds[ticket.owner]
+            )  # the first to come among equals
+            seconds[ticket.owner] += self._usual_seconds
+            rest.remove(ticket)
+            order.append(ticket)
         return order
 
     def _call_next(self) -> None:
         if self._running is None and self._waiting:
-            turn = self._order()[0]
-            self._waiting.remove(turn)
-            self._running = turn
-            turn.begun = time.monotonic()
-            turn.charged_seconds = self._usual_seconds
-            self._seconds[turn.owner] += self._usual_seconds
+            ticket = self._order()[0]
+            self._waiting.remove(ticket)
+            self._running = ticket
+            ticket.begun = time.monotonic()
+            ticket.charged_seconds = self._usual_seconds
+            self._seconds[ticket.owner] += self._usual_seconds
         self._changed.notify_all()
 
-    def _leave(self, turn: "Turn") -> None:
+    def _leave(self, ticket: "Ticket") -> None:
         with self._changed:
-            if turn is self._running:
-                seconds = time.monotonic() - turn.begun
+            if ticket is self._running:
+                seconds = time.monotonic() - ticket.begun
                 self._running = None
-                self._seconds[turn.owner] += seconds - turn.charged_seconds
+                self._seconds[ticket.owner] += seconds - ticket.charged_seconds
                 self._usual_seconds += _USUAL_WEIGHT * (seconds - self._usual_seconds)
-            elif turn in self._waiting:
-                self._waiting.remove(turn)
+            elif ticket in self._waiting:
+                self._waiting.remove(ticket)
             if not self._present():
                 self._seconds.clear()
             self._call_next()
 
-    def _place(self, turn: "Turn", seconds: float) -> int:
+    def _place(self, ticket: "Ticket", seconds: float) -> int:
         """Return the request's place, 0 if it has the model, after a change or some seconds."""
         with self._changed:
-            if turn is not self._running:
+            if ticket is not self._running:
                 self._changed.wait(seconds)
-            return 0 if turn is self._running else self._order().index(turn) + 1
+            return 0 if ticket is self._running else self._order().index(ticket) + 1
 
 
-class Turn:
+class Ticket:
     """A request's place in the queue."""
 
     def __init__(self, queue: FairQueue, owner: str) -> None:
@@ -146,7 +148,7 @@ class Turn:
                 shown = place
                 yield Waiting(place)
 
-    def __enter__(self) -> "Turn":
+    def __enter__(self) -> "Ticket":
         return self
 
     def __exit__(

@@ -20,6 +20,7 @@ from ingest.pipeline import (
 )
 from ingest.readers.guard import render_page, span_boxes, start_ahead
 from ingest.sources import SourceToRead
+from rag.answering.conversation import Turn
 from rag.answering.service import AnswerEvent, AnsweringService, AnswerReady
 from rag.errors import DocumentNotFoundError, QuotaError, ReadError
 from rag.retrieval.retriever import Retriever
@@ -92,6 +93,7 @@ class Library:
         document_ids: Sequence[int] | None = None,
         route: Route | None = None,
         mode: AnswerMode | None = None,
+        history: Sequence[Turn] = (),
         stop: Event | None = None,
     ) -> Iterator[Waiting | AnswerEvent]:
         """Answer a question when it is its turn; see `AnsweringService.stream`.
@@ -109,7 +111,12 @@ class Library:
                 return
             try:
                 for event in self.service().stream(
-                    question, document_ids=document_ids, route=route, mode=mode, stop=stop
+                    question,
+                    document_ids=document_ids,
+                    route=route,
+                    mode=mode,
+                    history=history,
+                    stop=stop,
                 ):
                     if isinstance(event, AnswerReady):
                         self._fathom.metrics.count(event.answer)

@@ -1,9 +1,10 @@
 """OpenAI's chat protocol: `/v1/models` and `/v1/chat/completions`, with documents behind them.
 
-The question is the last message of the user. Which documents it is about, and by which route they
-are read, stands in the field `fathom` of the request; citations and receipt in that of the answer.
-What is streamed as the answer's content is the checked text, when it is there; the draft before it,
-whose statements are not checked yet, goes beside it under `fathom`.
+The question is the last message of the user; those before it, with their answers, serve to make it
+stand alone. Which documents it is about, and by which route they are read, stands in the field
+`fathom` of the request; citations and receipt in that of the answer. What is streamed as the
+answer's content is the checked text, when it is there; the draft before it, whose statements are
+not checked yet, goes beside it under `fathom`.
 """
 
 import json
@@ -19,7 +20,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import StreamingResponse
 
-from rag.answering.service import AnswerEvent, AnswerReady, RouteChosen
+from rag.answering.conversation import Turn
+from rag.answering.service import AnswerEvent, AnswerReady, QuestionRewritten, RouteChosen
 from rag.errors import FathomError
 from rag.lm.engine import PrefillProgress, TextPiece
 from rag.types import Answer, AnswerMode, Route
@@ -102,13 +104,19 @@ def openai_router(fathom: Fathom, library: Callable[[Request], Library]) -> APIR
         name = await run_sync(lambda: fathom.engine.name)
         if problem := _problem(asked, name):
             return problem
-        question = [m.text for m in asked.messages if m.role == "user"][-1]
+        question, history = _conversation(asked.messages)
         extension = asked.fathom
         ids = await run_sync(document_ids, own, extension.documents, extension.collection)
         events = ask_events(
-            own, Event(), question, ids=ids, route=extension.route, mode=extension.mode
+            own,
+            Event(),
+            question,
+            ids=ids,
+            route=extension.route,
+            mode=extension.mode,
+            history=history,
         )
-        not_read = len(asked.messages) - 1
+        not_read = sum(message.role not in ("user", "assistant") for message in asked.messages)
         if asked.stream:
             chunks = _chunks(events, name, not_read, asked.stream_options or StreamOptions())
             return StreamingResponse(chunks, media_type="text/event-stream")
@@ -147,6 +155,17 @@ def _problem(asked: ChatRequest, name: str) -> Response | None:
     return None
 
 
+def _conversation(messages: list[ChatMessage]) -> tuple[str, list[Turn]]:
+    """Return the last question, and the questions before it with their answers."""
+    turns: list[Turn] = []
+    for message in messages:
+        if message.role == "user":
+            turns.append(Turn(message.text, ""))
+        elif message.role == "assistant" and turns:
+            turns[-1] = Turn(turns[-1].question, message.text)
+    return turns[-1].question, turns[:-1]
+
+
 def _model_json(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "fathom"}
 
@@ -171,6 +190,8 @@ async def _chunks(
             match event:
                 case Waiting(place):
                     yield chunk({}, fathom={"waiting": place})
+                case QuestionRewritten(question):
+                    yield chunk({}, fathom={"rewritten": question})
                 case RouteChosen(decision, read):
                     yield chunk({}, fathom={"route": decision.route, "reads": read})
                 case PrefillProgress(done, total):
