@@ -39,6 +39,7 @@ QUICK_ROUNDS = 3
 
 # The longest reply; the value comes first, for the reply is begun for the model.
 _REPLY_TOKENS = {Mix.LOOKUP: 16, Mix.REASONING: 32}
+LONGEST_REPLY_TOKENS = max(_REPLY_TOKENS.values())
 # A server is sent messages, so nothing can be begun for it.
 _UNBEGUN_REPLY_TOKENS = 64
 _QUESTION_TOKENS = 48  # about, with the beginning of the reply: for the prediction alone
@@ -85,7 +86,7 @@ def possible_lengths(longest_tokens: int) -> list[int]:
     Raises:
         ModelError: if there are not two.
     """
-    most = longest_tokens - max(_REPLY_TOKENS.values())
+    most = longest_tokens - LONGEST_REPLY_TOKENS
     lengths = []
     length = SHORTEST_TOKENS
     while length <= most:
@@ -96,7 +97,7 @@ def possible_lengths(longest_tokens: int) -> list[int]:
     if len(lengths) < 2:
         raise ModelError(
             f"{longest_tokens:,} tokens of context are too few to compare lengths in",
-            hint=f"at least {2 * SHORTEST_TOKENS + max(_REPLY_TOKENS.values()):,} are needed: free"
+            hint=f"at least {2 * SHORTEST_TOKENS + LONGEST_REPLY_TOKENS:,} are needed: free"
             " memory, or raise FATHOM_MAX_CONTEXT_TOKENS",
         )
     return lengths

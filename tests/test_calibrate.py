@@ -34,12 +34,15 @@ from rag.errors import ModelError
 from rag.lm.catalog import fetched_models
 from rag.lm.document_kv import DocumentKV
 from rag.lm.local_engine import LocalEngine
+from rag.routing.model_plan import plan_model
 from rag.settings import Settings
 from rag.store.calibrations import CalibrationStore, EffectiveLength
 from rag.store.database import Database
 from rag.types import Route
+from test_model_plan import known_spec
 from ui.assembly import Fathom
 from ui.plots import draw_calibration
+from ui.verbs.model_plan import ranges_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = np.array([512.0, 1024, 2048, 4096, 8192])
@@ -396,6 +399,51 @@ def test_what_is_not_measurable_is_not_relied_on(crossing: Fathom, handbook: Pat
     assert "fit the retrieval budget" in decision.reason
 
 
+@pytest.mark.parametrize(
+    ("effective", "counts", "words"),
+    [
+        (None, 131_072, "scaled to 131,072 tokens, effective length not measured here"),
+        (20_000, 20_000, "measured to use 20,000 tokens well; what counts: 20,000 tokens"),
+        (0, 0, "effective length not measurable; what counts: none"),
+    ],
+)
+def test_a_plan_names_the_three_ranges_and_the_one_that_counts(
+    effective: int | None, counts: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = known_spec("llama-3.1-8b", monkeypatch)
+    plan = plan_model(
+        spec,
+        30_000,
+        model="llama-3.1-8b",
+        device_bytes=2**40,
+        reserve_bytes=0,
+        effective_tokens=effective,
+    )
+    assert (plan.ranges.trained, plan.ranges.scaled) == (8192, 131_072)
+    assert plan.ranges.counts == counts
+    assert words in ranges_text(plan.ranges)
+    gates = {gate.gate: gate.passed for gate in plan.gates}
+    assert gates.get("effective_length") is (None if effective is None else False)
+    assert plan.fits  # it would be used badly, but it is possible
+    assert plan.to_json()["ranges"]["counts"] == counts
+
+
+def test_rows_are_found_and_forgotten_by_how_their_keys_begin(database_url: str) -> None:
+    opened = Database(database_url)
+    calibrations = CalibrationStore(opened)
+    for key in ("rows 1_: a", "rows 1_: b", "rows 12: c", "rates"):
+        calibrations.save(key, {"of": key})
+    assert calibrations.load_all("rows 1_: ") == {
+        "rows 1_: a": {"of": "rows 1_: a"},
+        "rows 1_: b": {"of": "rows 1_: b"},
+    }
+    calibrations.forget("rows 1_: ")
+    assert calibrations.load_all("rows 1_: ") == {}
+    assert calibrations.load("rows 12: c") == {"of": "rows 12: c"}
+    assert calibrations.load("rates") == {"of": "rates"}
+    opened.close()
+
+
 # ---- a real model -----------------------------------------------------------------------------
 
 
@@ -411,7 +459,7 @@ def test_a_real_model_finds_the_facts_of_short_prompts(
     engine = LocalEngine.load(
         "smollm2-135m", Settings(), calibrations=calibrations, document_kv=kept
     )
-    run = Run((512, 768), num_haystacks=1, mixes=(Mix.LOOKUP,))
+    run = Run((512, 600), num_haystacks=1, mixes=(Mix.LOOKUP,))
     calibration = calibrate_here(engine, calibrations, run)
     found = calibration.found
     assert found.tasks[Task.LITERAL]["base"] >= 0.5

@@ -9,6 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from rag.errors import ModelError
 from rag.settings import Settings, load_settings
 from ui.console import Home, Json, Model, err, open_fathom, out, print_json
 from ui.formatting import amount
@@ -141,6 +142,7 @@ def _run(
 ) -> "Run":
     """Return what to measure: by default as much as a full reading may take here."""
     from eval.calibrate import (
+        LONGEST_REPLY_TOKENS,
         NUM_HAYSTACKS,
         QUICK_SECONDS,
         Run,
@@ -158,6 +160,13 @@ def _run(
         caps.append(longest_context(engine.spec, max(0, free_bytes - settings.kv_reserve_bytes)))
     mixes = (Mix.LOOKUP,) if quick else tuple(Mix)
     longest = min((cap for cap in caps if cap is not None), default=2**15)
+    if asked and asked[-1] + LONGEST_REPLY_TOKENS > longest:
+        raise ModelError(
+            f"a prompt of {asked[-1]:,} tokens and its reply do not fit the {longest:,} that"
+            f" {engine.name} takes here",
+            hint=f"give --lengths up to {longest - LONGEST_REPLY_TOKENS:,}; fathom plan says what"
+            " ends the context",
+        )
     lengths = list(asked or possible_lengths(longest))
     if quick and not asked:
         lengths = quick_lengths(

@@ -129,11 +129,13 @@ def ranges_text(ranges: ContextRanges) -> str:
         parts.append("effective length not measurable")
     else:
         parts.append(f"measured to use {_tokens(ranges.effective)} well")
-    return f"context: {', '.join(parts)}; {_tokens(ranges.counts)} counts"
+    return f"context: {', '.join(parts)}; what counts: {_tokens(ranges.counts)}"
 
 
 def _tokens(limit: int | None) -> str:
-    return "any length" if limit is None else f"{limit:,} tokens"
+    if limit is None:
+        return "any length"
+    return f"{limit:,} tokens" if limit else "none"
 
 
 def _calibrations(settings: Settings) -> CalibrationStore | None:
