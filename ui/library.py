@@ -65,9 +65,7 @@ class Library:
     def retriever(self) -> Retriever:
         """Finds the chunks nearest to a question."""
         fathom = self._fathom
-        return Retriever(
-            self.store, fathom.index, fathom.lexical, fathom.embedder, fathom.reranker
-        )
+        return Retriever(self.store, fathom.index, fathom.lexical, fathom.embedder, fathom.reranker)
 
     @cached_property
     def _service(self) -> AnsweringService:
