@@ -19,6 +19,7 @@ from eval.statistics import (
     NO_DIFFERENCE,
     SIGNIFICANCE,
     Interval,
+    clustered_difference,
     clustered_mean,
     design_effect,
     detectable_difference,
@@ -27,7 +28,7 @@ from eval.statistics import (
     mcnemar,
 )
 from rag.routing.question_class import classify_question
-from rag.routing.utility import RouteFeatures, RouterWeights, estimate_routes, places_of
+from rag.routing.utility import NUM_HITS, RouteFeatures, RouterWeights, estimate_routes, places_of
 from rag.types import Route
 
 MARGIN = 0.05  # what counts as "as good as", declared before any run
@@ -46,7 +47,8 @@ class ArmResult:
     `does_not_fit` and `failed` questions are in no mean. `score` is by each example's metric;
     `rest` is the same without the questions answered right closed book. `correct_if_shown` and
     `correct_if_not` part it by whether the evidence was in the prompt, of which `shown` is the
-    share. None is what cannot be known.
+    share. `escalated` answers were tried more than once: their seconds are of all tries, their
+    tokens of the last. None is what cannot be known.
     """
 
     arm: str
@@ -79,6 +81,7 @@ class ArmResult:
     seconds: float
     seconds_a_right_answer: float | None
     routes: Mapping[str, int]
+    escalated: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +260,7 @@ def _arm_result(
         seconds=_mean([s.seconds for s in answers]),
         seconds_a_right_answer=(sum(s.seconds for s in answers) / num_right if num_right else None),
         routes=_counts([s.route for s in answers]),
+        escalated=sum(s.escalated for s in answers),
     )
 
 
@@ -326,7 +330,7 @@ def _pair(first: str, second: str, scored: Scores) -> Pair | None:
         second=second,
         num_pairs=len(both),
         num_documents=len(set(documents)),
-        difference=clustered_mean(differences, documents),
+        difference=clustered_difference(differences, documents),
         only_first=int((differences > 0).sum()),
         only_second=int((differences < 0).sum()),
         p_value=test.p_value if is_binary else None,
@@ -433,12 +437,13 @@ def _curve(
         chosen = []
         for name in both:
             row = ranked[name]
+            nearest = row.ranked[:NUM_HITS]
             features = RouteFeatures(
                 question=by_id[name].question,
                 document_tokens=row.document_tokens,
                 effective_tokens=context or row.document_tokens,
-                shares=tuple(found.lexical for found in row.ranked),
-                places=places_of([found.ordinal for found in row.ranked], row.num_chunks),
+                shares=tuple(sorted((found.lexical for found in nearest), reverse=True)),
+                places=places_of([found.ordinal for found in nearest], row.num_chunks),
                 question_class=classify_question(by_id[name].question).question_class,
             )
             costs = {
@@ -482,18 +487,16 @@ def _with_verdict(analysis: Analysis) -> Analysis:
             f"Not finished: {analysis.num_rows_missing:,} answers are still to come; what follows"
             " is of those that are there."
         )
-    for pair in analysis.pairs:
-        points = 100 * pair.difference.mean
-        about = (
-            f"{points:+.1f} points [{100 * pair.difference.low:+.1f},"
-            f" {100 * pair.difference.high:+.1f}] on {pair.num_pairs:,} questions of"
-            f" {pair.num_documents:,} documents; so many show a difference of"
-            f" {100 * pair.detectable:.0f} points in 4 of 5 runs"
+    shown = [pair for pair in analysis.pairs if pair.shows_difference]
+    if analysis.pairs and not shown:
+        lines.append("No difference is shown between any two ways to answer.")
+    for pair in (*shown, *(pair for pair in analysis.pairs if pair not in shown)):
+        words = pair.words if pair in shown else f"{pair.first} against {pair.second}: {pair.words}"
+        lines.append(
+            f"{words[0].upper()}{words[1:]}: {100 * pair.difference.mean:+.1f} points"
+            f" [{100 * pair.difference.low:+.1f}, {100 * pair.difference.high:+.1f}] on"
+            f" {pair.num_pairs:,} questions of {pair.num_documents:,} documents, {_can_show(pair)}."
         )
-        if pair.shows_difference:
-            lines.append(f"{pair.words[0].upper()}{pair.words[1:]}: {about}.")
-        else:
-            lines.append(f"{pair.first} against {pair.second}: {pair.words}: {about}.")
     for result in analysis.arms:
         if result.does_not_fit:
             lines.append(
@@ -503,6 +506,12 @@ def _with_verdict(analysis: Analysis) -> Analysis:
         if result.failed:
             lines.append(f"{result.arm}: {result.failed:,} questions failed.")
     return replace(analysis, verdict=tuple(lines))
+
+
+def _can_show(pair: Pair) -> str:
+    if pair.detectable == 1:
+        return f"of which {pair.only_first + pair.only_second} divide them: too few to show any"
+    return f"which show a difference of {100 * pair.detectable:.0f} points in 4 of 5 runs"
 
 
 # ---- small things -------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem aut
        color: #1a1a1a; background: #fff }
 table { border-collapse: collapse; margin: .6rem 0 1.6rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
-         vertical-align: top }
-th:first-child, td:first-child, td.words { text-align: left }
-td.words { max-width: 34rem } caption { text-align: left; color: #555; padding: .2rem 0 }
+         vertical-align: top; white-space: nowrap }
+th { white-space: normal } th:first-child, td:first-child { text-align: left }
+caption { text-align: left; color: #555; padding: .2rem 0 }
 img { max-width: 100%; height: auto } .none { color: #777 }
 .verdict { border-left: 4px solid #0072B2; padding: .2rem 1rem; background: #f5f8fb }
 .wide { overflow-x: auto } pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem }
@@ -127,15 +127,18 @@ def _arms_table(arms: Sequence[ArmResult]) -> str:
             _number(result.seconds_a_right_answer),
             f"{result.does_not_fit:,}",
             f"{result.failed:,}",
+            f"{result.escalated:,}",
             ", ".join(f"{route} {n:,}" for route, n in result.routes.items()),
         ]
         for result in arms
     ]
     head = (
         "arm", "n", "score [95%]", "not known closed book", "F1", "exact", "prompt tokens",
-        "computed", "new", "KV MiB", "seconds", "s a right one", "does not fit", "failed", "taken",
+        "computed", "new", "KV MiB", "seconds", "s a right one", "does not fit", "failed",
+        "tried again", "taken",
     )  # fmt: skip
     about = "; ".join(f"{r.arm}: {r.about}" for r in arms)
+    about += ". Of an answer that was tried again, seconds are of all tries, tokens of the last."
     return _table(head, rows, caption=about)
 
 

@@ -73,6 +73,7 @@ class Scored:
     kv_bytes: int | None
     seconds: float
     route: str
+    escalated: bool
     length: str
     depth: str
     question_class: str
@@ -123,6 +124,7 @@ def score_row(example: EvalExample, row: Row) -> Scored | None:
         kv_bytes=receipt.kv_bytes.actual,
         seconds=row.seconds,
         route=f"{receipt.route}, {receipt.mode}",
+        escalated=bool(receipt.escalations),
         length=length_bucket(row.document_tokens),
         depth=_depth(gold, row.num_chars),
         question_class=classify_question(example.question).question_class,

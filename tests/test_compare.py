@@ -72,17 +72,33 @@ EXAMPLES = [
 ]
 
 
-@pytest.fixture
-def place(tmp_path: Path, settings: Settings, tiny_engine: LocalEngine) -> Workplace:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_engine: LocalEngine) -> Workplace:
     """Return a library of two short texts, with a budget of a third of either."""
-    small = settings.model_copy(
-        update={"chunk_tokens": 32, "retrieval_tokens": 220, "max_new_tokens": 8}
+    folder = tmp_path_factory.mktemp("library")
+    settings = Settings(
+        home=folder / "home",
+        chunk_tokens=32,
+        retrieval_tokens=220,
+        max_new_tokens=8,
+        kv_reserve_bytes=0,
+        prefill_deadline_seconds=1e9,
+        document_kv_disk_bytes=0,
     )
-    fathom = Fathom(small, embedder=HashEmbedder(), engine=tiny_engine)
+    fathom = Fathom(settings, embedder=HashEmbedder(), engine=tiny_engine)
     for name, text in (("harbour.txt", HARBOUR), ("mill.txt", MILL)):
-        (tmp_path / name).write_text(text)
-        fathom.ingest(tmp_path / name)
+        (folder / name).write_text(text)
+        fathom.ingest(folder / name)
     return _workplace(fathom)
+
+
+@pytest.fixture(scope="module")
+def every_arm(place: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder in which every arm has answered the examples."""
+    folder = tmp_path_factory.mktemp("every") / "report"
+    keep_examples(EXAMPLES, folder)
+    _compare(place, folder)
+    return folder
 
 
 def _workplace(fathom: Fathom) -> Workplace:
@@ -137,8 +153,8 @@ def _by_arm(journal: Journal) -> dict[str, dict[str, Row]]:
 # ---- what each arm shows ------------------------------------------------------------------------
 
 
-def test_every_arm_shows_what_its_name_says(place: Workplace, tmp_path: Path) -> None:
-    rows = _by_arm(_compare(place, tmp_path / "report"))
+def test_every_arm_shows_what_its_name_says(place: Workplace, every_arm: Path) -> None:
+    rows = _by_arm(read_journals(every_arm))
     assert list(rows) == [str(arm) for arm in Arm]
     assert all(len(found) == len(EXAMPLES) for found in rows.values())
     texts = {"harbour.txt": HARBOUR, "mill.txt": MILL}
@@ -166,9 +182,11 @@ def test_every_arm_shows_what_its_name_says(place: Workplace, tmp_path: Path) ->
     assert rows["lexical"]["h1"].ranked != rows["dense"]["h1"].ranked
 
 
-def test_one_template_with_the_question_last(place: Workplace, tmp_path: Path) -> None:
+def test_one_template_with_the_question_last(
+    place: Workplace, every_arm: Path, tmp_path: Path
+) -> None:
     """C0.1 and C0.3: arms differ in the passages alone."""
-    rows = _by_arm(_compare(place, tmp_path / "report"))
+    rows = _by_arm(read_journals(every_arm))
     for example in EXAMPLES:
         for arm in ("closed", "random", "lexical", "dense", "hybrid", "last"):
             row = rows[arm][example.id]
@@ -177,10 +195,10 @@ def test_one_template_with_the_question_last(place: Workplace, tmp_path: Path) -
             assert row.answer is not None
             assert row.answer.receipt.new_tokens <= place.settings.max_new_tokens
     # Greedy: asked again, the same comes out.
-    again = _by_arm(_compare(place, tmp_path / "again"))
-    for arm, found in rows.items():
-        for name, row in found.items():
-            other = again[arm][name]
+    again = _by_arm(_compare(place, tmp_path / "again", [Arm.HYBRID, Arm.RANDOM]))
+    for arm, found in again.items():
+        for name, other in found.items():
+            row = rows[arm][name]
             assert (row.answer and row.answer.answer) == (other.answer and other.answer.answer)
 
 
@@ -240,9 +258,11 @@ def _engine_of(place: Workplace) -> LocalEngine:
     return place.engine
 
 
-def test_only_the_oracle_sees_the_evidence(place: Workplace, tmp_path: Path) -> None:
+def test_only_the_oracle_sees_the_evidence(
+    place: Workplace, every_arm: Path, tmp_path: Path
+) -> None:
     """The router may not know where the answer stands, nor what another arm said."""
-    rows = _by_arm(_compare(place, tmp_path / "with"))
+    rows = _by_arm(read_journals(every_arm))
     blind = [replace(example, evidence=()) for example in EXAMPLES]
     others = _by_arm(_compare(place, tmp_path / "without", examples=blind))
     for arm in Arm:
@@ -416,15 +436,17 @@ def test_a_clear_difference_is_shown(answer: Answer) -> None:
 
 
 def test_an_interval_with_zero_shows_no_difference(answer: Answer) -> None:
-    right = {"hybrid": [True, False] * 20, "full": [True, False] * 19 + [False, True]}
+    hybrid = [n // 4 % 2 == 0 for n in range(80)]
+    right = {"hybrid": hybrid, "full": [was ^ (n % 5 == 0) for n, was in enumerate(hybrid)]}
     analysis = _analysis(answer, right)
     (pair,) = analysis.pairs
-    assert (pair.only_first, pair.only_second) == (1, 1)
+    assert (pair.only_first, pair.only_second) == (8, 8)
     assert pair.words == "no difference shown"
-    assert "no difference shown" in analysis.verdict[0]
+    assert analysis.verdict[0] == "No difference is shown between any two ways to answer."
+    assert "no difference shown" in analysis.verdict[1]
     assert "better" not in " ".join(analysis.verdict)
-    assert 0.05 < pair.detectable <= 1  # and what 40 questions could have shown stands beside it
-    assert "in 4 of 5 runs" in analysis.verdict[0]
+    assert 0.05 < pair.detectable <= 1  # and what 80 questions could have shown stands beside it
+    assert "in 4 of 5 runs" in analysis.verdict[1]
 
 
 def test_equal_answers_of_many_questions_are_shown_to_be_equal(answer: Answer) -> None:
@@ -434,6 +456,7 @@ def test_equal_answers_of_many_questions_are_shown_to_be_equal(answer: Answer) -
     few = _analysis(answer, {"hybrid": [True, False, True], "full": [True, True, False]})
     assert few.pairs[0].words == "no difference shown"
     assert few.pairs[0].detectable == 1.0
+    assert "too few to show any" in few.verdict[1]
 
 
 def test_several_comparisons_are_paid_for(answer: Answer) -> None:
@@ -540,8 +563,12 @@ def _opened(path: Path) -> _Page:
     return page
 
 
-def test_the_report_opens_and_can_be_made_again(place: Workplace, tmp_path: Path) -> None:
+def test_the_report_opens_and_can_be_made_again(
+    place: Workplace, every_arm: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "rows-of-others.jsonl").write_bytes((every_arm / "rows.jsonl").read_bytes())
     named = replace(
         EXAMPLES[0], id="<b>&", question="Is <script>alert(1)</script> the fee of berth 3?"
     )
@@ -560,7 +587,7 @@ def test_the_report_opens_and_can_be_made_again(place: Workplace, tmp_path: Path
     assert "Where the arms disagree" in failures.text
     numbers = json.loads((folder / "report.json").read_text())
     assert {arm["arm"] for arm in numbers["arms"]} >= {*map(str, Arm), ORACLE_ROUTER, SELF_ROUTE}
-    (run,) = numbers["runs"]
+    run = numbers["runs"][-1]
     for key in ("command", "commit", "device", "model_sha256", "examples_sha256", "documents"):
         assert run[key]
     # Offline: the folder alone gives the same numbers.

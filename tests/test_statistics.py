@@ -17,6 +17,7 @@ from eval.statistics import (
     clopper_pearson,
     cluster_bootstrap,
     cluster_bootstrap_of,
+    clustered_difference,
     clustered_mean,
     design_effect,
     detectable_difference,
@@ -119,9 +120,9 @@ def test_a_bootstrap_by_document_is_wider_where_its_questions_are_alike() -> Non
     # One document: there is nothing to draw, so the questions' own interval stands.
     alone = clustered_mean(values, ["one"] * len(values))
     assert alone == rate(120, 180)
-    differences = values - 0.5
-    alone = clustered_mean(differences, ["one"] * len(values))
-    assert (alone.low, alone.high) == pytest.approx((by_question.low - 0.5, by_question.high - 0.5))
+    shifted = clustered_mean(values - 0.5, ["one"] * len(values))
+    expected = (by_question.low - 0.5, by_question.high - 0.5)
+    assert (shifted.low, shifted.high) == pytest.approx(expected)
     assert clustered_mean([1.0] * 5, list("aabbc")).low == pytest.approx(0.025**0.2)
     assert cluster_bootstrap(values, documents) == by_document  # seeded
 
@@ -144,6 +145,23 @@ def test_equivalence_needs_evidence() -> None:
     assert is_equivalent(many, [name(n) for n in range(400)], margin=0.05)
     assert not is_equivalent(many + 0.05, [name(n) for n in range(400)], margin=0.05)
     assert not is_equivalent(many, ["one"] * 400, margin=0.05)
+
+
+def test_few_pairs_without_a_difference_prove_nothing() -> None:
+    """Agresti and Min by hand: of 6 pairs, all alike, (1/2 + 1/2)^(1/2) / 8 = 1/8."""
+    few = clustered_difference([0.0] * 6, list("aabbcc"))
+    assert (few.low, few.high) == pytest.approx((-1.96 / 8, 1.96 / 8), abs=1e-4)
+    assert not is_equivalent([0.0] * 6, list("aabbcc"), margin=0.05)
+    assert is_equivalent([0.0] * 200, list("ab") * 100, margin=0.05)
+    three = clustered_difference([1.0, 1.0, 1.0, 0.0, 0.0, 0.0], list("abcdef"))
+    reach = 1.96 * math.sqrt(4 - 9 / 8) / 8
+    assert three.mean == 0.5
+    assert three.low == pytest.approx(3 / 8 - reach, abs=1e-4)
+    assert not three.excludes_zero
+    graded = clustered_difference([0.25, 0.5] * 20, [str(n // 4) for n in range(40)])
+    assert graded.low > 0.25
+    empty = clustered_difference([], [])
+    assert math.isnan(empty.mean)
 
 
 def test_zero_in_the_interval() -> None:

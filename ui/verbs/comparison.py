@@ -25,7 +25,7 @@ app = typer.Typer()
 # The settings that can change an answer.
 _SETTINGS = (
     "chunk_tokens", "retrieval_tokens", "max_new_tokens", "num_candidates", "answer_mode",
-    "max_context_tokens", "prefill_deadline_seconds", "reranker", "device",
+    "max_context_tokens", "prefill_deadline_seconds", "reranker", "device", "thrift", "escalations",
 )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def compare(
     folder = rescore or output
     assert folder is not None
     asked, journal = load_comparison(folder)
-    analysis = analyse(asked, journal, load_weights())
+    analysis = analyse(asked, journal, load_weights(load_settings().router_weights))
     page = write_report(analysis, asked, journal, output or folder)
     if as_json:
         print_json({"report": str(page), **to_json(analysis)})
