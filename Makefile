@@ -9,7 +9,7 @@ HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 EXTRA := $(if $(HAS_GPU),gpu,cpu)
 TORCH := torch==2.13.0
 
-.PHONY: run test test-long check setup clean
+.PHONY: run test test-long check setup report clean
 
 run: $(STAMPS)/models
 	$(BIN)/fathom ingest --sample
@@ -67,6 +67,16 @@ $(STAMPS)/postgres: $(STAMPS)/venv
 	  || [ "$$(id -u)" != 0 ] \
 	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql >/dev/null; }
 	touch $@
+
+# Held-out questions through the default model in every default way, into docs/reports: about half an
+# hour on two idle cores. What quotes the documents stays in .reports. It goes on after a stop.
+DATA ?= ../shared/data
+report: $(STAMPS)/models
+	set -e; for set in "squad2_articles 3 100" "covidqa 4 40" "nq_passages 4 40" "quality_mc 2 30"; do \
+	  set -- $$set; \
+	  $(BIN)/fathom compare $(DATA)/$$1 --split test --documents $$2 --limit $$3 -o .reports/$$1; \
+	  $(BIN)/fathom compare --rescore .reports/$$1 --no-failures -o docs/reports/$$1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(STAMPS)

@@ -431,7 +431,8 @@ def _curve(
     ranked = {row.example_id: row for row in rows if row.arm == Arm.HYBRID}
     if not both:
         return ()
-    context = journal.runs[0].context_tokens if journal.runs else None
+    run = journal.runs[0] if journal.runs else None
+    effective = (run.effective_tokens or run.context_tokens) if run else None
     points = []
     for thrift in _THRIFTS:
         chosen = []
@@ -441,7 +442,7 @@ def _curve(
             features = RouteFeatures(
                 question=by_id[name].question,
                 document_tokens=row.document_tokens,
-                effective_tokens=context or row.document_tokens,
+                effective_tokens=effective or row.document_tokens,
                 shares=tuple(sorted((found.lexical for found in nearest), reverse=True)),
                 places=places_of([found.ordinal for found in nearest], row.num_chunks),
                 question_class=classify_question(by_id[name].question).question_class,

@@ -5,11 +5,9 @@ retriever that ranks otherwise: the same prompt with the question last, the same
 Nothing is cut: where a document does not fit, there is no answer.
 """
 
-import hashlib
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from random import Random
 from threading import Event
@@ -18,17 +16,18 @@ from typing import Protocol, runtime_checkable
 from eval.examples import EvalExample
 from eval.journal import ANSWERED, DOES_NOT_FIT, FAILED, NOT_APPLICABLE, Found, Row
 from eval.metrics import Span, citations_are_verbatim
-from rag.answering.citations import resolve_citations
+from rag.answering.outcome import finished_answer
 from rag.answering.planning import Plan
-from rag.answering.prompt import is_refusal
 from rag.answering.service import AnsweringService
+from rag.answering.writing import written_outcome
 from rag.errors import FathomError, ModelError
 from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, GenerationStep, Prompt, TextPiece
 from rag.retrieval.retriever import Hit, Retriever
 from rag.settings import Settings
+from rag.store.calibrations import CalibrationStore
 from rag.store.documents import DocumentStore, StoredChunk
 from rag.store.receipts import ReceiptStore
-from rag.types import Answer, AnswerMode, Document, KVBytes, ReadExtent, Receipt, Route, Seconds
+from rag.types import Answer, AnswerMode, Document, ReadExtent, Route
 
 
 class Arm(StrEnum):
@@ -67,12 +66,17 @@ _KEPT_HITS = 50
 
 @dataclass(frozen=True, slots=True)
 class Workplace:
-    """What questions are answered with. `forget` drops what is kept of a document already read."""
+    """What questions are answered with.
+
+    `calibrations` tell how long a prompt the model uses well, if that was measured; `forget` drops
+    what is kept of a document already read.
+    """
 
     store: DocumentStore
     retriever: Retriever
     engine: Engine
     settings: Settings
+    calibrations: CalibrationStore | None
     forget: Callable[[Document], None]
 
 
@@ -158,7 +162,12 @@ class _Asking:
             },
         )
         self._service = AnsweringService(
-            place.store, _Unsaved(), self._retriever, place.engine, place.settings
+            place.store,
+            _Unsaved(),
+            self._retriever,
+            place.engine,
+            place.settings,
+            place.calibrations,
         )
         self._tokens: dict[int, int] = {}
         self._document_tokens = 0
@@ -297,44 +306,28 @@ class _Asking:
 
     def _windowed_answer(self, text: str, plan: Plan, done: GenerationDone, number: int) -> Answer:
         place, document = self._place, self._document
-        cited = resolve_citations(
-            text, self._examples[number].asked, plan.context.passages, place.store
+        tokens, chunks = plan.document_tokens, document.num_chunks
+        outcome = written_outcome(
+            self._examples[number].asked,
+            plan,
+            ReadExtent(tokens, tokens, chunks, chunks, ""),
+            text,
+            done,
+            None,
+            store=place.store,
+            engine=place.engine,
         )
-        abstained = not cited.text or is_refusal(text)
-        return Answer(
-            answer=cited.text,
-            abstained=abstained,
-            citations=() if abstained else cited.citations,
-            receipt=Receipt(
-                id=uuid.uuid4().hex[:12],
-                route=Route.FULL,
-                reason=f"read through a window of {place.settings.retrieval_tokens:,} tokens",
-                question_class=plan.decision.question_class,
-                gates=plan.decision.gates,
-                read=ReadExtent(
-                    plan.document_tokens,
-                    plan.document_tokens,
-                    document.num_chunks,
-                    document.num_chunks,
-                    "",
-                ),
-                prompt_tokens=done.prompt_tokens,
-                cached_tokens=done.reused_tokens,
-                new_tokens=done.new_tokens,
-                kv_bytes=KVBytes(None, done.kv_bytes),
-                seconds=Seconds(
-                    0.0,
-                    round(done.prefill_seconds, 4),
-                    None,
-                    round(done.decode_seconds, 4),
-                    round(done.prefill_seconds + done.decode_seconds, 4),
-                ),
-                escalations=(),
-                model=place.engine.name,
-                embedder=self._retriever.embedder_name,
-                prompt_sha256=hashlib.sha256(str(plan.prompt.ids).encode()).hexdigest(),
-                class_reason=plan.decision.class_reason,
-            ),
+        reason = f"read through a window of {place.settings.retrieval_tokens:,} tokens"
+        return finished_answer(
+            outcome,
+            replace(plan.decision, route=Route.FULL, reason=reason),
+            escalations=(),
+            total_seconds=done.prefill_seconds + done.decode_seconds,
+            model=place.engine.name,
+            embedder=self._retriever.embedder_name,
+            breadth=1,
+            asked_for=None,
+            standalone_question=None,
         )
 
 

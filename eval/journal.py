@@ -20,7 +20,8 @@ from rag.types import Answer, answer_from_json
 ROWS = "rows*.jsonl"
 # What two runs must have in common for their rows to be compared.
 _SAME = (
-    "examples_sha256", "documents", "model", "model_sha256", "embedder", "settings", "seed"
+    "examples_sha256", "documents", "model", "model_sha256", "effective_tokens", "embedder",
+    "settings", "seed"
 )  # fmt: skip
 
 
@@ -29,7 +30,8 @@ class Run:
     """What rows were made with.
 
     `documents` gives the SHA-256 of each document asked about, `model_sha256` that of the weights,
-    "" where a server holds them; `settings` are those that can change an answer.
+    "" where a server holds them; `settings` are those that can change an answer. `effective_tokens`
+    is how long a prompt the model was measured to use well, None where it was not.
     """
 
     command: str
@@ -39,6 +41,7 @@ class Run:
     model: str
     model_sha256: str
     context_tokens: int | None
+    effective_tokens: int | None
     embedder: str
     settings: Mapping[str, Any]
     seed: int

@@ -39,11 +39,12 @@ def _heatmap(analysis: Analysis) -> Figure | None:
     lengths = list(dict.fromkeys(cell.slice for cell in analysis.grid))
     depths = sorted({cell.value for cell in analysis.grid}, key=lambda d: int(d.split("-")[0]))
     at = {(cell.arm, cell.slice, cell.value): cell for cell in analysis.grid}
-    height = 1.2 + 0.55 * len(lengths)
+    height = 0.9 + 0.55 * len(lengths)
     figure = Figure(figsize=(8, height * len(arms)), layout="constrained")
     for number, arm in enumerate(arms, start=1):
         axes = figure.add_subplot(len(arms), 1, number)
         rows = [[at.get((arm, length, depth)) for depth in depths] for length in lengths]
+        axes.set_facecolor("#e4e4e4")
         axes.imshow(
             [[_shade(cell) for cell in row] for row in rows],
             vmin=0,
@@ -56,7 +57,7 @@ def _heatmap(analysis: Analysis) -> Figure | None:
                 _label(axes, x, y, cell)
         axes.set_xticks(range(len(depths)), depths)
         axes.set_yticks(range(len(lengths)), lengths)
-        axes.set_title(f"{arm}: score, half-width, questions (grey: within 15 points is not known)")
+        axes.set_title(f"{arm} (grey: not known to 15 points)", fontsize=10)
     axes.set_xlabel("where the evidence lies in the document")
     return figure
 
@@ -74,7 +75,7 @@ def _label(axes: Any, x: int, y: int, cell: Cell | None) -> None:  # noqa: ANN40
         return
     words = f"{cell.score.mean:.2f} ±{cell.score.half_width:.2f}\nn = {cell.num_questions}"
     dark = _is_known(cell) and cell.score.mean < 0.6
-    colour = "white" if dark else "black" if _is_known(cell) else "grey"
+    colour = "white" if dark else "black"
     axes.text(x, y, words, ha="center", va="center", fontsize=8, color=colour)
 
 
@@ -96,20 +97,17 @@ def _cost(analysis: Analysis) -> Figure | None:
                 [point.score for point in analysis.curve],
                 "-",
                 color="grey",
-                label="the router's models, by thrift",
+                label="router's models,\nby thrift",
             )
         for place, point in enumerate(analysis.frontier):
             x = getattr(point, attribute)
-            axes.plot([x], [point.score], "o", color=_COLOURS[place % len(_COLOURS)])
-            axes.annotate(
-                point.name, (x, point.score), textcoords="offset points", xytext=(5, 4), fontsize=8
-            )
+            colour, mark = _COLOURS[place % len(_COLOURS)], "os"[place // len(_COLOURS)]
+            axes.plot([x], [point.score], mark, color=colour, label=point.name, alpha=0.8)
         axes.set_xlabel(words)
         axes.set_ylabel("score")
         axes.set_ylim(-0.02, 1.02)
-        axes.margins(x=0.15)
-        if analysis.curve:
-            axes.legend(loc="lower right", fontsize="small")
+        axes.margins(x=0.1)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     return figure
 
 

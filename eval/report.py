@@ -19,7 +19,7 @@ from eval.statistics import Interval
 PAGE, FAILURES, NUMBERS = "report.html", "failures.html", "report.json"
 _MOST_FAILURES = 30
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 88rem; margin: 2rem auto; padding: 0 1rem;
        color: #1a1a1a; background: #fff }
 table { border-collapse: collapse; margin: .6rem 0 1.6rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
@@ -34,14 +34,25 @@ h3 { margin-bottom: .2rem } .right { color: #00674c } .wrong { color: #a63c00 }
 
 
 def write_report(
-    analysis: Analysis, examples: Sequence[EvalExample], journal: Journal, folder: Path
+    analysis: Analysis,
+    examples: Sequence[EvalExample],
+    journal: Journal,
+    folder: Path,
+    *,
+    with_failures: bool = True,
 ) -> Path:
-    """Write numbers, pictures and pages into the folder; return the page to open."""
+    """Write numbers, pictures and pages into the folder; return the page to open.
+
+    The page of failures quotes questions, answers and passages: leave it out where those may not
+    be shown to everybody who reads the report.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps(to_json(analysis), ensure_ascii=False, indent=1, allow_nan=False)
     _put(folder / NUMBERS, numbers + "\n")
     pictures = draw_all(analysis, folder)
-    _put(folder / FAILURES, _failures_page(examples, journal))
-    _put(folder / PAGE, _page(analysis, pictures))
+    if with_failures:
+        _put(folder / FAILURES, _failures_page(examples, journal))
+    _put(folder / PAGE, _page(analysis, pictures, with_failures=with_failures))
     return folder / PAGE
 
 
@@ -70,13 +81,16 @@ def summary(analysis: Analysis) -> str:
 # ---- the page -----------------------------------------------------------------------------------
 
 
-def _page(analysis: Analysis, pictures: Mapping[str, str]) -> str:
+def _page(analysis: Analysis, pictures: Mapping[str, str], *, with_failures: bool) -> str:
     parts = [
         f"<h1>Comparison: {escape(_title(analysis))}</h1>",
         '<div class="verdict"><h2>Verdict</h2>',
         "".join(f"<p>{escape(line)}</p>" for line in analysis.verdict) or "<p>nothing to say</p>",
         "</div>",
         "<h2>Every way to answer</h2>",
+        "<ul>",
+        *(f"<li><b>{escape(r.arm)}</b>: {escape(r.about)}</li>" for r in analysis.arms),
+        "</ul>",
         _arms_table(analysis.arms),
         "<h2>Paired differences</h2>",
         _pairs_table(analysis.pairs),
@@ -96,8 +110,8 @@ def _page(analysis: Analysis, pictures: Mapping[str, str]) -> str:
     parts += [
         "<h2>By slice</h2>",
         _slices_table(analysis),
-        f'<p><a href="{FAILURES}">Questions on which the arms disagree</a> &middot;'
-        f' <a href="{NUMBERS}">all numbers as JSON</a></p>',
+        f'<p><a href="{FAILURES}">Questions that divide the arms</a></p>' if with_failures else "",
+        f'<p><a href="{NUMBERS}">All numbers as JSON</a></p>',
         "<h2>What these numbers are of</h2>",
         _sources(analysis),
     ]
@@ -137,8 +151,7 @@ def _arms_table(arms: Sequence[ArmResult]) -> str:
         "computed", "new", "KV MiB", "seconds", "s a right one", "does not fit", "failed",
         "tried again", "taken",
     )  # fmt: skip
-    about = "; ".join(f"{r.arm}: {r.about}" for r in arms)
-    about += ". Of an answer that was tried again, seconds are of all tries, tokens of the last."
+    about = "Of an answer that was tried again, seconds are of all tries, tokens of the last."
     return _table(head, rows, caption=about)
 
 

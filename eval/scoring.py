@@ -22,6 +22,7 @@ from eval.metrics import (
     token_f1,
 )
 from rag.answering.citations import UNVERIFIED
+from rag.answering.outcome import NEAREST
 from rag.routing.question_class import classify_question
 from rag.types import Answer
 
@@ -132,8 +133,8 @@ def score_row(example: EvalExample, row: Row) -> Scored | None:
 
 
 def answer_words(answer: Answer) -> str:
-    """Return an answer without its citation markers."""
-    return _MARKS.sub(" ", answer.answer).strip()
+    """Return an answer without its citation markers, and without what only leads to them."""
+    return _MARKS.sub(" ", answer.answer.replace(NEAREST, " ")).strip()
 
 
 def length_bucket(num_tokens: int) -> str:

@@ -107,6 +107,7 @@ def _workplace(fathom: Fathom) -> Workplace:
         retriever=fathom.retriever,
         engine=fathom.engine,
         settings=fathom.settings,
+        calibrations=None,
         forget=lambda document: fathom.document_kv.forget({document.version_key}),
     )
 
@@ -120,6 +121,7 @@ def _run(**changes: Any) -> Run:  # noqa: ANN401
         "model": "tiny",
         "model_sha256": "m",
         "context_tokens": 4096,
+        "effective_tokens": None,
         "embedder": "hash",
         "settings": {"retrieval_tokens": 220},
         "seed": 0,
@@ -594,6 +596,10 @@ def test_the_report_opens_and_can_be_made_again(
     asked, rows = load_comparison(folder)
     assert to_json(analyse(asked, rows, load_weights())) == to_json(analysis) == numbers
     assert "full" in summary(analysis)
+    elsewhere = tmp_path / "public"
+    page = _opened(write_report(analysis, examples, journal, elsewhere, with_failures=False))
+    assert not (elsewhere / "failures.html").exists()
+    assert "alert(1)" not in page.text
 
 
 def test_rows_carry_what_an_audit_asks_for(place: Workplace, tmp_path: Path) -> None:
@@ -664,7 +670,6 @@ def test_killed_and_gone_on_with_a_real_model(models_dir: Path, tmp_path: Path) 
         "FATHOM_HOME": str(tmp_path / "home"),
         "FATHOM_MODELS_DIR": str(models_dir),
         "FATHOM_MODEL": "smollm2-135m",
-        "FATHOM_MAX_NEW_TOKENS": "12",
         "PYTHONPATH": str(ROOT),
     }
     program = [sys.executable, "-m", "ui.cli"]
@@ -677,7 +682,7 @@ def test_killed_and_gone_on_with_a_real_model(models_dir: Path, tmp_path: Path) 
     ingested = fathom("ingest", "harbour.txt", "mill.txt")
     assert ingested.returncode == 0, ingested.stderr
     folder = tmp_path / "report"
-    asking = ["compare", str(table), "-o", str(folder)]
+    asking = ["compare", str(table), "-o", str(folder), "--max-new-tokens", "12"]
     journal = folder / "rows.jsonl"
     with subprocess.Popen(
         [*program, *asking], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL

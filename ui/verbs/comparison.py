@@ -16,6 +16,7 @@ from ui.console import Home, Json, Model, open_fathom, out, print_json, stages_b
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from eval.arms import Workplace
     from eval.examples import EvalExample
     from eval.journal import Run
     from rag.types import Document
@@ -48,6 +49,9 @@ def compare(
     split: Annotated[str, typer.Option(help="Of a set: dev (to tune on) or test.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Questions; default: all.")] = None,
     documents: Annotated[int | None, typer.Option(min=1, help="Documents; default: all.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer of every arm, in tokens.")
+    ] = 64,
     seed: Annotated[int, typer.Option(help="Of the choice, and of random passages.")] = 0,
     shard: Annotated[
         str, typer.Option(help="i/n: every n-th document from the i-th, beside other processes.")
@@ -55,6 +59,9 @@ def compare(
     rescore: Annotated[
         Path | None, typer.Option(help="Score the answers in this folder again; no model is run.")
     ] = None,
+    failures: Annotated[
+        bool, typer.Option(help="Write the page of questions that divide the arms; it quotes them.")
+    ] = True,
     model: Model = None,
     home: Home = None,
     as_json: Json = False,
@@ -85,13 +92,13 @@ def compare(
             documents=documents,
             seed=seed,
             shard=_shard(shard),
-            settings=load_settings(home=home, model=model),
+            settings=load_settings(home=home, model=model, max_new_tokens=max_new_tokens),
         )
     folder = rescore or output
     assert folder is not None
     asked, journal = load_comparison(folder)
     analysis = analyse(asked, journal, load_weights(load_settings().router_weights))
-    page = write_report(analysis, asked, journal, output or folder)
+    page = write_report(analysis, asked, journal, output or folder, with_failures=failures)
     if as_json:
         print_json({"report": str(page), **to_json(analysis)})
         return
@@ -126,9 +133,10 @@ def _ask(
         seed=seed,
     )
     keep_examples(asked, folder)
+    calibrations = open_fathom(settings).calibrations  # the person's own, whatever the library
     if found is not None:
-        library = {"home": folder / "library", "database_url": None, "document_kv_disk_bytes": 0}
-        settings = settings.model_copy(update=library)
+        own = {"home": folder / "library", "database_url": None, "document_kv_disk_bytes": 0}
+        settings = settings.model_copy(update=own | {"user": ""})
     fathom = open_fathom(settings)
     with stages_bar("compare") as on_progress:
         if found is not None:
@@ -147,6 +155,7 @@ def _ask(
             retriever=fathom.retriever,
             engine=fathom.engine,
             settings=settings,
+            calibrations=calibrations,
             forget=lambda document: fathom.document_kv.forget({document.version_key}),
         )
         check_evidence(asked, by_name, place)
@@ -155,7 +164,7 @@ def _ask(
             by_name,
             arms,
             place,
-            _run(examples, split if found else "", asked, by_name, fathom, seed),
+            _run(examples, split if found else "", asked, by_name, fathom, place, seed),
             folder,
             shard=shard,
             on_progress=lambda arm, done, total: on_progress("answers", done, total),
@@ -168,6 +177,7 @@ def _run(
     asked: "Sequence[EvalExample]",
     documents: "Mapping[str, Document]",
     fathom: Any,  # noqa: ANN401
+    place: "Workplace",
     seed: int,
 ) -> "Run":
     """Return what the rows are made with."""
@@ -175,7 +185,8 @@ def _run(
     from eval.journal import Run
     from rag.lm.device import choose_device
 
-    settings = fathom.settings
+    settings = place.settings
+    effective = place.calibrations and place.calibrations.effective_length(place.engine.model_id)
     machine = this_machine(choose_device(settings))
     names = sorted({example.document for example in asked})
     return Run(
@@ -186,6 +197,7 @@ def _run(
         model=fathom.engine.name,
         model_sha256=_weights_sha256(settings),
         context_tokens=fathom.engine.context_tokens,
+        effective_tokens=effective.tokens if effective else None,
         embedder=fathom.embedder.fingerprint,
         settings={name: getattr(settings, name) for name in _SETTINGS},
         seed=seed,
