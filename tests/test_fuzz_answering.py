@@ -9,7 +9,7 @@ import random
 import re
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +36,7 @@ FAMILIES = (
     "llama qwen2 gemma3_text mistral gpt_oss cohere2 deepseek_v3 gemma3n_text lfm2 qwen3_next"
     " falcon_h1 gpt2 bloom phi3"
 ).split()
-CONTEXTS = (256, 900, 1200, 1600, 2048, 4096)
+CONTEXTS = (256, 900, 1200, 1600, 1600, 2048, 2048, 4096)
 KIB = 1024
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -84,7 +84,7 @@ class Case:
     many: bool
     stop_after: int | None
     free_bytes: int | None
-    reserves: bool
+    memory: str
     settings: dict[str, Any]
 
 
@@ -94,7 +94,7 @@ def case_of(seed: int) -> Case:
     context = draw.choice(CONTEXTS)
     route = draw.choice([None, None, *Route])
     question = draw.choice(QUESTIONS)
-    if draw.random() < 0.15:
+    if draw.random() < 0.1:
         longer = draw.choice([0.2, 0.5, 1, 2]) * context
         question = (question + " " + " ".join(draw.choices(WORDS, k=9)) + " ") * 400
         question = question[: int(longer)]
@@ -112,13 +112,13 @@ def case_of(seed: int) -> Case:
         "document_kv_disk_bytes": 0,
     }
     if draw.random() < 0.2:
-        settings["max_context_tokens"] = draw.choice([256, 600, 5000])
+        settings["max_context_tokens"] = draw.choice([700, 1500, 5000])
     return Case(
         seed=seed,
         family=draw.choice(FAMILIES),
         context_tokens=context,
         has_template=draw.random() < 0.5,
-        ends_early=draw.random() < 0.8,
+        ends_early=draw.random() < 0.85,
         document_bytes=tuple(sizes),
         style=draw.choice(STYLES),
         question=question,
@@ -127,7 +127,7 @@ def case_of(seed: int) -> Case:
         many=draw.random() < 0.1,
         stop_after=draw.choice([0, 1, 2, 5]) if draw.random() < 0.1 else None,
         free_bytes=int(2 ** draw.uniform(10, 15)) * KIB if draw.random() < 0.4 else None,
-        reserves=draw.random() < 0.5,
+        memory=draw.choice(["reserved", "small", "taken"]),
         settings=settings,
     )
 
@@ -206,7 +206,7 @@ def engine_of(
         tokenizer.add_special_tokens({"additional_special_tokens": turns})
         tokenizer.chat_template = CHATML
     model = tiny_model(family, max_position_embeddings=context_tokens)
-    model.generation_config.eos_token_id = list(range(0, 320, 4)) if ends_early else None
+    model.generation_config.eos_token_id = list(range(0, 320, 2)) if ends_early else None
     engine = WatchedEngine(model, tokenizer, name=f"tiny-{family}")
     # Measuring it has tests of its own, and takes longer than a case.
     engine._prefill_clock._rate = PrefillRate(1e-6, 1e-12, 1e-12, 1e-12)
@@ -223,7 +223,7 @@ def outcomes(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     engine.asked.clear()
     engine.windows.clear()
     settings = Settings(home=folder / "home", kv_reserve_bytes=0, **case.settings)
-    if case.free_bytes is not None and case.reserves:
+    if case.free_bytes is not None and case.memory == "reserved":
         reserve = max(0, engine.free_bytes() - case.free_bytes)
         settings = settings.model_copy(update={"kv_reserve_bytes": reserve})
     library = Fathom(settings, embedder=HashEmbedder(), engine=engine)
@@ -236,17 +236,26 @@ def outcomes(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
         except FathomError as error:
             told.append(check_error(error))
     with monkeypatch.context() as patched:
-        if case.free_bytes is not None and not case.reserves:
-            patched.setattr(engine._prefill, "_unused_bytes", lambda: case.free_bytes)
+        if case.free_bytes is not None and case.memory != "reserved":
+            calls = 3 if case.memory == "taken" else None
+            patched.setattr(engine._prefill, "_unused_bytes", free_memory(case.free_bytes, calls))
         for outcome in asked(case, library):
             if isinstance(outcome, FathomError):
                 told.append(check_error(outcome))
             else:
                 check_answer(outcome, case, library, engine)
                 told.append(f"{outcome.receipt.mode} by {outcome.receipt.route}")
-                told += ["memory ran out"] * bool(outcome.receipt.escalations)
+                told += [words[:14] for words in outcome.receipt.escalations]
     library.database.close()
     return told
+
+
+def free_memory(free_bytes: int, taken_after: int | None) -> Callable[[], int]:
+    """Return what tells the free memory of a machine, which others may take over before long."""
+    told = count()
+    return lambda: (
+        free_bytes if taken_after is None or next(told) < taken_after else free_bytes // 8
+    )
 
 
 def asked(case: Case, library: Fathom) -> list[Answer | FathomError]:
@@ -374,12 +383,11 @@ def run(seeds: range, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def check_spread(told: Counter[str]) -> None:
-    """Every way of answering was taken, and errors are the exception."""
-    answered = sum(count for word, count in told.items() if " by " in word)
-    assert answered > 0.5 * sum(told.values()), told
-    ways = [f"written by {route}" for route in Route]
-    for way in (*ways, "quoted by retrieval", "counted by scan"):
+    """Every way of answering was taken, and more was answered than refused."""
+    assert sum(count for word, count in told.items() if " by " in word) > told["ModelError"], told
+    for way in (*(f"written by {route}" for route in Route), "quoted by retrieval"):
         assert told[way] > 0, (way, told)
+    assert told["memory ran out"] + told["OutOfMemoryError"] > 0, told
 
 
 def test_sixty_cases_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
