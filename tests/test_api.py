@@ -156,6 +156,7 @@ def test_a_password_opens_a_session_that_ends(anna: Person, library: Fathom, url
     assert "Name or password is wrong" in wrong.text
     assert sign_in(url, "nobody", PASSWORD).text == wrong.text
     assert sign_in(url, "anna", PASSWORD, Origin="http://evil.example").status_code == 403
+    assert sign_in(url, "anna", PASSWORD, Origin="null").status_code == 403
     right = sign_in(url, "anna", PASSWORD)
     assert right.status_code == 303
     cookie = right.headers["set-cookie"]

@@ -43,8 +43,9 @@ _POLICY = "; ".join(
 _HEADERS = [
     (b"content-security-policy", _POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
+    (b"referrer-policy", b"same-origin"),  # with none, a form's origin would be null,
 ]
+_LEAVING_SECONDS = 3  # that an open page may keep a server that was told to stop
 _THREADS = MAX_WAITING + 64  # a question that waits for the model holds one
 
 _CSS = """
@@ -193,7 +194,10 @@ def serve(
                 hint=f"stop the other program, or choose another: fathom serve --port {port + 1}",
             ) from error
         config = uvicorn.Config(
-            build_app(fathom, is_public=is_public), log_level="warning", lifespan="on"
+            build_app(fathom, is_public=is_public),
+            log_level="warning",
+            lifespan="on",
+            timeout_graceful_shutdown=_LEAVING_SECONDS,
         )
         listener.listen(config.backlog)  # who connects from here on is waited on
         on_ready()

@@ -226,8 +226,8 @@ def _is_same_origin(headers: Headers, host: str) -> bool:
 
     A browser names the page's origin; a program sends neither of these headers.
     """
-    if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        return False
+    if "sec-fetch-site" in headers:
+        return headers["sec-fetch-site"] in ("same-origin", "none")
     origin = headers.get("origin")
     return origin is None or urlsplit(origin).netloc == host
 
