@@ -501,13 +501,13 @@ def bench_batch_verb(
         documents, questions, alone = 2, 6, 1
     evidence = load_evidence_set(data, only, split)
     with TemporaryDirectory() as folder, err.status("ingesting the documents") as status:
-        settings = load_settings(
-            home=Path(folder) / "home",
-            database_url=None,
-            model=model,
-            max_new_tokens=max_new_tokens,
-            prefill_deadline_seconds=1e9,
-        )
+        here = {
+            "home": Path(folder) / "home",
+            "database_url": None,
+            "max_new_tokens": max_new_tokens,
+            "prefill_deadline_seconds": 1e9,
+        }
+        settings = load_settings(model=model).model_copy(update=here)
         fathom = open_fathom(settings)
         asked = {}
         for document in evidence.documents:
