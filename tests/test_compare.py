@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -33,8 +34,10 @@ from eval.journal import (
 )
 from eval.report import summary, to_json, write_report
 from eval.scoring import length_bucket, score_row
+from rag.answering.planning import Planner
 from rag.answering.prompt import CANNOT_ANSWER
 from rag.errors import DocumentNotFoundError, ReadError, SettingsError
+from rag.lm.engine import GenerationDone, GenerationStep, TextPiece
 from rag.lm.local_engine import LocalEngine
 from rag.routing.utility import load_weights
 from rag.settings import Settings
@@ -223,6 +226,42 @@ def test_a_document_is_read_once_for_all_its_questions(place: Workplace, tmp_pat
     break_even = (full[-1] - full[0]) / (max(hybrid) - full[0])
     assert break_even < 12
     assert sum(full) < sum(hybrid)
+
+
+def test_a_window_as_long_as_the_text_is_the_whole_text(place: Workplace) -> None:
+    """And a shorter one forgets: the control for what a retro-fitted window does not know."""
+    engine, document = _engine_of(place), place.store.find("harbour.txt")
+    planner = Planner(place.store, place.retriever, engine, place.settings)
+    plans = [
+        planner.plan(example.question, [document], route=Route.FULL) for example in EXAMPLES[:2]
+    ]
+    prefix = plans[0].prefix
+    assert prefix is not None
+
+    def written(steps: Iterator[tuple[int, GenerationStep]]) -> dict[int, tuple[str, int]]:
+        texts = {0: "", 1: ""}
+        tokens = {}
+        for number, step in steps:
+            if isinstance(step, TextPiece):
+                texts[number] += step.text
+            elif isinstance(step, GenerationDone):
+                tokens[number] = step.kv_tokens or 0
+        return {number: (texts[number], tokens[number]) for number in texts}
+
+    prompts = [plan.prompt for plan in plans]
+    whole = written(engine.generate_many(prompts, max_new_tokens=8, stop=Event(), prefix=prefix))
+
+    def through(window: int) -> dict[int, tuple[str, int]]:
+        return written(
+            engine.generate_windowed(
+                prompts, prefix, num_sinks=4, window=window, max_new_tokens=8, stop=Event()
+            )
+        )
+
+    long = through(4000)
+    assert {n: text for n, (text, _) in long.items()} == {n: text for n, (text, _) in whole.items()}
+    assert all(kept <= 4 + 100 - 1 for _, kept in through(100).values())
+    assert all(kept > prefix.num_tokens for _, kept in long.values())
 
 
 def test_no_arm_reads_for_free_what_another_paid_for(place: Workplace, tmp_path: Path) -> None:

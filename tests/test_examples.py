@@ -11,7 +11,7 @@ from scipy.stats import kstest
 from conftest import SHARED_DATA
 from eval.evidence_sets import SPLITS, is_example_set, load_example_set
 from eval.examples import EvalExample, choose, load_examples
-from eval.metrics import contains_answer, quantities
+from eval.metrics import contains_answer, exact_match, normalised, quantities, token_f1
 from eval.tables import Table, write_table
 from rag.errors import ReadError, TableError
 
@@ -253,6 +253,25 @@ def test_haystacks_move_the_evidence_evenly() -> None:
             for line in others
             if len(line) > 80 and line not in needles
         )
+
+
+@pytest.mark.skipif(not SETS, reason="no evaluation data here")
+def test_a_perfect_answer_has_full_marks_and_a_shrug_has_none() -> None:
+    """Facts 5 and 6: the best reference counts, not the mean; two letters are no substring."""
+    found = load_example_set(SHARED_DATA / "squad2_articles", "dev")
+    answerable = [example for example in found.examples if example.answerable]
+    several = [example for example in answerable if len(example.answers) > 1]
+    assert len(several) > 500
+    for example in several:
+        for answer in example.answers:
+            if normalised(answer):
+                assert contains_answer(answer, example.answers)
+                assert exact_match(answer, example.answers)
+                assert token_f1(answer, example.answers) == 1.0
+    short = [e for e in answerable if min(len(a) for a in e.answers) <= 2]
+    assert len(short) > 5
+    for example in short:
+        assert not contains_answer("I do not know anything about it.", example.answers)
 
 
 @pytest.mark.skipif(not SETS, reason="no evaluation data here")
