@@ -1,7 +1,8 @@
 """The ways to answer that are compared: what each shows the model of a document.
 
-All but two differ only in which chunks they show, so they are the product's own service over a
-retriever that ranks otherwise: the same prompt with the question last, the same budget, greedy.
+All but two (closed book, windowed) differ only in which chunks they show, so they are the product's
+own service over a retriever that ranks otherwise: the same prompt with the question last, the same
+budget, greedy.
 Nothing is cut: where a document does not fit, there is no answer.
 """
 
@@ -21,7 +22,15 @@ from rag.answering.planning import Plan
 from rag.answering.service import AnsweringService
 from rag.answering.writing import written_outcome
 from rag.errors import FathomError, ModelError
-from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, GenerationStep, Prompt, TextPiece
+from rag.lm.engine import (
+    DocumentPrefix,
+    Engine,
+    GenerationDone,
+    GenerationStep,
+    Message,
+    Prompt,
+    TextPiece,
+)
 from rag.retrieval.retriever import Hit, Retriever
 from rag.settings import Settings
 from rag.store.calibrations import CalibrationStore
@@ -58,8 +67,13 @@ ABOUT = {
     Arm.FULL: "the whole document",
 }
 DEFAULT_ARMS = (Arm.CLOSED, Arm.HYBRID, Arm.FULL, Arm.ROUTER)
-# First tokens that a windowed cache keeps: Xiao et al., arXiv:2309.17453, need 4; the template's.
+# First tokens that a windowed cache keeps; Xiao et al., arXiv:2309.17453, find 4 to be enough.
 NUM_SINKS = 64
+# The product's own words have a model refuse where it is shown nothing; to see what it knows, or
+# guesses, it is asked to answer.
+_CLOSED_BOOK = (
+    "You answer questions from what you know. Answer in one or two short, complete sentences."
+)
 # Chunks of a ranking that a row keeps.
 _KEPT_HITS = 50
 
@@ -198,15 +212,19 @@ class _Asking:
             return DOES_NOT_FIT, plan.decision.reason
         if self._arm is Arm.WINDOWED and plan.prefix is None:
             return DOES_NOT_FIT, plan.decision.reason
+        if self._arm is Arm.CLOSED:
+            asked = [Message("system", _CLOSED_BOOK), Message("user", f"Question: {example.asked}")]
+            return replace(plan, prompt=self._place.engine.encode_chat(asked))
         return plan
 
     def answers(
         self, numbers: Sequence[int], plans: Sequence[Plan | tuple[str, str]]
     ) -> Iterator[tuple[int, Answer | FathomError]]:
         """Yield the number and the answer of each of these examples, as they come."""
-        if self._arm is Arm.WINDOWED:
-            found = {n: plan for n in numbers if isinstance(plan := plans[n], Plan)}
-            yield from self._windowed(found)
+        if self._arm in (Arm.CLOSED, Arm.WINDOWED):
+            yield from self._written(
+                {n: plan for n in numbers if isinstance(plan := plans[n], Plan)}
+            )
             return
         outcomes = self._service.answer_many(
             [self._examples[number].asked for number in numbers],
@@ -276,51 +294,65 @@ class _Asking:
             round(hit.score, 5),
         )
 
-    def _windowed(self, plans: Mapping[int, Plan]) -> Iterator[tuple[int, Answer | FathomError]]:
-        """Read the document once through the window; answer each question in a fork."""
-        engine, settings = self._place.engine, self._place.settings
+    def _written(self, plans: Mapping[int, Plan]) -> Iterator[tuple[int, Answer | FathomError]]:
+        """Let the model write what the service would not: from nothing, or through a window."""
         numbers = list(plans)
-        if not numbers:
-            return
-        prefix = plans[numbers[0]].prefix
-        assert isinstance(engine, ReadsThroughWindow)
-        assert prefix is not None  # else the plan does not fit
         written: dict[int, list[str]] = {number: [] for number in numbers}
         try:
-            for place, step in engine.generate_windowed(
-                [plans[number].prompt for number in numbers],
-                prefix,
-                num_sinks=NUM_SINKS,
-                window=settings.retrieval_tokens,
-                max_new_tokens=settings.max_new_tokens,
-                stop=Event(),
-            ):
+            for place, step in self._steps([plans[number] for number in numbers]):
                 number = numbers[place]
                 if isinstance(step, TextPiece):
                     written[number].append(step.text)
                 elif isinstance(step, GenerationDone):
-                    text = "".join(written.pop(number)).strip()
-                    yield number, self._windowed_answer(text, plans[number], step, number)
+                    text = "".join(written.pop(number))
+                    yield number, self._answer_of(text, plans[number], step, number)
         except ModelError as error:
             yield from ((number, error) for number in written)
 
-    def _windowed_answer(self, text: str, plan: Plan, done: GenerationDone, number: int) -> Answer:
-        place, document = self._place, self._document
-        tokens, chunks = plan.document_tokens, document.num_chunks
+    def _steps(self, plans: Sequence[Plan]) -> Iterator[tuple[int, GenerationStep]]:
+        engine, settings = self._place.engine, self._place.settings
+        prompts = [plan.prompt for plan in plans]
+        if not plans:
+            return
+        if self._arm is Arm.CLOSED:
+            yield from engine.generate_many(
+                prompts, max_new_tokens=settings.max_new_tokens, stop=Event()
+            )
+            return
+        assert isinstance(engine, ReadsThroughWindow)
+        assert plans[0].prefix is not None  # else the plan does not fit
+        yield from engine.generate_windowed(
+            prompts,
+            plans[0].prefix,
+            num_sinks=NUM_SINKS,
+            window=settings.retrieval_tokens,
+            max_new_tokens=settings.max_new_tokens,
+            stop=Event(),
+        )
+
+    def _answer_of(self, text: str, plan: Plan, done: GenerationDone, number: int) -> Answer:
+        place, of = self._place, self._document
+        if self._arm is Arm.CLOSED:
+            read = ReadExtent(0, plan.document_tokens, 0, of.num_chunks, "nothing was read")
+            decision = replace(plan.decision, reason="nothing is to be read")
+        else:
+            tokens = plan.document_tokens
+            read = ReadExtent(tokens, tokens, of.num_chunks, of.num_chunks, "")
+            reason = f"read through a window of {place.settings.retrieval_tokens:,} tokens"
+            decision = replace(plan.decision, route=Route.FULL, reason=reason)
         outcome = written_outcome(
             self._examples[number].asked,
             plan,
-            ReadExtent(tokens, tokens, chunks, chunks, ""),
+            read,
             text,
             done,
             None,
             store=place.store,
             engine=place.engine,
         )
-        reason = f"read through a window of {place.settings.retrieval_tokens:,} tokens"
         return finished_answer(
             outcome,
-            replace(plan.decision, route=Route.FULL, reason=reason),
+            decision,
             escalations=(),
             total_seconds=done.prefill_seconds + done.decode_seconds,
             model=place.engine.name,

@@ -193,7 +193,8 @@ def test_one_template_with_the_question_last(
     """C0.1 and C0.3: arms differ in the passages alone."""
     rows = _by_arm(read_journals(every_arm))
     for example in EXAMPLES:
-        for arm in ("closed", "random", "lexical", "dense", "hybrid", "last"):
+        assert rows["closed"][example.id].prompt == f"Question: {example.question}"
+        for arm in ("random", "lexical", "dense", "hybrid", "last"):
             row = rows[arm][example.id]
             assert row.prompt.startswith("Passages:\n\n")
             assert row.prompt.endswith(f"\n\nQuestion: {example.question}")
