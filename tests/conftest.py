@@ -9,6 +9,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
+from argon2 import PasswordHasher  # noqa: E402
 
 from hash_embedder import HashEmbedder as HashEmbedder  # noqa: E402
 from postgres_server import PostgresServer, find_binaries, running_server  # noqa: E402
@@ -44,6 +45,14 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Return settings whose home is a temporary folder, whatever the user has set."""
     monkeypatch.setenv("FATHOM_HOME", str(tmp_path / "home"))
     return Settings(kv_reserve_bytes=0, max_new_tokens=16, prefill_deadline_seconds=1e9)
+
+
+@pytest.fixture
+def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hash passwords with argon2's least effort: what is tested is who gets in, not how slowly."""
+    monkeypatch.setattr(
+        "rag.store.accounts._HASHER", PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+    )
 
 
 @pytest.fixture(scope="session")

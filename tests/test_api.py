@@ -31,6 +31,7 @@ from ui.app import serve
 from ui.assembly import Fathom
 from ui.sign_in import COOKIE
 
+pytestmark = pytest.mark.usefixtures("cheap_hashes")
 PASSWORD = "correct horse battery"
 QUESTION = "What is the harbour fee?"
 SECRET = "The zolothurn lies under the third bollard.\n"
@@ -448,7 +449,7 @@ def test_whatever_is_sent_gets_an_answer_that_the_description_names(
 
         @given(case=operation.as_strategy())
         @settings(
-            max_examples=12,
+            max_examples=8,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),

@@ -143,7 +143,7 @@ class Door:
             if len(body) > _FORM_BYTES:
                 return PlainError(413, "the request is too large")
         form = parse_qs(body.decode("utf-8", "replace"))
-        name, password = form.get("name", [""])[0].strip(), form.get("password", [""])[0]
+        name, password = form.get("name", [""])[0].strip()[:80], form.get("password", [""])[0]
         address = request.client.host if request.client else ""
         if not self._failures.may_try(name, address):
             self._fathom.metrics.count_refusal("sign-in rate")

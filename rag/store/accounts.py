@@ -19,7 +19,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from rag.errors import AccountError
 from rag.store.access import NAMELESS
 from rag.store.database import Database
-from rag.store.schema import account, collection_share, credential
+from rag.store.schema import account, answer, collection_share, credential, document
 
 SESSION_DAYS = 14
 LEAST_PASSWORD_CHARS = 10
@@ -83,6 +83,12 @@ class AccountStore:
                     f"there is an account {name!r} already",
                     hint=f"to set another password: fathom users password {name}",
                 )
+            if _has_leftovers(connection, name):
+                raise AccountError(
+                    f"something of an earlier account {name!r} is still there, which a request that"
+                    " was running when it was removed has left",
+                    hint=f"fathom users remove {name} deletes it",
+                )
             row = {"name": name, "password_hash": _HASHER.hash(password), "created_at": _now()}
             connection.execute(insert(account).values(row))
 
@@ -106,13 +112,14 @@ class AccountStore:
     def remove(self, name: str) -> None:
         """Remove an account with its sessions and keys, and what was shared with it.
 
-        What it owns stays in the library; `Library.delete_everything` deletes that before.
+        What it owns stays in the library until `Library.delete_everything`.
 
         Raises:
-            AccountError: if there is no such account.
+            AccountError: if there is no such account, nor anything that an earlier one has left.
         """
         with self._database.write() as connection:
-            _require(connection, name)
+            if not _has_leftovers(connection, name):
+                _require(connection, name)
             connection.execute(delete(credential).where(credential.c.account == name))
             connection.execute(delete(collection_share).where(collection_share.c.reader == name))
             connection.execute(delete(account).where(account.c.name == name))
@@ -219,6 +226,13 @@ def _sha256(secret: str) -> str:
 def _exists(connection: Connection, name: str) -> bool:
     query = select(account.c.name).where(account.c.name == name)
     return connection.execute(query).first() is not None
+
+
+def _has_leftovers(connection: Connection, name: str) -> bool:
+    return any(
+        connection.execute(select(table.c.id).where(table.c.owner == name).limit(1)).first()
+        for table in (document, answer)
+    )
 
 
 def _require(connection: Connection, name: str) -> None:

@@ -61,8 +61,9 @@ def remove(
 ) -> None:
     """Remove an account with its documents, answers and keys; who is signed in is out at once."""
     fathom = open_fathom(load_settings(home=home))
-    fathom.accounts.require(name)
     num_documents, _ = fathom.for_owner(name).store.usage()
+    if not num_documents:
+        fathom.accounts.require(name)
     if not yes:
         typer.confirm(f"Delete {name}, {num_documents} documents and all answers?", abort=True)
     fathom.remove_account(name)
