@@ -100,7 +100,8 @@ def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
 
     Everybody has to sign in where there are accounts, or where it `is_public`.
     """
-    uploads = fathom.settings.home / "tmp"
+    # Gradio gives out what lies here to whoever knows the path: nothing else does
+    uploads = fathom.settings.home / "tmp" / "gradio"
     uploads.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     blocks = gr.Blocks(title="Fathom", analytics_enabled=False, delete_cache=(3600, 3600))
