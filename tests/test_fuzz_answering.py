@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -253,10 +253,8 @@ def outcomes(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 
 def free_memory(free_bytes: int, taken_after: int | None) -> Callable[[], int]:
     """Return what tells the free memory of a machine, which others may take over before long."""
-    told = count()
-    return lambda: (
-        free_bytes if taken_after is None or next(told) < taken_after else free_bytes // 8
-    )
+    left = repeat(free_bytes) if taken_after is None else repeat(free_bytes, taken_after)
+    return lambda: next(left, 2**17)
 
 
 def asked(case: Case, library: Fathom) -> list[Answer | FathomError]:
