@@ -14,6 +14,15 @@ from eval.arms import ABOUT, Arm
 from eval.examples import EvalExample
 from eval.journal import DOES_NOT_FIT, FAILED, Journal, Row, Run
 from eval.metrics import area_under_risk, balanced_accuracy, risk_coverage
+from eval.policies import (
+    DERIVED,
+    Point,
+    Scores,
+    derived_policies,
+    gap_closed,
+    mean,
+    thrift_curve,
+)
 from eval.scoring import NAMES_OF_RECALL, Scored, score_row
 from eval.statistics import (
     NO_DIFFERENCE,
@@ -27,15 +36,10 @@ from eval.statistics import (
     is_equivalent,
     mcnemar,
 )
-from rag.routing.question_class import classify_question
-from rag.routing.utility import NUM_HITS, RouteFeatures, RouterWeights, estimate_routes, places_of
-from rag.types import Route
+from rag.routing.utility import RouterWeights
 
 MARGIN = 0.05  # what counts as "as good as", declared before any run
-ORACLE_ROUTER = "oracle router"
-SELF_ROUTE = "self-route"
 SLICES = ("length", "question_class", "depth", "kind")
-_THRIFTS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # The comparisons that are made, the second being what is known already.
 _SECOND = (Arm.HYBRID, Arm.FULL)
 
@@ -127,16 +131,6 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """A way to answer by what it costs: prompt tokens computed a question, and all of them."""
-
-    name: str
-    computed_tokens: float
-    prompt_tokens: float
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
 class Analysis:
     """Everything that the report shows.
 
@@ -163,9 +157,6 @@ class Analysis:
     verdict: tuple[str, ...]
 
 
-Scores = dict[str, dict[str, Scored]]  # arm, example id
-
-
 def analyse(
     examples: Sequence[EvalExample], journal: Journal, weights: RouterWeights | None = None
 ) -> Analysis:
@@ -183,7 +174,7 @@ def analyse(
     for row in rows:
         if (scores := score_row(by_id[row.example_id], row)) is not None:
             scored[row.arm][row.example_id] = scores
-    derived = _derived(scored)
+    derived = derived_policies(scored)
     closed = {name for name, s in scored.get(Arm.CLOSED, {}).items() if s.correct}
     closed &= {example.id for example in examples if example.answerable}
     results = tuple(
@@ -205,10 +196,10 @@ def analyse(
         cells=tuple(_cells(scored)),
         grid=tuple(_grid(scored)),
         frontier=frontier,
-        curve=_curve(by_id, rows, scored, journal, weights) if weights else (),
+        curve=thrift_curve(by_id, rows, scored, journal, weights) if weights else (),
         waterfall=_waterfall(scored),
         risk={arm: tuple(_risk(list(found.values()))) for arm, found in scored.items() if found},
-        gap_closed=_gap_closed(scored, derived),
+        gap_closed=gap_closed(scored, derived),
         verdict=(),
     )
     return _with_verdict(analysis)
@@ -229,72 +220,43 @@ def _arm_result(
     num_right = sum(s.correct for s in answers)
     return ArmResult(
         arm=name,
-        about=_ABOUT.get(name, ""),
+        about=_ABOUT[name],
         num_questions=len(answers),
         does_not_fit=sum(row.outcome == DOES_NOT_FIT for row in mine),
         failed=sum(row.outcome == FAILED for row in mine),
         score=_mean_score(answers),
         rest=_mean_score(rest) if rest and name != Arm.CLOSED else None,
-        contains=_mean([s.contains for s in answerable]),
-        exact=_mean([s.exact for s in answers]),
-        f1=_mean([s.f1 for s in answers]),
-        crag=_mean([s.crag for s in answers]),
+        contains=mean([s.contains for s in answerable]),
+        exact=mean([s.exact for s in answers]),
+        f1=mean([s.f1 for s in answers]),
+        crag=mean([s.crag for s in answers]),
         balanced_accuracy=_or_none(
             balanced_accuracy([s.abstained for s in answers], [s.answerable for s in answers])
         ),
-        answers_what_can_be=_or_none(_mean([not s.abstained for s in answerable])),
-        declines_what_cannot=_or_none(_mean([s.abstained for s in others])),
+        answers_what_can_be=_or_none(mean([not s.abstained for s in answerable])),
+        declines_what_cannot=_or_none(mean([s.abstained for s in others])),
         aurc=area_under_risk(_risk(answers)),
-        verbatim=_mean([s.verbatim for s in answers]),
+        verbatim=mean([s.verbatim for s in answers]),
         citation_precision=_known_mean(answers, lambda s: s.citation_precision),
         citation_recall=_known_mean(answers, lambda s: s.citation_recall),
-        shown=_or_none(_mean([s.evidence_in_prompt or 0.0 for s in known])),
-        correct_if_shown=_or_none(_mean([s.score for s in known if s.evidence_in_prompt == 1])),
-        correct_if_not=_or_none(_mean([s.score for s in known if s.evidence_in_prompt != 1])),
+        shown=_or_none(mean([s.evidence_in_prompt or 0.0 for s in known])),
+        correct_if_shown=_or_none(mean([s.score for s in known if s.evidence_in_prompt == 1])),
+        correct_if_not=_or_none(mean([s.score for s in known if s.evidence_in_prompt != 1])),
         recall=_recall(answerable) if name in _SEARCHING else {},
-        words=_mean([s.words for s in answers]),
-        prompt_tokens=_mean([s.prompt_tokens for s in answers]),
-        computed_tokens=_mean([s.computed_tokens for s in answers]),
-        new_tokens=_mean([s.new_tokens for s in answers]),
-        kv_bytes=_or_none(_mean([s.kv_bytes for s in answers if s.kv_bytes is not None])),
-        seconds=_mean([s.seconds for s in answers]),
+        words=mean([s.words for s in answers]),
+        prompt_tokens=mean([s.prompt_tokens for s in answers]),
+        computed_tokens=mean([s.computed_tokens for s in answers]),
+        new_tokens=mean([s.new_tokens for s in answers]),
+        kv_bytes=_or_none(mean([s.kv_bytes for s in answers if s.kv_bytes is not None])),
+        seconds=mean([s.seconds for s in answers]),
         seconds_a_right_answer=(sum(s.seconds for s in answers) / num_right if num_right else None),
         routes=_counts([s.route for s in answers]),
         escalated=sum(s.escalated for s in answers),
     )
 
 
-_ABOUT: Mapping[str, str] = ABOUT | {
-    ORACLE_ROUTER: "the better of hybrid and full, known afterwards: a ceiling, lucky as it is",
-    SELF_ROUTE: "hybrid, and the whole document where that declines: both are paid for",
-}
+_ABOUT: Mapping[str, str] = {**ABOUT, **DERIVED}
 _SEARCHING = (Arm.RANDOM, Arm.LEXICAL, Arm.DENSE, Arm.HYBRID)
-
-
-def _derived(scored: Scores) -> Scores:
-    """Return the policies that need no run of their own, on questions that both arms answered."""
-    hybrid, full = scored.get(Arm.HYBRID, {}), scored.get(Arm.FULL, {})
-    both = [name for name in hybrid if name in full]
-    oracle = {
-        name: max(hybrid[name], full[name], key=lambda s: (s.score, -s.computed_tokens))
-        for name in both
-    }
-    routed = {
-        name: _after(hybrid[name], full[name]) if hybrid[name].abstained else hybrid[name]
-        for name in both
-    }
-    return {ORACLE_ROUTER: oracle, SELF_ROUTE: routed} if both else {}
-
-
-def _after(first: Scored, second: Scored) -> Scored:
-    """Return the second answer at the cost of both."""
-    return replace(
-        second,
-        prompt_tokens=first.prompt_tokens + second.prompt_tokens,
-        computed_tokens=first.computed_tokens + second.computed_tokens,
-        new_tokens=first.new_tokens + second.new_tokens,
-        seconds=first.seconds + second.seconds,
-    )
 
 
 # ---- two arms -----------------------------------------------------------------------------------
@@ -400,9 +362,7 @@ def _waterfall(scored: Scores) -> tuple[tuple[str, float], ...]:
     common = set.intersection(*(set(scored[arm]) for arm in steps))
     if not common:
         return ()
-    return tuple(
-        (arm, _mean([scored[arm][name].score for name in sorted(common)])) for arm in steps
-    )
+    return tuple((arm, mean([scored[arm][name].score for name in sorted(common)])) for arm in steps)
 
 
 def _risk(answers: Sequence[Scored]) -> list[tuple[float, float]]:
@@ -413,69 +373,6 @@ def _risk(answers: Sequence[Scored]) -> list[tuple[float, float]]:
     given = [s for s in answers if not s.abstained]
     points = risk_coverage([s.confidence for s in given], [s.score for s in given])
     return [(coverage * len(given) / len(answers), risk) for coverage, risk in points]
-
-
-def _curve(
-    by_id: Mapping[str, EvalExample],
-    rows: Sequence[Row],
-    scored: Scores,
-    journal: Journal,
-    weights: RouterWeights,
-) -> tuple[Point, ...]:
-    """Return what the router's two models would choose between hybrid and full, over thrift.
-
-    They see what a router sees: the question, the lengths, and the ranking of hybrid.
-    """
-    hybrid, full = scored.get(Arm.HYBRID, {}), scored.get(Arm.FULL, {})
-    both = [name for name in hybrid if name in full]
-    ranked = {row.example_id: row for row in rows if row.arm == Arm.HYBRID}
-    if not both:
-        return ()
-    run = journal.runs[0] if journal.runs else None
-    effective = (run.effective_tokens or run.context_tokens) if run else None
-    points = []
-    for thrift in _THRIFTS:
-        chosen = []
-        for name in both:
-            row = ranked[name]
-            nearest = row.ranked[:NUM_HITS]
-            features = RouteFeatures(
-                question=by_id[name].question,
-                document_tokens=row.document_tokens,
-                effective_tokens=effective or row.document_tokens,
-                shares=tuple(sorted((found.lexical for found in nearest), reverse=True)),
-                places=places_of([found.ordinal for found in nearest], row.num_chunks),
-                question_class=classify_question(by_id[name].question).question_class,
-            )
-            costs = {
-                Route.FULL: full[name].prompt_tokens,
-                Route.RETRIEVAL: hybrid[name].prompt_tokens,
-            }
-            best = estimate_routes(features, weights, costs, thrift=thrift)[0].route
-            chosen.append((full if best is Route.FULL else hybrid)[name])
-        points.append(
-            Point(
-                f"thrift {thrift:g}",
-                _mean([s.computed_tokens for s in chosen]),
-                _mean([s.prompt_tokens for s in chosen]),
-                _mean([s.score for s in chosen]),
-            )
-        )
-    return tuple(points)
-
-
-def _gap_closed(scored: Scores, derived: Scores) -> float | None:
-    router, oracle = scored.get(Arm.ROUTER, {}), derived.get(ORACLE_ROUTER, {})
-    both = [name for name in oracle if name in router]
-    if not both:
-        return None
-    best = max(_mean([scored[arm][name].score for name in both]) for arm in (Arm.HYBRID, Arm.FULL))
-    ceiling = _mean([oracle[name].score for name in both])
-    return (
-        (_mean([router[n].score for n in both]) - best) / (ceiling - best)
-        if ceiling > best
-        else None
-    )
 
 
 # ---- the verdict --------------------------------------------------------------------------------
@@ -532,14 +429,10 @@ def _known_mean(
 def _recall(answers: Sequence[Scored]) -> dict[str, float]:
     known = [s.recall + s.recall_at_tokens for s in answers if s.recall]
     return {
-        name: _mean([values[place] for values in known])
+        name: mean([values[place] for values in known])
         for place, name in enumerate(NAMES_OF_RECALL)
         if known
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
 
 
 def _or_none(value: float) -> float | None:

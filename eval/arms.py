@@ -54,7 +54,7 @@ class Arm(StrEnum):
     FULL = "full"
 
 
-ABOUT = {
+ABOUT: Mapping[str, str] = {
     Arm.CLOSED: "no passage: what the model knows, or guesses",
     Arm.RANDOM: "chunks drawn at random, up to the retrieval budget",
     Arm.LEXICAL: "chunks by the words of the question alone",
@@ -185,6 +185,7 @@ class _Asking:
         )
         self._tokens: dict[int, int] = {}
         self._document_tokens = 0
+        self._plans: dict[str, tuple[Plan, list[Hit]]] = {}
 
     @property
     def _route(self) -> Route | None:
@@ -198,24 +199,30 @@ class _Asking:
             return NOT_APPLICABLE, "no evidence is known"
         if self._arm is Arm.WINDOWED and not isinstance(self._place.engine, ReadsThroughWindow):
             return NOT_APPLICABLE, f"{self._place.engine.name} is read by a server"
-        self._retriever.last_ranking = []  # a quotation is planned without one
+        # Without passages one plan serves all: only its prompt, set below, holds the question.
+        asked = "" if self._arm is Arm.CLOSED else example.asked
         try:
-            plan = self._service.plan(
-                example.asked, [self._document], route=self._route, calibrate=True
-            )
+            plan, hits = self._planned(asked)
         except FathomError as error:
             return FAILED, error.message
         self._document_tokens = plan.document_tokens
-        hits = self._retriever.last_ranking
         self._ranked[example.id] = tuple(self._found(hit) for hit in hits[:_KEPT_HITS])
         if self._arm is Arm.FULL and plan.decision.route is not Route.FULL:
             return DOES_NOT_FIT, plan.decision.reason
         if self._arm is Arm.WINDOWED and plan.prefix is None:
             return DOES_NOT_FIT, plan.decision.reason
         if self._arm is Arm.CLOSED:
-            asked = [Message("system", _CLOSED_BOOK), Message("user", f"Question: {example.asked}")]
-            return replace(plan, prompt=self._place.engine.encode_chat(asked))
+            words = [Message("system", _CLOSED_BOOK), Message("user", f"Question: {example.asked}")]
+            return replace(plan, prompt=self._place.engine.encode_chat(words))
         return plan
+
+    def _planned(self, asked: str) -> tuple[Plan, list[Hit]]:
+        """Return the plan for a question and the ranking behind it, made once."""
+        if asked not in self._plans:
+            self._retriever.last_ranking = []  # a quotation is planned without one
+            plan = self._service.plan(asked, [self._document], route=self._route, calibrate=True)
+            self._plans[asked] = plan, self._retriever.last_ranking
+        return self._plans[asked]
 
     def answers(
         self, numbers: Sequence[int], plans: Sequence[Plan | tuple[str, str]]

@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import HashEmbedder
-from eval.analysis import ORACLE_ROUTER, SELF_ROUTE, Analysis, analyse
+from eval.analysis import Analysis, analyse
 from eval.arms import Arm, Workplace
 from eval.compare import check_evidence, compare, find_documents, keep_examples, load_comparison
 from eval.examples import EvalExample
@@ -32,6 +32,7 @@ from eval.journal import (
     Run,
     read_journals,
 )
+from eval.policies import ORACLE_ROUTER, SELF_ROUTE
 from eval.report import summary, to_json, write_report
 from eval.scoring import length_bucket, score_row
 from rag.answering.planning import Planner
