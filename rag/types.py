@@ -391,6 +391,32 @@ class Answer:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What was asked in one go; `title` is the person's own or, without one, the first question.
+
+    Times are ISO 8601, UTC; `num_questions` counts a question that was asked again once.
+    """
+
+    id: str
+    title: str
+    created_at: str
+    updated_at: str
+    num_questions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One question of a conversation, and its answers: several where it was asked again."""
+
+    question: str
+    answers: tuple[Answer, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that an export holds for it."""
+        return asdict(self)
+
+
 def answer_from_json(value: Mapping[str, Any]) -> Answer:
     """Rebuild an Answer from what `Answer.to_json` gave, e.g. from the store."""
     receipt = dict(value["receipt"])

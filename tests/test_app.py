@@ -1,17 +1,9 @@
-"""The page in a real browser, and what it makes of hostile text."""
+"""What the page makes of answers and of hostile text, and what it refuses to serve."""
 
 import html
 import re
 import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
@@ -28,20 +20,12 @@ from rag.types import (
     Route,
     Seconds,
 )
+from ui.answer_html import answer_card, answer_html, citations_html, gates_html, receipt_html
 from ui.app import serve
 from ui.assembly import Fathom
-from ui.formatting import (
-    amount,
-    answer_html,
-    citations_html,
-    error_html,
-    evidence_html,
-    plain_html,
-    receipt_html,
-    receipt_text,
-)
+from ui.formatting import amount, error_html, plain_html, receipt_text
+from ui.tabs.evidence import evidence_html
 
-CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = [
     "<script>fetch('http://evil.example')</script>",
     "<img src=http://evil.example/x.png onerror=alert(1)>",
@@ -57,18 +41,7 @@ HOSTILE = [
     "| a | b |\n|---|---|\n| 1 | 2 |",
 ]
 # Once more by a Markdown renderer: nothing of these may come of untrusted text.
-TAGS = "a img script iframe style h1 h2 pre code strong em ul li table".split()
-REPLY = "The harbour fee is 35 crowns a night. ![x](http://evil.example/x.png) www.evil.example"
-CHROMIUM_ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+TAGS = "a img script iframe style h1 h2 pre code strong em ul li table"
 
 
 def an_answer(text: str, *, quote: str = "Twelve.", title: str = "handbook.md") -> Answer:
@@ -108,18 +81,25 @@ def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
     for shown in (
         plain_html(text),
         answer_html(hostile),
-        citations_html(hostile).replace("<li value=1>", "").replace("</li>", ""),
-        evidence_html(text, text, text, text),
+        _text_of_list(citations_html(hostile)),
+        _text_of_list(evidence_html(hostile.citations[0], text, text, text)),
         error_html(text, text),
     ):
         assert "://" not in shown
         assert "www." not in shown
         assert "\r" not in shown
         rendered = MarkdownIt("commonmark").enable("table").render(shown)
-        for tag in TAGS:
+        for tag in TAGS.split():
             assert not re.search(rf"<{tag}[\s>/]", rendered), (tag, rendered)
-    assert "<table>" not in receipt_html(hostile.receipt).split("</table>")[1]
-    assert "://" not in receipt_html(hostile.receipt)
+    shown = receipt_html(hostile.receipt)
+    assert "://" not in shown
+    for tag in set(TAGS.split()) - {"li", "ul"}:
+        assert not re.search(rf"<{tag}[\s>/]", shown), (tag, shown)
+
+
+def _text_of_list(shown: str) -> str:
+    """Return HTML without the list items that are its own."""
+    return re.sub(r"</?(li|ol)\b[^>]*>", "", shown)
 
 
 def test_what_is_shown_is_the_text_itself() -> None:
@@ -128,11 +108,39 @@ def test_what_is_shown_is_the_text_itself() -> None:
     assert html.unescape(shown) == text
 
 
-def test_markers_become_superscripts_and_unverified_is_said() -> None:
-    shown = answer_html(an_answer("35 crowns [1] Whales. [unverified]"))
-    assert '<sup class="marker">1</sup>' in shown
+def test_markers_become_buttons_that_say_their_place_and_unverified_is_said() -> None:
+    shown = html.unescape(answer_html(an_answer("35 crowns [1] Whales. [unverified] [9]")))
+    assert 'data-receipt="1f2e3d4c5b6a" data-marker="1"' in shown
+    assert 'aria-label="Citation 1: handbook.md, version 2, page 7, Fees"' in shown
     assert '<span class="unverified">unverified</span>' in shown
+    assert '<sup class="marker">9</sup>' in shown  # there is no such citation: nothing to open
     assert citations_html(replace(an_answer(""), citations=())) == ""
+
+
+def test_an_abstention_shows_the_nearest_passages_as_what_they_are() -> None:
+    shown = citations_html(replace(an_answer(""), abstained=True))
+    assert "Nearest passages, which do not hold the answer" in shown
+
+
+def test_a_strip_says_where_in_the_document_the_citations_lie() -> None:
+    one = an_answer("").citations[0]
+    starts = (0, 50, 99, 99)
+    cited = tuple(replace(one, marker=n, start=start) for n, start in enumerate(starts, 1))
+    shown = html.unescape(answer_card(replace(an_answer(""), citations=cited), num_chars={1: 100}))
+    assert "handbook.md: 1 at the start, 1 in the middle, 2 at the end" in shown
+    assert [f"left:{x}" in shown for x in ("0.0%", "50.0%", "99.0%")] == [True] * 3
+    gone = answer_card(replace(an_answer(""), citations=cited), num_chars={})
+    assert "strip" not in gone
+
+
+def test_gates_are_bars_against_their_limits() -> None:
+    shown = gates_html(an_answer("").receipt.gates)
+    over, unknown, unlimited = re.findall(r"<li.*?</li>", shown)
+    assert 'style="width:100.0%"' in over
+    assert 'style="left:27.9%"' in over  # 32,768 of 117,532
+    assert "<b style" not in unlimited
+    assert "<b style" not in unknown
+    assert ['class="failed"' in item for item in (over, unknown, unlimited)] == [True, True, False]
 
 
 def test_a_count_shows_its_first_quotations_and_folds_the_rest() -> None:
@@ -151,14 +159,17 @@ def test_a_receipt_says_every_number_with_its_unit() -> None:
     shown = html.unescape(receipt_html(receipt))
     for part in (
         "Reading everything fails a gate.",
-        "<td>117,532 tokens</td><td>32,768 tokens</td><td>failed</td>",
-        "<td>1,500 positions</td><td>no limit</td><td>passed</td>",
-        "<td>KV cache</td><td>35.0 MiB</td><td>unknown</td><td>failed</td>",
+        "117,532 of 32,768 tokens",
+        "1,500 positions of no limit",
+        "35.0 MiB of unknown",
         "1,024 of 117,000 tokens in 9 of 1,200 chunks",
         "1,191 of 1,200 chunks were not shown",
-        "35.0 MiB predicted, 35.0 MiB actual, equal to the byte",
+        "equal to the byte",
+        "0.02 s retrieving, 3.1 s reading, 1.5 s writing",
     ):
         assert part in shown
+    assert shown.count(">35.0 MiB<") == 2  # predicted and actual
+    assert shown.count(">2.9 s<") == shown.count(">3.1 s<") == 1
     apart = replace(receipt, kv_bytes=KVBytes(36700160, 36701184))
     assert "1,024 bytes apart" in html.unescape(receipt_html(apart))
 
@@ -190,119 +201,3 @@ def test_a_port_in_use_is_named(small_fathom: Fathom) -> None:
 def test_a_public_address_is_refused(small_fathom: Fathom) -> None:
     with pytest.raises(ServeError, match="nobody has to sign in"):
         serve(small_fathom, "0.0.0.0", 0)
-
-
-_SERVER = """
-import sys
-from pathlib import Path
-sys.path[:0] = [sys.argv[1], sys.argv[2]]
-from conftest import HashEmbedder, make_tiny_engine
-from rag.lm.engine import GenerationDone, TextPiece
-from rag.settings import Settings
-from ui.app import serve
-from ui.assembly import Fathom
-class Scripted:
-    # the tiny model reads and writes, but what it says is given
-    def __init__(self, engine, reply):
-        self._engine, self._reply = engine, reply
-    def __getattr__(self, name):
-        return getattr(self._engine, name)
-    def generate(self, *arguments, **options):
-        for step in self._engine.generate(*arguments, **options):
-            if isinstance(step, GenerationDone):
-                yield TextPiece(self._reply)
-            if not isinstance(step, TextPiece):
-                yield step
-settings = Settings(home=Path(sys.argv[3]), max_new_tokens=16, kv_reserve_bytes=0)
-engine = Scripted(make_tiny_engine(), sys.argv[5])
-library = Fathom(settings, embedder=HashEmbedder(), engine=engine)
-serve(library, "127.0.0.1", int(sys.argv[4]))
-"""
-
-
-@pytest.fixture
-def page_url(small_fathom: Fathom) -> Iterator[str]:
-    """Serve the real application in a process of its own on a free port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here = Path(__file__).resolve().parent
-    arguments = [str(here.parent), str(here), str(small_fathom.settings.home), str(port), REPLY]
-    process = subprocess.Popen([sys.executable, "-c", _SERVER, *arguments])
-    try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(f"{url}/healthz", timeout=1) as answer:
-                    assert answer.read() == b'{"ok":true}'
-                break
-            except OSError:
-                assert process.poll() is None, "the server ended"
-                time.sleep(0.1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def test_a_foreign_host_name_gets_nothing(page_url: str) -> None:
-    asked = urllib.request.Request(f"{page_url}/config", headers={"Host": "evil.example"})
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(asked, timeout=10)
-    with caught.value as refused:
-        assert refused.code == 400
-    own = urllib.request.Request(f"{page_url}/config", headers={"Host": "localhost:80"})
-    with urllib.request.urlopen(own, timeout=10) as answer:
-        assert answer.status == 200
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed")
-def test_a_question_in_the_browser_gets_answer_and_receipt(page_url: str, tmp_path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
-    problems: list[str] = []
-    foreign: list[str] = []
-
-    def watch(page: Any) -> None:  # noqa: ANN401 - a Playwright page
-        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        own = (page_url, "data:", "blob:")
-        page.on("request", lambda r: None if r.url.startswith(own) else foreign.append(r.url))
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        watch(page)
-        response = page.goto(page_url)
-        assert response is not None
-        assert "default-src 'self'" in response.headers["content-security-policy"]
-        page.get_by_text("handbook.md").first.wait_for()
-        question = page.locator("#question textarea")
-        question.fill("What is the harbour fee? ![q](http://evil.example/q.png)")
-        question.press("Enter")
-        page.locator("details.receipt").wait_for(timeout=60_000)
-        page.locator("details.receipt summary").click()
-        page.get_by_text("equal to the byte").wait_for()
-        assert page.locator("#conversation :is(img, a)").count() == 0
-        page.get_by_text("![x](http://evil.example/x.png)").first.wait_for()
-        page.locator("ol.citations li").first.wait_for()
-        page.locator("#places label").first.click()
-        assert "35 crowns" in page.locator("figure.evidence mark").inner_text()
-        page.get_by_role("button", name="Ask").wait_for()
-        page.screenshot(path=str(tmp_path / "wide.png"))
-        page.get_by_role("tab", name="Library").click()
-        page.get_by_role("columnheader", name="characters").first.wait_for()
-        page.get_by_role("gridcell", name="362").first.wait_for()
-
-        phone = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
-        watch(phone)
-        phone.goto(f"{page_url}/?__theme=dark")
-        phone.locator("#question textarea").wait_for()
-        width = phone.evaluate("document.documentElement.scrollWidth")
-        phone.screenshot(path=str(tmp_path / "phone.png"))
-        browser.close()
-    assert width <= 390
-    assert problems == []
-    assert foreign == []
-    assert (tmp_path / "wide.png").stat().st_size > 10_000

@@ -38,9 +38,10 @@ from rag.lm.local_engine import LocalEngine
 from rag.settings import Settings
 from rag.types import Answer, AnswerMode, ContextPassage, Passage, Route
 from tiny_families import tiny_model
+from ui.answer_html import answer_html, citations_html, receipt_html
 from ui.assembly import Fathom
 from ui.cli import app
-from ui.formatting import answer_html, citations_html, receipt_html, receipt_text
+from ui.formatting import receipt_text
 from ui.verbs import bench as bench_verbs
 
 CASES = poisoned_cases()

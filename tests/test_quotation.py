@@ -40,8 +40,8 @@ from rag.lm.local_engine import LocalEngine
 from rag.retrieval.lexical_score import stems
 from rag.settings import Settings
 from rag.types import Answer, AnswerMode, Document, Route, answer_from_json
+from ui.answer_html import citations_html
 from ui.assembly import Fathom
-from ui.formatting import citations_html
 
 QUESTION = "What is the harbour fee?"
 

@@ -17,9 +17,12 @@ from ui.api import add_api
 from ui.assembly import Fathom
 from ui.fair_queue import MAX_WAITING
 from ui.http_errors import FaultsTold
+from ui.look import CSS, theme
 from ui.sign_in import Door, is_loopback
 from ui.tabs.chat import build_chat
+from ui.tabs.compare import build_compare
 from ui.tabs.library import build_library
+from ui.tabs.limits import build_limits
 
 logger = logging.getLogger(__name__)
 
@@ -48,51 +51,10 @@ _HEADERS = [
 _LEAVING_SECONDS = 3  # that an open page may keep a server that was told to stop
 _THREADS = MAX_WAITING + 64  # a question that waits for the model holds one
 
-_CSS = """
-.gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto; }
-footer { display: none !important; }
-#brand { margin-bottom: .6rem; }
-#brand h1 { font-size: 1.4rem; margin: 0; letter-spacing: -0.01em; }
-#brand p { opacity: .75; margin: .1rem 0 0; }
-#chat { gap: 1.6rem; }
-#documents .wrap { max-height: 40vh; overflow-y: auto; }
-#upload-note { font-size: .85em; opacity: .8; }
-#question textarea { padding: .6rem .8rem; }
-.answer { line-height: 1.65; }
-.marker { font-weight: 600; padding: 0 .15em; color: var(--primary-700); }
-.dark .marker { color: var(--primary-300); }
-.unverified { font-size: .8em; border: 1px solid currentColor; border-radius: 4px;
-  padding: 0 .35em; margin-left: .3em; color: #b45309; }
-.dark .unverified { color: #fbbf24; }
-ol.citations { margin: .8rem 0 .6rem 1.2rem !important; padding: 0; font-size: .92em; }
-ol.citations li { margin: 0 0 .6rem !important; }
-ol.citations blockquote { margin: 0 !important; padding: .05rem .8rem;
-  border-left: 3px solid var(--primary-400); }
-ol.citations cite { display: block; padding-left: calc(.8rem + 3px); font-style: normal;
-  font-size: .92em; opacity: .75; }
-details.receipt { margin-top: .6rem; font-size: .88em; border-top: 1px solid
-  var(--border-color-primary); padding-top: .5rem; overflow-x: auto; }
-details summary { cursor: pointer; }
-details.more { font-size: .88em; }
-details.receipt table { border-collapse: collapse; margin: .6rem 0; border: 0; }
-details.receipt th, details.receipt td { text-align: left; padding: .15rem 1rem .15rem 0;
-  border: 0 !important; font-variant-numeric: tabular-nums; white-space: nowrap; }
-details.receipt tr.failed td { color: #b91c1c; font-weight: 600; }
-.dark details.receipt tr.failed td { color: #fca5a5; }
-details.receipt dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem;
-  margin: 0; }
-details.receipt dt { opacity: .7; } details.receipt dd { margin: 0; }
-.problem { border-left: 3px solid #b91c1c; padding-left: .8rem; }
-figure.evidence { line-height: 1.6; margin: 0; padding: .4rem .2rem; overflow-wrap: anywhere; }
-figure.evidence figcaption { font-size: .88em; opacity: .75; margin-bottom: .4rem; }
-figure.evidence mark, .citations mark { background: #fde68a; color: #1c1917; padding: .05em .1em; }
-#deleting { margin-top: 1rem; align-items: center; }
-#conversation .placeholder-content { padding: 0 1.2rem; }
-@media (max-width: 680px) {
-  #chat > #side { order: 2; }
-  details.receipt dl { grid-template-columns: 1fr; } details.receipt dd { margin-bottom: .3rem; }
-}
-"""
+_BRAND = (
+    "<h1>Fathom</h1>"
+    "<p>Ask long documents. Every answer shows its quotations and how it was read.</p>"
+)
 
 
 def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
@@ -106,37 +68,20 @@ def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     blocks = gr.Blocks(title="Fathom", analytics_enabled=False, delete_cache=(3600, 3600))
     with blocks:
-        gr.Markdown(
-            "# Fathom\nAsk long documents. Every answer shows its quotations and how it was read.",
-            elem_id="brand",
-        )
+        gr.HTML(_BRAND, elem_id="brand", apply_default_css=False)
         with gr.Tab("Chat") as chat_tab:
             build_chat(fathom.for_user, blocks, chat_tab)
         with gr.Tab("Library") as library_tab:
             build_library(fathom.for_user, library_tab)
+        with gr.Tab("Compare") as compare_tab:
+            build_compare(fathom.for_user, compare_tab)
+        with gr.Tab("Limits") as limits_tab:
+            build_limits(fathom, limits_tab)
     blocks.max_threads = _THREADS
     blocks.queue(default_concurrency_limit=4, max_size=_THREADS, api_open=False)
-    theme = gr.themes.Soft(
-        primary_hue="teal",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    ).set(
-        block_title_background_fill="transparent",
-        block_title_background_fill_dark="transparent",
-        block_title_text_color="*body_text_color",
-        block_title_text_color_dark="*body_text_color",
-        block_title_padding="0",
-        body_background_fill="*neutral_50",
-        input_border_width="1px",
-        input_border_color="*neutral_300",
-        input_border_color_dark="*neutral_600",
-        checkbox_border_width="1px",
-        checkbox_border_color="*neutral_400",
-        checkbox_border_color_dark="*neutral_500",
-    )
     options: dict[str, Any] = {
-        "theme": theme,
-        "css": _CSS,
+        "theme": theme(),
+        "css": CSS,
         "max_file_size": fathom.settings.max_file_bytes,
         "allowed_paths": [],
         "blocked_paths": [str(fathom.settings.originals_dir), str(fathom.settings.index_dir)],

@@ -25,6 +25,7 @@ from rag.answering.service import AnswerEvent, AnsweringService, AnswerReady
 from rag.errors import DocumentNotFoundError, QuotaError, ReadError
 from rag.retrieval.retriever import Retriever
 from rag.settings import Settings
+from rag.store.conversations import ConversationStore
 from rag.store.documents import DocumentStore
 from rag.store.receipts import ReceiptStore
 from rag.types import AnswerMode, Document, IngestProgress, Page, Route
@@ -66,6 +67,16 @@ class Library:
         """Finds the chunks nearest to a question."""
         fathom = self._fathom
         return Retriever(self.store, fathom.index, fathom.lexical, fathom.embedder, fathom.reranker)
+
+    @cached_property
+    def conversations(self) -> ConversationStore:
+        """The owner's conversations so far."""
+        return ConversationStore(self._fathom.database, self.owner)
+
+    @property
+    def document_kv_held_bytes(self) -> int:
+        """Bytes that the caches of documents read before take in memory now, of all owners."""
+        return self._fathom.document_kv.memory_used_bytes
 
     @cached_property
     def _service(self) -> AnsweringService:
@@ -236,7 +247,7 @@ class Library:
         return documents
 
     def delete_everything(self) -> None:
-        """Delete every document and every answer of the owner."""
+        """Delete every document, every conversation and every answer of the owner."""
         mine = [
             document.id
             for document in self.store.all(include_superseded=True)
@@ -244,6 +255,8 @@ class Library:
         ]
         if mine:
             self.delete(*mine)
+        for conversation in self.conversations.all():
+            self.conversations.delete(conversation.id)
         self.receipts.delete_all()
 
     def _pdf_page(self, document_id: int, number: int) -> tuple[Document, Page]:

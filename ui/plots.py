@@ -1,7 +1,11 @@
 """Pictures; the only place that imports matplotlib."""
 
+from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.effective_length import KEPT_SHARE
@@ -11,6 +15,7 @@ from rag.lm.peak_bytes import peak_bytes
 from rag.lm.positions import position_limit
 from rag.lm.spec import ModelSpec
 from rag.routing.model_plan import ModelPlan
+from rag.store.calibrations import EffectiveLength
 
 _GIB = 2**30
 _POINTS = 200
@@ -21,12 +26,18 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 def draw_model_plan(
     plan: ModelPlan, spec: ModelSpec, path: Path, *, kv_dtype: KVDtype | None = None
 ) -> None:
+    """Write the picture of `model_plan_figure`; the suffix chooses the format, e.g. .png."""
+    model_plan_figure(plan, spec, kv_dtype=kv_dtype).savefig(path, dpi=150)
+
+
+def model_plan_figure(
+    plan: ModelPlan, spec: ModelSpec, *, kv_dtype: KVDtype | None = None
+) -> Figure:
     """Draw cache bytes over length, one band for each kind of layer, and the limits as lines.
 
     Args:
         plan: what is drawn.
         spec: the model's shape.
-        path: the picture; its suffix chooses the format, e.g. .png or .svg.
         kv_dtype: the format of the cache that was planned.
     """
     limit = position_limit(spec)
@@ -66,7 +77,54 @@ def draw_model_plan(
     )
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(loc="upper left", fontsize="small")
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def prefill_figure(seconds: Mapping[int, float], tokens: int, deadline_seconds: float) -> Figure:
+    """Draw the predicted seconds of a prefill over its length, and the deadline as a line.
+
+    Args:
+        seconds: of each length in tokens.
+        tokens: the length asked for; one of those.
+        deadline_seconds: the longest acceptable prefill.
+    """
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(list(seconds), list(seconds.values()), color=_COLOURS[0], linewidth=2)
+    axes.axhline(
+        deadline_seconds, color="grey", linestyle="--", label=f"deadline: {deadline_seconds:,.0f} s"
+    )
+    here = f"asked for: {tokens:,} tokens, {seconds[tokens]:,.1f} s"
+    axes.plot([tokens], [seconds[tokens]], "o", color="#D55E00", label=here)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("seconds")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(loc="upper left", fontsize="small")
+    return figure
+
+
+def to_svg(figure: Figure) -> str:
+    """Return a figure as an SVG element in the colour of the text around it, for light and dark."""
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+        if legend := axes.get_legend():
+            legend.get_frame().set_alpha(0)
+    stream = StringIO()
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    svg = stream.getvalue()
+    return svg[svg.index("<svg") :].replace("#000000", "currentColor")
+
+
+def effective_length_figure(found: EffectiveLength) -> Figure:
+    """Draw how well a model uses prompts of each length, with its interval."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    _draw_accuracy(axes, found)
+    axes.set_xlabel("prompt tokens")
+    return figure
 
 
 def draw_calibration(calibration: Calibration, path: Path) -> None:
@@ -81,28 +139,7 @@ def draw_calibration(calibration: Calibration, path: Path) -> None:
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     above, below = figure.subplots(2, 1)
 
-    above.fill_between(
-        lengths,
-        [point.low for point in found.points],
-        [point.high for point in found.points],
-        color=_COLOURS[0],
-        alpha=0.2,
-        label="95% interval",
-    )
-    above.plot(lengths, [point.correct for point in found.points], "o-", color=_COLOURS[0])
-    wanted = KEPT_SHARE * found.base
-    above.axhline(wanted, color="grey", linestyle=":", label=f"{KEPT_SHARE:.0%} of the base")
-    if found.is_measurable:
-        mark = f"effective length, 5th percentile: {found.tokens:,}"
-        above.axvline(found.tokens, color=_COLOURS[5], linestyle="--", label=mark)
-    above.set_xscale("log", base=2)
-    above.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
-    above.set_ylim(0, 1.05)
-    above.set_ylabel("lookups right")
-    num_questions = sum(point.num_questions for point in found.points)
-    above.set_title(f"{found.model}: {num_questions:,} lookups, scored by {found.scored_by}")
-    above.legend(loc="lower left", fontsize="small")
-
+    _draw_accuracy(above, found)
     depths = sorted({cell.depth_from for cell in cells})
     at = {(cell.tokens, cell.depth_from): cell for cell in cells}
     grid = [[at[t, d].correct if (t, d) in at else float("nan") for t in lengths] for d in depths]
@@ -127,3 +164,28 @@ def draw_calibration(calibration: Calibration, path: Path) -> None:
     below.set_ylabel("depth of the fact")
     figure.colorbar(image, ax=below)
     figure.savefig(path, dpi=150)
+
+
+def _draw_accuracy(axes: Axes, found: EffectiveLength) -> None:
+    lengths = [point.tokens for point in found.points]
+    axes.fill_between(
+        lengths,
+        [point.low for point in found.points],
+        [point.high for point in found.points],
+        color=_COLOURS[0],
+        alpha=0.2,
+        label="95% interval",
+    )
+    axes.plot(lengths, [point.correct for point in found.points], "o-", color=_COLOURS[0])
+    wanted = KEPT_SHARE * found.base
+    axes.axhline(wanted, color="grey", linestyle=":", label=f"{KEPT_SHARE:.0%} of the base")
+    if found.is_measurable:
+        mark = f"effective length, 5th percentile: {found.tokens:,}"
+        axes.axvline(found.tokens, color=_COLOURS[5], linestyle="--", label=mark)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
+    axes.set_ylim(0, 1.05)
+    axes.set_ylabel("lookups right")
+    num_questions = sum(point.num_questions for point in found.points)
+    axes.set_title(f"{found.model}: {num_questions:,} lookups, scored by {found.scored_by}")
+    axes.legend(loc="lower left", fontsize="small")

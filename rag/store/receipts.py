@@ -8,7 +8,13 @@ from sqlalchemy import ColumnElement, Connection, delete, insert, select, true, 
 
 from rag.errors import DocumentNotFoundError
 from rag.store.database import ROWS_PER_FETCH, Database, id_batches
-from rag.store.schema import answer, answer_document, document
+from rag.store.schema import (
+    answer,
+    answer_document,
+    conversation,
+    conversation_answer,
+    document,
+)
 from rag.types import Answer, AnswerMode, Route, answer_from_json, storable
 
 REDACTED = "[deleted with its document]"
@@ -179,7 +185,16 @@ def _no_receipt(receipt_id: str) -> DocumentNotFoundError:
 
 
 def redact(connection: Connection, document_id: int) -> None:
-    """Take a deleted document's words out of every answer that read it; the numbers stay."""
+    """Take a deleted document's words out of every answer that read it; the numbers stay.
+
+    Titles that a person gave to conversations about it go, too: they may quote it.
+    """
+    about = (
+        select(conversation_answer.c.conversation_id)
+        .join(answer_document, answer_document.c.answer_id == conversation_answer.c.answer_id)
+        .where(answer_document.c.document_id == document_id)
+    )
+    connection.execute(update(conversation).where(conversation.c.id.in_(about)).values(title=None))
     query = (
         select(answer.c.id, answer.c.body)
         .join(answer_document, answer_document.c.answer_id == answer.c.id)

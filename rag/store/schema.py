@@ -14,7 +14,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION = "0004"  # newest file in migrations/versions
+SCHEMA_VERSION = "0005"  # newest file in migrations/versions
 
 metadata = MetaData()
 BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only INTEGER by itself
@@ -173,6 +173,29 @@ answer_document = Table(
     Column("answer_id", ForeignKey("answer.id", ondelete="CASCADE"), primary_key=True),
     Column("document_id", BigId, primary_key=True),  # outlives the document
     Index("ix_answer_document_document_id", "document_id"),
+)
+
+# What a person has asked in one go. `title` is NULL until the person gives one: the first question
+# stands for it, so that it goes when that question goes.
+conversation = Table(
+    "conversation",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("owner", String, nullable=False, server_default="", index=True),
+    Column("title", String),
+    Column("created_at", String, nullable=False),  # ISO 8601, UTC
+    Column("updated_at", String, nullable=False),
+)
+
+# The answers of a conversation in order. Answers with one `exchange` are to the same question, by
+# several routes. Words are kept in `answer` alone: there they are redacted with their document.
+conversation_answer = Table(
+    "conversation_answer",
+    metadata,
+    Column("conversation_id", ForeignKey("conversation.id", ondelete="CASCADE"), primary_key=True),
+    Column("ordinal", Integer, primary_key=True),
+    Column("exchange", Integer, nullable=False),
+    Column("answer_id", ForeignKey("answer.id", ondelete="CASCADE"), nullable=False, index=True),
 )
 
 calibration = Table(

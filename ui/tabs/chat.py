@@ -1,112 +1,221 @@
 """The chat: a question, the answer as it is written, its quotations and its receipt."""
 
-import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from ingest.pipeline import IngestFailure
-from ingest.sources import SourceToRead
-from rag.answering.service import AnswerReady, RouteChosen
-from rag.errors import FathomError
-from rag.lm.engine import PrefillProgress, TextPiece
-from rag.types import Answer, Citation, IngestProgress, Route
+from rag.answering.conversation import Turn
+from rag.answering.service import AnswerEvent, AnswerReady
+from rag.errors import DocumentNotFoundError, FathomError
+from rag.store.receipts import REDACTED
+from rag.types import Conversation, Exchange, Route
+from ui.answer_html import ROUTE_NAMES, answer_card
 from ui.fair_queue import Waiting
-from ui.formatting import (
-    SHOWN_QUOTATIONS,
-    answer_html,
-    citations_html,
-    error_html,
-    evidence_html,
-    place,
-    plain_html,
-    progress_words,
-    receipt_html,
-)
+from ui.formatting import amount, error_html, plain_html
 from ui.library import Library
-
-logger = logging.getLogger(__name__)
-
-_ROUTES = {"Auto": None, "Full": Route.FULL, "Retrieval": Route.RETRIEVAL, "Scan": Route.SCAN}
-_EVIDENCE_CHARS = 500
-_EMPTY = (
-    "### Ask your documents\nEvery answer shows the sentences it stands on, and a receipt of how"
-    " the documents were read."
+from ui.tabs.conversations import (
+    LIST_EVENTS,
+    TOOL_EVENTS,
+    View,
+    conversation_view,
+    document_lengths,
+    exported,
+    list_html,
+    tools_html,
 )
-_NO_DOCUMENT = "### No document yet\nAdd one under Documents, or with `fathom ingest PATH`."
-_NO_NOTE = "PDF, office documents, web pages, e-mail, tables, notebooks, text"
-_EVERYTHING = ("all documents", "")  # label and value; a collection's name is never empty
+from ui.tabs.evidence import build_evidence
+from ui.tabs.parts import LibraryOf, download_view, html_view, unexpected
+from ui.tabs.upload import build_upload
+from ui.tabs.writing import paced, status_html
 
-Turn = dict[str, str]
-LibraryOf = Callable[[gr.Request], Library]
+_ROUTES = {"Auto": None} | {name: route for route, name in ROUTE_NAMES.items()}
+_EVERYTHING = ("all documents", "")  # label and value; a collection's name is never empty
+_EMPTY = (
+    '<div class="empty"><h2>Ask your documents</h2><p>Every answer shows the sentences it stands'
+    " on, and a receipt of how the documents were read.</p></div>"
+)
+_NO_DOCUMENT = (
+    '<div class="empty"><h2>No document yet</h2><p>Drop one under Add documents, or add some in'
+    " the Library or with <code>fathom ingest PATH</code>.</p></div>"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One question on its way: of which documents (None: all), by which route (None: chosen).
+
+    `again` is the receipt of an answer to it that is there already; `number` names it to Stop.
+    """
+
+    question: str
+    document_ids: tuple[int, ...] | None
+    route: Route | None
+    again: str | None
+    number: str
 
 
 def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
     """Lay out the tab inside the running Blocks and wire it."""
     stops: dict[str, threading.Event] = {}
-    last_answer = gr.State(None)
-    request_id = gr.State("")
+    conversation = gr.State(None)  # its id, None until its first answer
+    asked = gr.State(None)
     with gr.Row(elem_id="chat"):
-        with gr.Column(scale=1, min_width=240, elem_id="side"):
+        with gr.Column(elem_id="side", min_width=0):
             collection = gr.Dropdown(
-                [_EVERYTHING],
-                value=_EVERYTHING[1],
-                label="Collection",
-                visible=False,
-                elem_id="collection",
+                [_EVERYTHING], value="", label="Collection", visible=False, elem_id="collection"
             )
             picker = gr.CheckboxGroup(
                 [], label="Documents", info="None checked: all of them", elem_id="documents"
             )
+            held = html_view()
+            uploaded = build_upload(library_of, label="Add documents", elem_id="upload")
             route = gr.Radio(
-                list(_ROUTES),
-                value="Auto",
-                label="Route",
-                info="Auto reads everything where that fits",
+                list(_ROUTES), value="Auto", label="Route", info="Auto reads all where that fits"
             )
-            upload = gr.File(
-                label="Add documents", show_label=False, file_count="multiple", height=120
-            )
-            upload_note = gr.HTML(_NO_NOTE, elem_id="upload-note")
-        with gr.Column(scale=3, min_width=320):
-            chat = gr.Chatbot(
-                height="56vh",
-                placeholder=_EMPTY,
-                label="Conversation",
-                show_label=False,
-                buttons=[],  # copying would give the HTML
-                latex_delimiters=[],
-                sanitize_html=True,
+            with gr.Column(elem_id="past", min_width=0):
+                new = gr.Button("New conversation", size="sm", elem_id="new")
+                search = gr.Textbox(
+                    label="Past conversations", placeholder="Search them", elem_id="search"
+                )
+                past = html_view(LIST_EVENTS, elem_classes="past")
+        with gr.Column(elem_id="talk", min_width=0):
+            tools = html_view(TOOL_EVENTS, elem_classes="tools", value=tools_html(None))
+            view = html_view(
+                ("cite", "again"),
+                kind="conversation",
                 elem_id="conversation",
+                value={"turns": [], "busy": False, "empty": _EMPTY},
             )
-            with gr.Row():
+            with gr.Row(elem_id="composer"):
                 box = gr.Textbox(
                     placeholder="Ask a question",
                     label="Question",
                     show_label=False,
-                    scale=5,
                     container=False,
                     autofocus=True,
+                    max_lines=6,
+                    max_length=20_000,
                     elem_id="question",
                 )
-                ask = gr.Button("Ask", variant="primary", scale=1, min_width=80)
-                stop = gr.Button("Stop", scale=1, min_width=80, visible=False)
-            chosen = gr.Radio([], label="Show the place of", visible=False, elem_id="places")
-            evidence = gr.HTML(label="Place", elem_id="evidence")
+                ask = gr.Button("Ask", variant="primary", min_width=88, elem_id="ask")
+                stop = gr.Button("Stop", min_width=88, visible=False, elem_id="stop")
+        with gr.Column(elem_id="beside", min_width=0):
+            build_evidence(library_of, view)
+    saving = download_view()
+
+    # ---- asking ---------------------------------------------------------------------------------
+
+    def ask_question(
+        question: str,
+        running: Asked | None,
+        current: str | None,
+        checked: list[int],
+        within: str,
+        route_name: str,
+        request: gr.Request,
+    ) -> tuple[Any, ...]:
+        if not question.strip():
+            raise gr.Error("The question is empty; type one first.", print_exception=False)
+        library = library_of(request)
+        ids = [d.id for d in library.documents(within)] if within and not checked else checked
+        now = Asked(
+            question.strip(),
+            tuple(ids) if ids or within else None,
+            _ROUTES[route_name],
+            None,
+            uuid.uuid4().hex,
+        )
+        return "", *start(now, running, library, current)
+
+    def ask_again(
+        running: Asked | None, current: str | None, event: gr.EventData, request: gr.Request
+    ) -> tuple[Any, ...]:
+        library = library_of(request)
+        try:
+            question, ids = library.receipts.asked(str(event.receipt))
+        except DocumentNotFoundError as error:
+            raise gr.Error(f"{error.message}; {error.hint}", print_exception=False) from error
+        if question == REDACTED:
+            raise gr.Error("The question is gone with a document.", print_exception=False)
+        route = Route(str(event.route))
+        now = Asked(question, tuple(ids), route, str(event.receipt), uuid.uuid4().hex)
+        return start(now, running, library, current)
+
+    def start(
+        now: Asked, running: Asked | None, library: Library, current: str | None
+    ) -> tuple[Any, ...]:
+        if running and running.number in stops:
+            raise gr.Error("An answer is being written; stop it first.", print_exception=False)
+        stops[now.number] = threading.Event()
+        exchanges = _exchanges(library, current)
+        past_view = conversation_view(library, exchanges, busy=True)
+        waiting = _with_card(
+            past_view, now, _turn_of(exchanges, now), status_html("Waiting for the model")
+        )
+        return now, waiting, gr.update(visible=False), gr.update(visible=True)
+
+    def answer(
+        now: Asked, current: str | None, request: gr.Request
+    ) -> Iterator[tuple[View, str | None]]:
+        try:
+            library = library_of(request)
+            exchanges = _exchanges(library, current)
+            past_view = conversation_view(library, exchanges, busy=True)
+            turn = _turn_of(exchanges, now)
+
+            def shown(card: str, *, busy: bool = True) -> View:
+                return {**_with_card(past_view, now, turn, card), "busy": busy}
+
+            yield shown(status_html("Preparing the model")), current
+            try:
+                earlier = exchanges if turn is None else exchanges[:turn]
+                for event in paced(_stream(library, now, earlier, stops[now.number])):
+                    if not isinstance(event, AnswerReady):
+                        yield shown(event), current
+                        continue
+                    given = event.answer
+                    current = library.conversations.add(given.receipt.id, current, again=now.again)
+                    card = answer_card(given, num_chars=document_lengths(library, [given]))
+                    yield shown(card, busy=False), current
+            except FathomError as error:
+                yield shown(error_html(error.message, error.hint), busy=False), current
+            except Exception:
+                yield shown(unexpected(), busy=False), current
+        finally:
+            halt(now)  # a page that was closed stops the model too
+
+    def finish(
+        now: Asked, current: str | None, searched: str, request: gr.Request
+    ) -> tuple[Any, ...]:
+        stops.pop(now.number, None)
+        library = library_of(request)
+        return (
+            *listed(library, current, searched),
+            _held_html(library),
+            gr.update(visible=True),
+            gr.update(visible=False),
+        )
+
+    def halt(now: Asked | None) -> None:
+        if now and (stop_event := stops.get(now.number)):
+            stop_event.set()
+
+    # ---- documents and conversations ------------------------------------------------------------
 
     def documents(
-        checked: list[int], chosen_collection: str, request: gr.Request
+        checked: list[int], chosen: str, current: str | None, request: gr.Request
     ) -> tuple[Any, Any, Any]:
-        fathom = library_of(request)
-        names = [found.name for found in fathom.store.collections()]
-        within = chosen_collection if chosen_collection in names else ""
-        known = fathom.documents(within or None)
+        library = library_of(request)
+        names = [found.name for found in library.store.collections()]
+        within = chosen if chosen in names else ""
+        known = library.documents(within or None)
         choices = [(_document_label(d.title, d.num_pages), d.id) for d in known]
         still_there = [d.id for d in known if d.id in checked]
+        empty = {"turns": [], "busy": False, "empty": _EMPTY if known else _NO_DOCUMENT}
         return (
             gr.update(
                 choices=[_EVERYTHING, *((name, name) for name in names)],
@@ -114,204 +223,151 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
                 visible=bool(names),
             ),
             gr.update(choices=choices, value=still_there),
-            gr.update(placeholder=_EMPTY if known else _NO_DOCUMENT),
+            gr.skip() if current else empty,
         )
 
-    def add(
-        files: list[str] | None,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio finds it by this default
-    ) -> tuple[str, None]:
-        paths = [Path(file) for file in files or []]
-        sources = [SourceToRead(path, f"upload:{path.name}", path.name) for path in paths]
+    def listed(library: Library, current: str | None, searched: str) -> tuple[str, str]:
+        found = library.conversations.all(searched)
+        return list_html(found, current, searched), tools_html(_find(library, current))
 
-        def on_progress(event: IngestProgress) -> None:
-            progress(event.fraction, desc=f"{event.stage} {event.title}: {progress_words(event)}")
+    def find(current: str | None, searched: str, request: gr.Request) -> tuple[str, str]:
+        return listed(library_of(request), current, searched)
 
-        notes = []
-        try:
-            for outcome in library_of(request).ingest_files(sources, on_progress=on_progress):
-                if isinstance(outcome, IngestFailure):
-                    notes.append(error_html(outcome.error.message, outcome.error.hint))
-                else:
-                    said = (outcome.message, *outcome.document.warnings)
-                    notes.append(plain_html("; ".join(said)))
-        except FathomError as error:
-            notes.append(error_html(error.message, error.hint))
-        except Exception:
-            notes.append(_unexpected())
-        finally:
-            for path in paths:
-                path.unlink(missing_ok=True)  # the uploads live in our store only
-        return "<br>".join(notes) or _NO_NOTE, None
+    def open_one(
+        running: Asked | None, searched: str, event: gr.EventData, request: gr.Request
+    ) -> tuple[Any, ...]:
+        _refuse_while(running, stops)
+        library = library_of(request)
+        current: str | None = str(event.conversation)
+        opened = conversation_view(library, _exchanges(library, current), empty=_EMPTY)
+        return current, opened, *listed(library, current, searched)
 
-    def begin(question: str, turns: list[Turn], running: str) -> tuple[Any, ...]:
-        if not question.strip():
-            raise gr.Error("The question is empty; type one first.", print_exception=False)
-        if running in stops:
-            raise gr.Error("An answer is being written; stop it first.", print_exception=False)
-        number = uuid.uuid4().hex
-        stops[number] = threading.Event()
-        asked = {"role": "user", "content": plain_html(question.strip())}
-        waiting = {"role": "assistant", "content": "<i>Waiting for the model …</i>"}
-        return (
-            *("", [*turns, asked, waiting], number, question.strip(), None),
-            *(gr.update(choices=[], visible=False), ""),
-            *(gr.update(visible=False), gr.update(visible=True)),
-        )
+    def begin_new(running: Asked | None, searched: str, request: gr.Request) -> tuple[Any, ...]:
+        _refuse_while(running, stops)
+        empty = {"turns": [], "busy": False, "empty": _EMPTY}
+        return None, empty, *listed(library_of(request), None, searched)
 
-    def answer(
-        question: str,
-        turns: list[Turn],
-        ids: list[int],
-        within: str,
-        route_name: str,
-        number: str,
-        request: gr.Request,
-    ) -> Iterator[tuple[list[Turn], Answer | None]]:
-        turns = turns[:-1]  # the one that waits
-        written: list[str] = []
-        reply: Turn = {"role": "assistant", "content": "<i>Preparing the model …</i>"}
-        yield [*turns, reply], None
-        try:
-            fathom = library_of(request)
-            if within and not ids:
-                ids = [document.id for document in fathom.documents(within)]
-            events = fathom.stream(
-                question,
-                document_ids=ids if ids or within else None,
-                route=_ROUTES[route_name],
-                stop=stops[number],
-            )
-            for event in events:
-                if isinstance(event, AnswerReady):
-                    yield [*turns, {**reply, "content": _reply(event.answer)}], event.answer
-                    return
-                if isinstance(event, Waiting):
-                    status = f"Waiting for the model, place {event.place}"
-                    reply = {**reply, "content": f"<i>{status} …</i>"}
-                elif isinstance(event, RouteChosen):
-                    written.clear()
-                    status = f"{event.decision.route}: reading {event.read}"
-                    reply = {**reply, "content": f"<i>{status} …</i>"}
-                elif isinstance(event, PrefillProgress):
-                    status = f"Reading: {event.done:,} of {event.total:,} tokens"
-                    reply = {**reply, "content": f"<i>{status}</i>"}
-                elif isinstance(event, TextPiece):
-                    written.append(event.text)
-                    reply = {**reply, "content": plain_html("".join(written))}
-                yield [*turns, reply], None
-            yield [*turns, {**reply, "content": "<i>Stopped before it was its turn.</i>"}], None
-        except FathomError as error:
-            yield [*turns, {**reply, "content": error_html(error.message, error.hint)}], None
-        except Exception:
-            yield [*turns, {**reply, "content": _unexpected()}], None
-        finally:
-            halt(number)  # a page that was closed stops the model too
+    def rename(
+        current: str | None, searched: str, event: gr.EventData, request: gr.Request
+    ) -> tuple[str, str]:
+        library = library_of(request)
+        if current:
+            library.conversations.rename(current, str(event.title))
+        return listed(library, current, searched)
 
-    def finish(given: Answer | None, number: str) -> tuple[Any, Any, Any]:
-        stops.pop(number, None)
-        citations = given.citations[:SHOWN_QUOTATIONS] if given else ()
-        choices = [(f"[{c.marker}] {place(c)}", c.marker) for c in citations]
-        shown = gr.update(choices=choices, value=None, visible=bool(choices))
-        return shown, gr.update(visible=True), gr.update(visible=False)
+    def export(current: str | None, event: gr.EventData, request: gr.Request) -> str:
+        library = library_of(request)
+        known = _find(library, current)
+        if known is None:
+            raise gr.Error("There is no conversation to save.", print_exception=False)
+        return exported(known, _exchanges(library, current), str(event.kind))
 
-    def show(marker: int | None, given: Answer | None, request: gr.Request) -> str:
-        for c in given.citations if given else ():
-            if c.marker == marker:
-                return _evidence(library_of(request), c)
-        return ""
+    def remove(
+        running: Asked | None, current: str | None, searched: str, request: gr.Request
+    ) -> tuple[Any, ...]:
+        _refuse_while(running, stops)
+        if current:
+            library_of(request).conversations.delete(current)
+        return begin_new(None, searched, request)
 
-    def clear() -> tuple[None, Any, str]:
-        return None, gr.update(choices=[], visible=False), ""
-
-    def halt(number: str) -> None:
-        if stop_event := stops.get(number):
-            stop_event.set()
-
-    pending = gr.State("")
-    for trigger in (box.submit, ask.click):
-        trigger(
-            begin,
-            [box, chat, request_id],
-            [box, chat, request_id, pending, last_answer, chosen, evidence, ask, stop],
-            show_progress="hidden",
-            api_visibility="private",
-        ).success(
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    waits = [asked, view, ask, stop]
+    for started in (
+        gr.on(
+            [box.submit, ask.click],
+            ask_question,
+            [box, asked, conversation, picker, collection, route],
+            [box, *waits],
+            **quiet,
+        ),
+        view.again(ask_again, [asked, conversation], waits, **quiet),
+    ):
+        started.success(
             answer,
-            [pending, chat, picker, collection, route, request_id],
-            [chat, last_answer],
+            [asked, conversation],
+            [view, conversation],
             concurrency_id="model",
             concurrency_limit=None,  # whose turn it is, `Library.stream` says
-            show_progress="hidden",
-            api_visibility="private",
-        ).then(
-            finish,
-            [last_answer, request_id],
-            [chosen, ask, stop],
-            show_progress="hidden",
-            api_visibility="private",
-        )
-    chosen.input(show, [chosen, last_answer], [evidence], api_visibility="private")
-    chat.clear(clear, None, [last_answer, chosen, evidence], api_visibility="private")
-    stop.click(halt, [request_id], None, queue=False, api_visibility="private")
-    upload.upload(
-        add,
-        [upload],
-        [upload_note, upload],
-        concurrency_id="ingest",
-        concurrency_limit=1,
-        api_visibility="private",
-    ).then(
-        documents,
-        [picker, collection],
-        [collection, picker, chat],
-        show_progress="hidden",
-        api_visibility="private",
-    )
+            **quiet,
+        ).then(finish, [asked, conversation, search], [past, tools, held, ask, stop], **quiet)
+    stop.click(halt, [asked], None, queue=False, api_visibility="private")
+
+    whole = [conversation, view, past, tools]
+    past.open(open_one, [asked, search], whole, **quiet)
+    new.click(begin_new, [asked, search], whole, **quiet)
+    tools.rename(rename, [conversation, search], [past, tools], **quiet)
+    tools.export(export, [conversation], [saving], **quiet)
+    tools.remove(remove, [asked, conversation, search], whole, **quiet)
     gr.on(
-        # documents also come and go on the other tab
-        [blocks.load, tab.select, collection.input],
-        documents,
-        [picker, collection],
-        [collection, picker, chat],
-        show_progress="hidden",
-        api_visibility="private",
+        [blocks.load, search.change],  # pasting is no input
+        find,
+        [conversation, search],
+        [past, tools],
+        trigger_mode="always_last",
+        **quiet,
+    )
+    # documents also come and go on the other tabs
+    shelf = {"fn": documents, "inputs": [picker, collection, conversation]} | quiet
+    gr.on([blocks.load, tab.select, collection.input], outputs=[collection, picker, view], **shelf)
+    uploaded.then(outputs=[collection, picker, view], **shelf)
+
+
+def _stream(
+    library: Library, now: Asked, earlier: Sequence[Exchange], stop: threading.Event
+) -> Iterator[Waiting | AnswerEvent]:
+    """Ask, with what was said before; what went with a document is not there any more."""
+    history = [
+        Turn(given.receipt.standalone_question or exchange.question, given.answer)
+        for exchange in earlier
+        for given in exchange.answers[-1:]
+        if exchange.question != REDACTED
+    ]
+    return library.stream(
+        now.question,
+        document_ids=now.document_ids,
+        route=now.route,
+        history=history,
+        stop=stop,
     )
 
 
-def _reply(answer: Answer) -> str:
-    return answer_html(answer) + citations_html(answer) + receipt_html(answer.receipt)
+def _with_card(past_view: View, now: Asked, turn: int | None, card: str) -> View:
+    """Return the view with one more card: in the turn it repeats, or in a new one."""
+    turns = list(past_view["turns"])
+    if turn is None:
+        turns.append({"question": plain_html(now.question), "answers": [card]})
+    else:
+        turns[turn] = {**turns[turn], "answers": [*turns[turn]["answers"], card]}
+    return {**past_view, "turns": turns}
 
 
-def _evidence(library: Library, citation: Citation) -> str:
-    """Return a quotation in the text around it, with an ellipsis where that text goes on."""
-    if library.text(citation.document, citation.start, citation.end) != citation.quote:
-        return error_html(
-            f"document {citation.document} is no longer in the library",
-            "add it again and repeat the question",
-        )
-    first = max(0, citation.start - _EVIDENCE_CHARS)
-    before = library.text(citation.document, first, citation.start)
-    after = library.text(citation.document, citation.end, citation.end + _EVIDENCE_CHARS)
-    return evidence_html(
-        place(citation),
-        f"… {before}" if first else before,
-        citation.quote,
-        f"{after} …" if len(after) == _EVIDENCE_CHARS else after,
-    )
+def _turn_of(exchanges: Sequence[Exchange], now: Asked) -> int | None:
+    """Return the number of the exchange whose answer is asked for again, None for a new one."""
+    for number, exchange in enumerate(exchanges):
+        if any(given.receipt.id == now.again for given in exchange.answers):
+            return number
+    return None
+
+
+def _exchanges(library: Library, current: str | None) -> list[Exchange]:
+    return library.conversations.exchanges(current) if current else []
+
+
+def _find(library: Library, current: str | None) -> Conversation | None:
+    return next((c for c in library.conversations.all() if c.id == current), None)
+
+
+def _held_html(library: Library) -> str:
+    """Return what the caches of documents that were read whole take now."""
+    held = library.document_kv_held_bytes
+    words = f"Document KV held for the next question: {amount(held, 'bytes')}" if held else ""
+    return f'<p class="none">{words}</p>'
+
+
+def _refuse_while(running: Asked | None, stops: dict[str, threading.Event]) -> None:
+    if running and running.number in stops:
+        raise gr.Error("An answer is being written; stop it first.", print_exception=False)
 
 
 def _document_label(title: str, num_pages: int) -> str:
     return f"{title} ({num_pages} pages)" if num_pages else title
-
-
-def _unexpected() -> str:
-    """Log the traceback under an id, and return what a person is told."""
-    number = uuid.uuid4().hex[:8]
-    logger.exception("unexpected error %s", number)
-    return error_html(
-        f"something unexpected went wrong (error {number})",
-        "the log of `fathom serve` has the details under this number; fathom doctor checks the"
-        " library",
-    )

@@ -436,7 +436,8 @@ def bench_poisoned_verb(
     from eval.bench.poisoned import bench_poisoned, card
     from eval.poisoned import inside as hosts_inside
     from eval.poisoned import poisoned_cases
-    from ui.formatting import answer_html, citations_html, receipt_html, receipt_text
+    from ui.answer_html import answer_html, citations_html, receipt_html
+    from ui.formatting import receipt_text
 
     hosts = None
     if inside is not None:

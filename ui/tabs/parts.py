@@ -1,0 +1,63 @@
+"""What the tabs share: whose library it is, components that draw HTML, and errors at the edge."""
+
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from ui.formatting import error_html
+from ui.library import Library
+from ui.look import SCRIPT
+
+logger = logging.getLogger(__name__)
+
+# Every handler asks for its library with the request, which says who is asking.
+LibraryOf = Callable[[gr.Request], Library]
+
+# What is shown while there is more of it is found by searching.
+MOST_ROWS = 200
+
+
+def html_view(events: Sequence[str] = (), *, kind: str = "show", **options: Any) -> gr.HTML:  # noqa: ANN401 - of gr.HTML
+    """Return a component that draws the HTML it is given; see `page.js`.
+
+    Args:
+        events: what its `data-event` buttons may tell; each is an attribute to listen on.
+        kind: show (the value is HTML), evidence, or conversation (the value is a dict).
+        options: of gr.HTML.
+    """
+    frame = (
+        '<div class="log" role="log" tabindex="0" aria-label="Conversation"></div>'
+        if kind == "conversation"
+        else '<div class="shown"></div>'
+    )
+    return gr.HTML(
+        html_template=frame,
+        apply_default_css=False,
+        head=f"<script>{SCRIPT}</script>",
+        js_on_load=f"fathom.{kind}(element, props, trigger, watch, {list(events)})",
+        **options,
+    )
+
+
+def download_view() -> gr.HTML:
+    """Return a component that saves what it is given: JSON of {name, type, text}."""
+    return gr.HTML(
+        html_template="<span></span>",
+        head=f"<script>{SCRIPT}</script>",
+        js_on_load="fathom.download(props, watch)",
+        elem_classes="nothing",
+    )
+
+
+def unexpected() -> str:
+    """Log the traceback under an id, and return what a person is told."""
+    number = uuid.uuid4().hex[:8]
+    logger.exception("unexpected error %s", number)
+    return error_html(
+        f"something unexpected went wrong (error {number})",
+        "the log of `fathom serve` has the details under this number; fathom doctor checks the"
+        " library",
+    )
