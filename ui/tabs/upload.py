@@ -43,36 +43,32 @@ def upload_into(
     trigger: Any,  # noqa: ANN401 - an event of a component
     collection: gr.Textbox | None = None,
 ) -> Any:  # noqa: ANN401 - what Gradio chains on
-    """Wire a trigger so that the files given are read into the library; return the dependency."""
-    # Gradio's own makes an empty file beside each upload, and leaves it
+    """Wire a trigger so that the files given are read into the library; return what follows."""
+    # Gradio's own makes an empty file beside each upload, and leaves it. It is emptied by the page:
+    # as an output it would be made anew by the server, and forget this.
     files._process_single_file = _path_of  # type: ignore[attr-defined]
 
-    def add(
-        given: list[str] | str | None, request: gr.Request, into: str = ""
-    ) -> Iterator[tuple[str, Any]]:
+    def add(given: list[str] | str | None, request: gr.Request, into: str = "") -> Iterator[str]:
         paths = [Path(file) for file in ([given] if isinstance(given, str) else given or [])]
         sources = [
             SourceToRead(path, f"upload:{path.name}", path.name, into.strip() or None)
             for path in paths
         ]
         try:
-            for shown in ingest_steps(library_of(request), sources):
-                yield shown, gr.skip()
+            yield from ingest_steps(library_of(request), sources)
         finally:
             for path in paths:
                 path.unlink(missing_ok=True)  # the uploads live in our store only
-        yield gr.skip(), None
 
-    # Gradio fills the request in by its annotation, wherever it stands.
     return trigger(
         add,
         [files, *([collection] if collection else [])],
-        [note, files],
+        [note],
         concurrency_id="ingest",
         concurrency_limit=1,
         show_progress="hidden",
         api_visibility="private",
-    )
+    ).then(None, None, [files], js="() => null", api_visibility="private")
 
 
 def fetch_steps(library: Library, address: str, collection: str) -> Iterator[str]:
