@@ -32,7 +32,7 @@ from rag.settings import Settings
 from ui.app import serve
 from ui.assembly import Fathom
 settings = Settings(home=Path(sys.argv[3]), model=sys.argv[5], answer_mode="free",
-                    max_new_tokens=160, kv_reserve_bytes=0, prefill_deadline_seconds=1e9)
+                    max_new_tokens=64, kv_reserve_bytes=0, prefill_deadline_seconds=1e9)
 serve(Fathom(settings), "127.0.0.1", int(sys.argv[4]))
 """
 
@@ -100,7 +100,7 @@ def test_from_an_empty_library_to_a_page_with_the_cited_words_marked(pages: Watc
     page.get_by_role("button", name="Delete document 1 for good").click()
     page.get_by_text("Document 1 is deleted.").wait_for(timeout=30_000)
     page.get_by_role("tab", name="Chat").click()
-    page.locator(".past li button").first.click()
     page.get_by_role("heading", name="[deleted with its document]").first.wait_for()
     assert "cyberattack" not in page.locator("#conversation").inner_text()
+    assert page.locator("button[data-event=again]").count() == 0
     shoot(page, "way-4-deleted")

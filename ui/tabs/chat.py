@@ -207,7 +207,11 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
     # ---- documents and conversations ------------------------------------------------------------
 
     def documents(
-        checked: list[int], chosen: str, current: str | None, request: gr.Request
+        checked: list[int],
+        chosen: str,
+        running: Asked | None,
+        current: str | None,
+        request: gr.Request,
     ) -> tuple[Any, Any, Any]:
         library = library_of(request)
         names = [found.name for found in library.store.collections()]
@@ -215,7 +219,11 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
         known = library.documents(within or None)
         choices = [(_document_label(d.title, d.num_pages), d.id) for d in known]
         still_there = [d.id for d in known if d.id in checked]
-        empty = {"turns": [], "busy": False, "empty": _EMPTY if known else _NO_DOCUMENT}
+        shown: Any = gr.skip()
+        if not (running and running.number in stops):
+            # what a document said may have gone with it
+            said = _exchanges(library, current)
+            shown = conversation_view(library, said, empty=_EMPTY if known else _NO_DOCUMENT)
         return (
             gr.update(
                 choices=[_EVERYTHING, *((name, name) for name in names)],
@@ -223,7 +231,7 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
                 visible=bool(names),
             ),
             gr.update(choices=choices, value=still_there),
-            gr.skip() if current else empty,
+            shown,
         )
 
     def listed(library: Library, current: str | None, searched: str) -> tuple[str, str]:
@@ -307,7 +315,7 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
         **quiet,
     )
     # documents also come and go on the other tabs
-    shelf = {"fn": documents, "inputs": [picker, collection, conversation]} | quiet
+    shelf = {"fn": documents, "inputs": [picker, collection, asked, conversation]} | quiet
     gr.on([blocks.load, tab.select, collection.input], outputs=[collection, picker, view], **shelf)
     uploaded.then(outputs=[collection, picker, view], **shelf)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rag.errors import DocumentNotFoundError
+from rag.store.receipts import REDACTED
 from rag.types import Answer, Conversation, Exchange
 from ui.answer_html import answer_card
 from ui.formatting import place, plain_html
@@ -26,7 +27,12 @@ def conversation_view(
     turns = [
         {
             "question": plain_html(exchange.question),
-            "answers": [answer_card(answer, num_chars=num_chars) for answer in exchange.answers],
+            "answers": [
+                answer_card(
+                    answer, num_chars=num_chars, can_ask_again=exchange.question != REDACTED
+                )
+                for answer in exchange.answers
+            ],
         }
         for exchange in exchanges
     ]
