@@ -218,7 +218,8 @@ class Gate:
     """One limit of this model on this machine, compared with what one route needs.
 
     `value` and `limit` share `unit`; None means that the number cannot be known here, and such a
-    gate has not passed.
+    gate has not passed. `kv_dtype` is the cache's format where it is not the model's own: the gates
+    of a route with it come after those without it that failed, and decide.
     """
 
     gate: str
@@ -227,6 +228,7 @@ class Gate:
     unit: str
     passed: bool
     route: str
+    kv_dtype: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the gate as it stands in a receipt."""
@@ -350,7 +352,7 @@ class Receipt:
     server does not tell. `scan` is None for answers by another route. `standalone_question` is a
     follow-up as it was rewritten and asked; None where the question stood alone. `asked_for` is the
     route that the person chose, None where the router did; `breadth` how many times the retrieval
-    budget was read.
+    budget was read. `kv_dtype` is the format of the cache, None where it is the model's own.
     """
 
     id: str
@@ -375,6 +377,7 @@ class Receipt:
     standalone_question: str | None = None
     asked_for: Route | None = None
     breadth: int = 1
+    kv_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

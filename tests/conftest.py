@@ -132,20 +132,23 @@ def make_tiny_tokenizer() -> Any:  # noqa: ANN401 - transformers types it as a u
     )
 
 
-def make_tiny_engine(max_position_embeddings: int = 4096) -> LocalEngine:
+def make_tiny_engine(max_position_embeddings: int = 4096, **changes: int) -> LocalEngine:
     """Build the tiny engine from transformers' own config class."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tiny_tokenizer()
     torch.manual_seed(7)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = LlamaConfig(
+        **shape | changes,
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=max_position_embeddings,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

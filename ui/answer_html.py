@@ -235,7 +235,7 @@ def _gate_item(gate: Gate) -> str:
 def gate_name(gate: Gate) -> str:
     """Return the gate's name without the unit, which its numbers carry."""
     name = gate.gate.removesuffix("_bytes").removesuffix("_seconds").replace("kv", "KV cache")
-    return name.replace("_", " ")
+    return name.replace("_", " ") + (f" in {gate.kv_dtype}" if gate.kv_dtype else "")
 
 
 class _Prediction(NamedTuple):

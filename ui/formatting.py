@@ -167,7 +167,8 @@ def receipt_text(answer: Answer) -> str:
     for gate in receipt.gates:
         verdict = "passed" if gate.passed else "FAILED"
         needs, limit = amount(gate.value, gate.unit), limit_words(gate)
-        lines.append(f"  {gate.route:<9}  {gate.gate:<16}  {verdict}  {needs} of {limit}")
+        cache = f" ({gate.kv_dtype} cache)" if gate.kv_dtype else ""
+        lines.append(f"  {gate.route:<9}  {gate.gate:<16}  {verdict}  {needs} of {limit}{cache}")
     lines += [
         f"read {read.tokens:,} of {read.of_tokens:,} tokens"
         + (f"; {read.not_read}" if read.not_read else ""),

@@ -89,6 +89,7 @@ def finished_answer(
     model: str,
     embedder: str,
     breadth: int,
+    kv_dtype: str | None,
     asked_for: Route | None,
     standalone_question: str | None,
 ) -> Answer:
@@ -102,6 +103,7 @@ def finished_answer(
         model: what receipts call it.
         embedder: its fingerprint.
         breadth: how many times the retrieval budget was read.
+        kv_dtype: the format of the cache where it is not the model's own.
         asked_for: the route that the person chose, if he did.
         standalone_question: a follow-up as it was rewritten; None if it was asked as it is.
     """
@@ -134,6 +136,7 @@ def finished_answer(
         standalone_question=standalone_question,
         asked_for=asked_for,
         breadth=breadth,
+        kv_dtype=kv_dtype,
     )
     return Answer(outcome.text, outcome.abstained, outcome.citations, receipt)
 

@@ -18,7 +18,7 @@ from rag.answering.sentence_choice import NUM_CHUNKS
 from rag.errors import ModelError, OutOfMemoryError
 from rag.lm.engine import DocumentPrefix, Engine, Prompt
 from rag.retrieval.retriever import Hit, Retriever
-from rag.routing.gates import Limits, Need, check_gates, describe, failed
+from rag.routing.gates import Limits, Need, check_gates, describe, failed, hard
 from rag.routing.model_plan import longest_context
 from rag.routing.question_class import NEEDS_EVERYTHING, classify_question
 from rag.routing.router import counted_decision, decide_route
@@ -56,6 +56,7 @@ class Plan:
     """What would be done with a question, before the model reads a token.
 
     `prefix` is the part of the prompt that another question would share, None if it is not kept.
+    `engine` reads the prompt: the one of the settings, or the same with a quantised cache.
     `breadth` is how many times the retrieval budget may be read. `counted` is the answer where the
     text itself proves a count; the model then has nothing to do.
     """
@@ -66,6 +67,7 @@ class Plan:
     prefix: DocumentPrefix | None
     document_tokens: int
     retrieve_seconds: float
+    engine: Engine
     breadth: int = 1
     counted: Counted | None = None
 
@@ -73,6 +75,12 @@ class Plan:
     def is_written(self) -> bool:
         """Whether the model reads one prompt and writes the answer."""
         return self.decision.mode is AnswerMode.WRITTEN and self.decision.route is not Route.SCAN
+
+    @property
+    def kv_dtype(self) -> str | None:
+        """The format of the cache that the prompt is read into, None if it is the model's own."""
+        spec = self.engine.spec
+        return str(spec.kv_dtype) if spec and spec.kv_dtype else None
 
 
 class Planner:
@@ -102,6 +110,7 @@ class Planner:
         calibrate: bool = False,
         retrieval_tokens: int | None = None,
         breadth: int = 1,
+        kv_dtype: str | None = None,
     ) -> Plan:
         """Return what would be done with a question; the model reads nothing.
 
@@ -113,11 +122,12 @@ class Planner:
             calibrate: measure the prefill rate, which loads the weights, to have that gate too.
             retrieval_tokens: the budget of retrieved text; by default that of the settings.
             breadth: how many times that budget.
+            kv_dtype: the quantised format in which everything was read and is to be read again.
         """
         settings, engine = self._settings, self._engine
         retrieval_tokens = (retrieval_tokens or settings.retrieval_tokens) * breadth
         document_tokens = self._document_tokens(documents)
-        nothing = Context((), 0, 0), Prompt((), 0), None, document_tokens, 0.0
+        nothing = Context((), 0, 0), Prompt((), 0), None, document_tokens, 0.0, engine
         if route in (None, Route.SCAN) and mode is not AnswerMode.QUOTED:
             counted = count_from_text(question, documents, self._store)
             if counted:
@@ -159,27 +169,21 @@ class Planner:
             full_tokens = full_prompt.num_tokens
             prefix = self._document_prefix(everything, full_prompt, documents)
 
-        gates: list[Gate] = []
-        for kind, num_tokens in (
-            (Route.FULL, full_tokens),
-            (Route.RETRIEVAL, retrieval_prompt.num_tokens),
-        ):
-            needs_time = calibrate and kind is Route.FULL
-            gates += check_gates(
-                Need(kind, num_tokens, settings.max_new_tokens),
-                engine.spec,
-                limits,
-                predicted_prefill_seconds=(
-                    self.predicted_seconds(full_prompt, prefix, num_tokens=num_tokens)
-                    if needs_time
-                    else None
-                ),
-            )
+        reader, gates_of_full = self._reader(
+            full_prompt, prefix, full_tokens, calibrate=calibrate, kv_dtype=kv_dtype
+        )
+        gates = [*gates_of_full]
+        gates += check_gates(
+            Need(Route.RETRIEVAL, retrieval_prompt.num_tokens, settings.max_new_tokens),
+            engine.spec,
+            limits,
+            predicted_prefill_seconds=None,
+        )
         classified = classify_question(question)
         if route is Route.SCAN or classified.question_class in NEEDS_EVERYTHING:
             frame = frame_tokens(engine, question, classified.question_class)
             gates += scan_gates(engine, limits, document_tokens, frame, calibrate=calibrate)
-        kept_tokens = engine.cached_tokens(full_prompt, prefix) if everything else 0
+        kept_tokens = reader.cached_tokens(full_prompt, prefix) if everything else 0
         routes: tuple[RouteEstimate, ...] = ()
         if question.strip():
             routes = estimate_routes(
@@ -202,11 +206,69 @@ class Planner:
         if decision.route is Route.FULL:
             assert everything is not None  # only what was counted exactly can pass the gates
             prompt, context = full_prompt, everything
+            decision = replace(decision, reason=decision.reason + self._in_its_cache(reader))
         elif decision.route is Route.SCAN:
-            prompt, context, prefix = Prompt((), 0), Context((), 0, 0), None
+            prompt, context, prefix, reader = Prompt((), 0), Context((), 0, 0), None, engine
         else:
-            prompt, context, prefix = retrieval_prompt, passages, None
-        return Plan(decision, context, prompt, prefix, document_tokens, retrieve_seconds, breadth)
+            prompt, context, prefix, reader = retrieval_prompt, passages, None, engine
+        return Plan(
+            decision,
+            context,
+            prompt,
+            prefix,
+            document_tokens,
+            retrieve_seconds,
+            reader,
+            breadth,
+        )
+
+    def _reader(
+        self,
+        prompt: Prompt,
+        prefix: DocumentPrefix | None,
+        num_tokens: int,
+        *,
+        calibrate: bool,
+        kv_dtype: str | None,
+    ) -> tuple[Engine, tuple[Gate, ...]]:
+        """Return which engine would read everything, and the gates of each that was tried.
+
+        Where memory alone keeps the model's own cache from it, a quantised one is tried; but only
+        if it was calibrated, and for no longer a prompt than it was measured to use well: nothing
+        else is known of what it does to answers. Source: docs/decisions/0033.
+        """
+
+        def gates_of(engine: Engine) -> tuple[Gate, ...]:
+            seconds = None
+            if calibrate:
+                seconds = self.predicted_seconds(
+                    prompt, prefix, num_tokens=num_tokens, engine=engine
+                )
+            return check_gates(
+                Need(Route.FULL, num_tokens, self._settings.max_new_tokens),
+                engine.spec,
+                self.limits(engine),
+                predicted_prefill_seconds=seconds,
+            )
+
+        quantised = self._engine.quantised
+        if quantised and quantised.spec and quantised.spec.kv_dtype == kv_dtype:
+            return quantised, gates_of(quantised)
+        gates = gates_of(self._engine)
+        kept_from_it = [gate.gate for gate in hard(failed(gates, Route.FULL))]
+        if quantised is None or kept_from_it != ["kv_bytes"]:
+            return self._engine, gates
+        if num_tokens > (self.limits(quantised).effective_tokens or 0):
+            return self._engine, gates
+        return quantised, (*gates, *gates_of(quantised))
+
+    def _in_its_cache(self, engine: Engine) -> str:
+        """Return in what cache an engine reads, in words; nothing if it is the model's own."""
+        if engine is self._engine or engine.spec is None:
+            return ""
+        calibrated = self.limits(engine).effective_tokens
+        words = f", in an 8-bit cache ({engine.spec.kv_dtype})"
+        return f"{words}, calibrated to {calibrated:,} tokens" if calibrated else words
 
     def further(
         self, question: str, documents: Sequence[Document], plan: Plan
@@ -257,8 +319,8 @@ class Planner:
             words += f", and in windows it would take about {seconds:,.1f} s"
         return None, words
 
-    @staticmethod
-    def _because(plan: Plan, words: str) -> tuple[Plan, str]:
+    def _because(self, plan: Plan, words: str) -> tuple[Plan, str]:
+        words += self._in_its_cache(plan.engine)
         return replace(plan, decision=replace(plan.decision, reason=words)), words
 
     def smaller(
@@ -284,18 +346,23 @@ class Planner:
         return self._because(smaller, reason)[0], words
 
     def predicted_seconds(
-        self, prompt: Prompt, prefix: DocumentPrefix | None, *, num_tokens: int | None = None
+        self,
+        prompt: Prompt,
+        prefix: DocumentPrefix | None,
+        *,
+        num_tokens: int | None = None,
+        engine: Engine | None = None,
     ) -> float | None:
         """Return the predicted seconds until a prompt is in the cache, loading what is kept too.
 
-        `num_tokens` is its length where it was not written out, being far too long. None where a
-        server reads it.
+        `num_tokens` is its length where it was not written out, being far too long; `engine` reads
+        it, by default that of the settings. None where a server reads it.
         """
-        seconds = self._engine.predicted_prefill_seconds(
-            num_tokens or prompt.num_tokens,
-            cached_tokens=self._engine.cached_tokens(prompt, prefix),
+        engine = engine or self._engine
+        seconds = engine.predicted_prefill_seconds(
+            num_tokens or prompt.num_tokens, cached_tokens=engine.cached_tokens(prompt, prefix)
         )
-        return None if seconds is None else seconds + self._engine.load_seconds(prompt, prefix)
+        return None if seconds is None else seconds + engine.load_seconds(prompt, prefix)
 
     def read_extent(self, plan: Plan, documents: Sequence[Document]) -> ReadExtent:
         """Return how much of the documents a plan reads, and what it leaves out, in words."""
@@ -327,13 +394,15 @@ class Planner:
         known = [n for n in (by_memory, limits.context_tokens) if n is not None]
         return min(known, default=None)
 
-    def limits(self) -> Limits:
-        """Return what there is now: context, effective length, free memory, the deadline."""
-        caps = [self._settings.max_context_tokens, self._engine.context_tokens]
-        free_bytes = self._engine.free_bytes()
-        calibrated = self._calibrations and self._calibrations.effective_length(
-            self._engine.model_id
-        )
+    def limits(self, engine: Engine | None = None) -> Limits:
+        """Return what there is now: context, effective length, free memory, the deadline.
+
+        They are those of the engine of the settings, unless another is given.
+        """
+        engine = engine or self._engine
+        caps = [self._settings.max_context_tokens, engine.context_tokens]
+        free_bytes = engine.free_bytes()
+        calibrated = self._calibrations and self._calibrations.effective_length(engine.model_id)
         return Limits(
             context_tokens=min((cap for cap in caps if cap is not None), default=None),
             memory_bytes=(

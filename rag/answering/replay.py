@@ -65,6 +65,7 @@ def replay(receipt_id: str, receipts: ReceiptStore, service: AnsweringService) -
     pairs = (
         ("model", before.receipt.model, now.receipt.model),
         ("embedder", before.receipt.embedder, now.receipt.embedder),
+        ("cache", before.receipt.kv_dtype or "its own", now.receipt.kv_dtype or "its own"),
         ("route", before.receipt.route, now.receipt.route),
         ("prompt", before.receipt.prompt_sha256[:12], now.receipt.prompt_sha256[:12]),
         ("text", before.answer, now.answer),

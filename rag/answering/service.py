@@ -185,6 +185,7 @@ class AnsweringService:
             mode=receipt.mode if is_quoted else None,
             calibrate=True,
             breadth=receipt.breadth,
+            kv_dtype=receipt.kv_dtype,
         )
         asked = _Asked(question, standalone, documents, started, receipt.asked_for, False)
         return self._last(self._answered(asked, plan, Event()))
@@ -365,8 +366,9 @@ class AnsweringService:
                 plan,
                 self._planner.read_extent(plan, documents),
                 store=self._store,
-                engine=self._engine,
-                predicted_seconds=self._planner.predicted_seconds(plan.prompt, plan.prefix),
+                predicted_seconds=self._planner.predicted_seconds(
+                    plan.prompt, plan.prefix, engine=plan.engine
+                ),
                 max_new_tokens=self._settings.max_new_tokens,
                 stop=stop,
             )
@@ -394,6 +396,7 @@ class AnsweringService:
             model=self._engine.name,
             embedder=self._retriever.embedder_name,
             breadth=plan.breadth,
+            kv_dtype=plan.kv_dtype,
             asked_for=asked.asked_for,
             standalone_question=None if asked.question == asked.typed else asked.question,
         )
@@ -418,7 +421,7 @@ class AnsweringService:
         stop: Event,
     ) -> Iterator[tuple[int, Answer | FathomError]]:
         """Plan these questions, then answer together those whose prompts begin with the same."""
-        groups: dict[DocumentPrefix | None, dict[int, tuple[_Asked, Plan]]] = {}
+        groups: dict[tuple[DocumentPrefix | None, Engine], dict[int, tuple[_Asked, Plan]]] = {}
         for number in numbers:
             if stop.is_set():
                 return
@@ -433,12 +436,12 @@ class AnsweringService:
             except FathomError as error:
                 yield number, error
             else:
-                groups.setdefault(plan.prefix, {})[number] = asked, plan
-        for prefix, group in groups.items():
+                groups.setdefault((plan.prefix, plan.engine), {})[number] = asked, plan
+        for (prefix, engine), group in groups.items():
             left = dict(group)
             tried: dict[int, Outcome] = {}
             try:
-                for number, outcome in self._generate_group(group, prefix, stop):
+                for number, outcome in self._generate_group(group, prefix, engine, stop):
                     tried[number] = outcome
                     if outcome.is_answer:
                         asked, plan = left.pop(number)
@@ -459,18 +462,19 @@ class AnsweringService:
         self,
         group: dict[int, tuple[_Asked, Plan]],
         prefix: DocumentPrefix | None,
+        engine: Engine,
         stop: Event,
     ) -> Iterator[tuple[int, Outcome]]:
         """Yield the number of each plan as it ends, and its outcome; none of what was stopped."""
         numbers = list(group)
         prompts = [plan.prompt for _, plan in group.values()]
-        predict = self._engine.predicted_prefill_seconds
+        predict = engine.predicted_prefill_seconds
         # Before the first answer, since each may mend the rate.
         alone = [predict(prompt.num_tokens) for prompt in prompts]
         kept = prefix.num_tokens if prefix else 0
         rest = [predict(prompt.num_tokens, cached_tokens=kept) for prompt in prompts]
         written: list[list[str]] = [[] for _ in numbers]
-        for index, step in self._engine.generate_many(
+        for index, step in engine.generate_many(
             prompts, max_new_tokens=self._settings.max_new_tokens, stop=stop, prefix=prefix
         ):
             if isinstance(step, TextPiece):
@@ -485,7 +489,6 @@ class AnsweringService:
                     step,
                     rest[index] if step.reused_tokens else alone[index],
                     store=self._store,
-                    engine=self._engine,
                 )
                 yield numbers[index], outcome
 

@@ -7,7 +7,7 @@ from rag.answering.citations import nearest_citations, resolve_citations
 from rag.answering.outcome import Outcome, sha256_of, with_nearest
 from rag.answering.planning import Plan
 from rag.answering.prompt import CANNOT_ANSWER, is_refusal
-from rag.lm.engine import Engine, GenerationDone, PrefillProgress, Prompt, TextPiece
+from rag.lm.engine import GenerationDone, PrefillProgress, Prompt, TextPiece
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.store.documents import DocumentStore
 from rag.types import KVBytes, ReadExtent
@@ -19,7 +19,6 @@ def write(
     read: ReadExtent,
     *,
     store: DocumentStore,
-    engine: Engine,
     predicted_seconds: float | None,
     max_new_tokens: int,
     stop: Event,
@@ -28,10 +27,9 @@ def write(
 
     Args:
         question: in words.
-        plan: the prompt, and the passages that it shows.
+        plan: the prompt, the passages that it shows, and the engine that reads it.
         read: how much of the documents that is.
         store: where quotations are read again.
-        engine: the language model.
         predicted_seconds: of the prefill, None if unknown.
         max_new_tokens: the longest reply.
         stop: ends the reply; what was written until then is still cited.
@@ -41,14 +39,12 @@ def write(
         ModelServerError: if a server runs the model and gives no answer.
     """
     written: list[str] = []
-    for step in engine.generate(
+    for step in plan.engine.generate(
         plan.prompt, max_new_tokens=max_new_tokens, stop=stop, prefix=plan.prefix
     ):
         if isinstance(step, GenerationDone):
             text = "".join(written)
-            yield written_outcome(
-                question, plan, read, text, step, predicted_seconds, store=store, engine=engine
-            )
+            yield written_outcome(question, plan, read, text, step, predicted_seconds, store=store)
         else:
             if isinstance(step, TextPiece):
                 written.append(step.text)
@@ -64,7 +60,6 @@ def written_outcome(
     predicted_seconds: float | None,
     *,
     store: DocumentStore,
-    engine: Engine,
 ) -> Outcome:
     """Return what a reply comes to: its citations, or the sentence nearest to the question."""
     text, passages = text.strip(), plan.context.passages
@@ -76,8 +71,8 @@ def written_outcome(
         citations = nearest_citations(question, passages, store)
         shown = with_nearest(CANNOT_ANSWER if abstained else cited.text, citations)
     predicted_bytes = None
-    if engine.spec is not None and done.kv_tokens is not None:
-        predicted_bytes = kv_cache_bytes(engine.spec, done.kv_tokens)
+    if plan.engine.spec is not None and done.kv_tokens is not None:
+        predicted_bytes = kv_cache_bytes(plan.engine.spec, done.kv_tokens)
     cut_off = f"the answer was cut off at its limit of {done.new_tokens:,} tokens"
     return Outcome(
         text=shown,

@@ -41,7 +41,7 @@ class KeptPrefix:
     """The cache of one prompt prefix, never changed once kept.
 
     `layers` holds keys and values of each layer, [1, kv heads, tokens kept, head width], in the
-    model's dtype and on its device.
+    model's dtype and on its device; of an `EightBitLayer` the bytes that it keeps.
     """
 
     key: str
@@ -71,21 +71,22 @@ def prefix_key(model: str, prefix: DocumentPrefix, prompt_ids: list[int]) -> str
 def snapshot(cache: Cache, model_type: str) -> tuple[tuple[Tensor, Tensor], ...] | None:
     """Return the tensors that a cache holds now; None if they are not all of its state.
 
-    Nothing is copied but what would keep a larger tensor alive. A `DynamicLayer` grows by making a
+    Nothing is copied but what would keep a larger tensor alive. A full layer grows by making a
     new tensor, so these stay as they are while the cache goes on. Because a kept prefix is only
     ever used whole, sliding layers beyond their window need no rolling back.
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    from rag.lm.native_cache import OwningWindowLayer
+    from rag.lm.native_cache import EightBitLayer, OwningWindowLayer
 
     if model_type in _STATE_ELSEWHERE:
         return None
+    # Exact classes: another subclass may keep more than keys and values.
+    whole = (DynamicLayer, EightBitLayer, DynamicSlidingWindowLayer, OwningWindowLayer)
     layers = []
     layer: Any  # the mixins of transformers do not declare what their subclasses have
     for layer in cache.layers:
-        # Exact classes: a subclass may keep more than keys and values.
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, OwningWindowLayer):
+        if type(layer) not in whole:
             return None
         if layer.keys is None or layer.values is None:
             return None

@@ -1,11 +1,18 @@
 """What answering needs of a language model, whichever process runs it."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
 from typing import Any, Protocol, runtime_checkable
 
 from rag.lm.spec import ModelSpec
+
+
+def name_with_cache(name: str, kv_dtype: str) -> str:
+    """Return what a model is called while its cache is in a format that is not its own."""
+    return f"{name} with its cache in {kv_dtype}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +140,17 @@ class Engine(Protocol):
 
     @property
     def model_id(self) -> str:
-        """A fingerprint of what decides an answer: weights, their dtype, tokenizer and template.
+        """A fingerprint of what decides an answer: weights, dtype, cache, tokenizer, template.
 
         Of a server, whose weights nobody here sees, it is that of the name.
+        """
+
+    @property
+    def quantised(self) -> Engine | None:
+        """The same model with a quantised KV cache, which says so in `spec.kv_dtype`.
+
+        It takes less memory and answers otherwise: its `model_id` is another. None where there is
+        no such mode, or a server decides on it.
         """
 
     @property

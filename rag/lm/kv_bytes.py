@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from rag.lm.spec import KVDtype as KVDtype
 from rag.lm.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -14,23 +14,6 @@ if TYPE_CHECKING:
 _FLOAT32_BYTES = 4
 # What a cache layer keeps beside what it caches: counters, not tokens.
 _COUNTERS = frozenset({"_sliding_window_tensor", "cumulative_length"})
-
-
-class KVDtype(StrEnum):
-    """The number format of cached keys, values and latents.
-
-    Those of llama.cpp (q8_0, q4_0) count the scale of each 32 elements; int8, fp8 and int4 count
-    the elements alone, as a cache with one scale for a whole tensor does.
-    """
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FP8 = "fp8"
-    INT8 = "int8"
-    INT4 = "int4"
-    Q8_0 = "q8_0"
-    Q4_0 = "q4_0"
 
 
 # Bytes of 32 elements; every width of a cached head is a multiple of 2, most of 32.
@@ -57,7 +40,8 @@ def kv_cache_bytes(spec: ModelSpec, num_tokens: int, *, kv_dtype: KVDtype | None
     Args:
         spec: the model's shape.
         num_tokens: prompt and new tokens of one sequence; 0 or more.
-        kv_dtype: the format of keys and values; by default the model's own. The state of linear
+        kv_dtype: the format of all keys and values; by default that of the spec, which is the
+            model's own but for the full layers of a `ModelSpec.quantised`. The state of linear
             layers is kept in its own format whatever this is.
     """
     return sum(_layer_bytes(spec, layer, num_tokens, kv_dtype) for layer in spec.layers)
@@ -71,6 +55,16 @@ def kv_bytes_by_kind(
     for layer in spec.layers:
         counted[layer.kind] += _layer_bytes(spec, layer, num_tokens, kv_dtype)
     return dict(counted)
+
+
+def read_copy_bytes(spec: ModelSpec, layer: LayerSpec, num_tokens: int) -> int:
+    """Return the bytes of the copy in the model's dtype that attention to one layer reads.
+
+    It lives as long as the layer is computed; 0 where the cache itself is read.
+    """
+    if spec.kv_dtype is None or layer.kind != "full":
+        return 0
+    return layer.elements_per_token * num_tokens * spec.dtype_bytes
 
 
 def measured_kv_bytes(cache: Cache) -> int:
@@ -103,6 +97,8 @@ def held_kv_bytes(cache: Cache) -> int:
 def _layer_bytes(
     spec: ModelSpec, layer: LayerSpec, num_tokens: int, kv_dtype: KVDtype | None
 ) -> int:
+    if kv_dtype is None and layer.kind == "full":
+        kv_dtype = spec.kv_dtype
     per_32 = 32 * spec.dtype_bytes if kv_dtype is None else _BYTES_OF_32[kv_dtype]
     cached = layer.elements_per_token * layer.kept_tokens(num_tokens)
     state = 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rag.errors import BrokenModelError, ModelError
 from rag.lm.catalog import fetch_model, is_gguf, resolve_model, resolve_model_name
 from rag.lm.device import choose_device
+from rag.lm.forward import is_allocation_failure
 from rag.lm.spec import load_config
 from rag.settings import Settings
 
@@ -37,6 +38,43 @@ class OpenedModel:
     device: torch.device
     weights_id: str
     load: Callable[[], Any]
+
+
+class Weights:
+    """A model's weights, read when they are first needed; engines that share them, read once."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_bytes: int,
+        model: Any = None,  # noqa: ANN401 - a causal model of transformers
+        load: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take the model, or what loads it; `name` and `num_bytes` are for the error."""
+        self.model = model
+        self._load = load
+        self._name = name
+        self._num_bytes = num_bytes
+
+    def loaded(self) -> Any:  # noqa: ANN401
+        """Return the model, reading its weights on first use: one call at a time.
+
+        Raises:
+            ModelError: if there is no memory for them.
+        """
+        if self.model is None and self._load is not None:
+            try:
+                self.model = self._load()
+            except (RuntimeError, MemoryError) as error:
+                if not is_allocation_failure(error):
+                    raise
+                size = self._num_bytes / 2**20
+                raise ModelError(
+                    f"memory ran out while the weights of {self._name} were read: {size:,.0f} MiB",
+                    hint="free memory, or choose a smaller model with FATHOM_MODEL",
+                ) from None
+        return self.model
 
 
 def open_model(name: str, settings: Settings) -> OpenedModel:

@@ -6,9 +6,11 @@ answer), `scoring` (likelihoods). Here are the parts put together, and the lock.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +26,12 @@ from rag.lm.engine import (
     Prompt,
     ScoreRequest,
     Scores,
+    name_with_cache,
 )
 from rag.lm.forward import is_allocation_failure
 from rag.lm.generation import Row, batches, decode
 from rag.lm.kv_bytes import kv_cache_bytes
-from rag.lm.loading import open_model
+from rag.lm.loading import Weights, open_model
 from rag.lm.native_cache import branch
 from rag.lm.peak_bytes import peak_bytes
 from rag.lm.positions import position_limit
@@ -88,13 +91,12 @@ class LocalEngine:
         Raises:
             UnsupportedModelError: if its cache cannot be predicted exactly.
         """
-        self._load_model: Callable[[], Any] | None = None
-        self._model: Any = None
+        load: Callable[[], Any] | None = None
         if config is None:
-            self._model, config = model, model.config
-            dtype_bytes = model.dtype.itemsize
+            config = model.config
+            dtype_bytes, device_type = model.dtype.itemsize, str(model.device.type)
         else:
-            self._load_model = model
+            model, load = None, model
         self._name = name
         self._weights_id = weights_id
         self._tokenizer = ChatTokenizer(tokenizer)
@@ -105,21 +107,21 @@ class LocalEngine:
                 "enters in pieces, as it does here",
                 hint="choose another model; `fathom plan --model` computes its limits all the same",
             )
-        if self._model is not None:
-            device_type = str(self._model.device.type)
+        self._weights = Weights(name, num_bytes=self._spec.weights_bytes, model=model, load=load)
         self._prefill_clock = PrefillClock(
             self._spec,
             model_name=name,
             device_type=device_type,
             calibrations=calibrations,
         )
-        self._prefill = Prefill(
-            self._spec,
+        self._new_prefill = partial(
+            Prefill,
             model_id=_identity(name, weights_id, device_type, self._tokenizer),
             device_type=device_type,
             document_kv=document_kv,
             reserve_bytes=kv_reserve_bytes,
         )
+        self._prefill = self._new_prefill(self._spec)
         self._windowed: WindowedModel | None = None
         self._last_scored: tuple[tuple[int, ...], Cache] | None = None
         self._lock = Lock()
@@ -167,7 +169,7 @@ class LocalEngine:
 
     @property
     def name(self) -> str:
-        """The model's catalog name, folder or hub id, as the receipt shows it."""
+        """The model's catalog name, folder or hub id; and its cache, if it is quantised."""
         return self._name
 
     @property
@@ -187,10 +189,33 @@ class LocalEngine:
 
     @property
     def model_id(self) -> str:
-        """A fingerprint of what decides an answer: weights, their dtype, tokenizer and template."""
+        """A fingerprint of what decides an answer: weights, dtype, cache, tokenizer, template."""
         tokenizer = self._tokenizer
-        parts = (self._weights_id or self._name, tokenizer.id, tokenizer.template)
+        parts: tuple[str, ...] = (
+            self._weights_id or self._name,
+            tokenizer.id,
+            tokenizer.template,
+        )
+        if self._spec.kv_dtype:
+            parts = (*parts, self._spec.kv_dtype)
         return hashlib.sha256(str(parts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def quantised(self) -> LocalEngine | None:
+        """This engine with its cache in 8 bits; None where `ModelSpec.quantised` is.
+
+        Weights, tokenizer, lock, prefill rate and kept documents are shared, each of the latter in
+        the format that it was read in. It answers otherwise than this one: see `model_id`.
+        """
+        spec = self._spec.quantised
+        if spec is None:
+            return None
+        engine = copy.copy(self)
+        engine._name = name_with_cache(self._name, str(spec.kv_dtype))
+        engine._spec = spec
+        engine._prefill = self._new_prefill(spec)
+        engine._last_scored = None
+        return engine
 
     @property
     def tokenizer_id(self) -> str:
@@ -231,6 +256,8 @@ class LocalEngine:
     def forget(self) -> None:
         """Drop the prompt that `score` holds for the next call: it may quote a deleted document."""
         self._last_scored = None
+        if self.quantised is not None:
+            self.quantised.forget()
 
     def predicted_prefill_seconds(self, num_tokens: int, *, cached_tokens: int = 0) -> float | None:
         """Return the seconds that prefilling `num_tokens` takes here, from a measured rate.
@@ -516,24 +543,14 @@ class LocalEngine:
             return False
         return True
 
-    def _loaded_model(self) -> Any:  # noqa: ANN401
-        """Return the model, reading its weights on first use; call it with the lock held.
+    @property
+    def _model(self) -> Any:  # noqa: ANN401
+        """The model, None as long as its weights are not read."""
+        return self._weights.model
 
-        Raises:
-            ModelError: if there is no memory for them.
-        """
-        if self._model is None and self._load_model is not None:
-            try:
-                self._model = self._load_model()
-            except (RuntimeError, MemoryError) as error:
-                if not is_allocation_failure(error):
-                    raise
-                size = self._spec.weights_bytes / 2**20
-                raise ModelError(
-                    f"memory ran out while the weights of {self._name} were read: {size:,.0f} MiB",
-                    hint="free memory, or choose a smaller model with FATHOM_MODEL",
-                ) from None
-        return self._model
+    def _loaded_model(self) -> Any:  # noqa: ANN401
+        """Return the model, reading its weights on first use; call it with the lock held."""
+        return self._weights.loaded()
 
 
 def _identity(name: str, weights_id: str, device_type: str, tokenizer: ChatTokenizer) -> str:

@@ -1,11 +1,15 @@
 """Memory that a forward pass takes beside weights and cache: an upper bound, explained."""
 
+from rag.lm.kv_bytes import read_copy_bytes
 from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 from rag.lm.spec import LayerSpec, ModelSpec
 
 _FLOAT32_BYTES = 4
 # Scratch space of kernels, about 0.2 MiB a thread.
 _SCRATCH_BYTES = 2**20
+# What an element takes on its way into a quantised cache: itself and its quotient in float32, the
+# latter rounded, and the bytes.
+_QUANTISING_BYTES = 3 * _FLOAT32_BYTES + 2
 
 
 def peak_bytes(
@@ -26,7 +30,8 @@ def peak_bytes(
     - attention: `(4h + 4q) * C * e`, and what its kernel copies: the mask in numbers, `C * S * e`;
       grouped heads repeated to all heads, or a latent expanded to keys and values, `2 * S * q * e`;
       the windowed states joined with the chunk's; and where no fused kernel serves the model, its
-      scores, `H * C * S * (3e + 8)`;
+      scores, `H * C * S * (3e + 8)`; of a quantised cache the copy that attention reads,
+      `S * (k + v) * e`, and the chunk on its way into 8 bits;
     - a state's update: what the reference code of its scan holds for each token, in float32;
     - the feed-forward layer: `8h * C * e`, half of it for norms in float32, and its own width;
     - the logits of one token, in float32 and in the model's dtype.
@@ -64,6 +69,8 @@ def _attention_bytes(spec: ModelSpec, layer: LayerSpec, num_tokens: int, chunk: 
     copies = chunk * seen * size
     if layer.kind == "latent" or shape.repeats_heads:
         copies += 2 * seen * queries * size
+    if copy := read_copy_bytes(spec, layer, seen):
+        copies += copy + _QUANTISING_BYTES * chunk * layer.elements_per_token
     if layer.window is not None:
         copies += seen * layer.elements_per_token * size
     if not shape.has_fused_attention:

@@ -13,7 +13,7 @@ from rag.lm.device import free_device_bytes
 from rag.lm.document_kv import DocumentKV, KeptPrefix, prefix_key, restore, snapshot
 from rag.lm.engine import DocumentPrefix
 from rag.lm.forward import forward, prefill_chunks
-from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.kv_bytes import kv_cache_bytes, read_copy_bytes
 from rag.lm.native_cache import branch, native_cache
 from rag.lm.spec import ModelSpec
 
@@ -134,7 +134,7 @@ class Prefill:
         if any(tuple(p[:boundary]) != tuple(prompts[0][:boundary]) for p in prompts):
             boundary, prefix = 0, None
         key = self._key(prompts[0], prefix)
-        first = native_cache(model.config)
+        first = native_cache(model.config, self.spec.kv_dtype)
         begun = time.perf_counter()
         reused = self._reuse(key, first, model)
         load_seconds = time.perf_counter() - begun if reused else 0.0
@@ -149,7 +149,7 @@ class Prefill:
             elif base is not None:
                 state = Prefilled(branch(base, 1), boundary, boundary)
             else:
-                state = Prefilled(native_cache(model.config), 0, 0)
+                state = Prefilled(native_cache(model.config, self.spec.kv_dtype), 0, 0)
             yield number, state
             for start, end in prefill_chunks(state.num_tokens, boundary, len(ids)):
                 if stop.is_set():
@@ -178,10 +178,12 @@ class Prefill:
     def _check_room(self, start: int, end: int) -> None:
         """Refuse a chunk that the memory does not hold, before the kernel ends the process for it.
 
-        A layer that grows stands in memory twice for a moment.
+        A layer that grows stands in memory twice for a moment, and a quantised one is copied to be
+        read.
         """
         after = kv_cache_bytes(self.spec, end)
         needed = after - kv_cache_bytes(self.spec, start) + after // self.spec.num_layers
+        needed += max(read_copy_bytes(self.spec, layer, end) for layer in self.spec.layers)
         free = self._unused_bytes()
         if needed > free:
             raise OutOfMemoryError(
@@ -197,7 +199,8 @@ class Prefill:
             return None
         if any(reach.kind in _LENGTH_DEPENDENT_ROPE for reach in self.spec.positions):
             return None
-        return prefix_key(self._model_id, prefix, list(prompt_ids))
+        model = f"{self._model_id} cache in {self.spec.kv_dtype}" if self.spec.kv_dtype else ""
+        return prefix_key(model or self._model_id, prefix, list(prompt_ids))
 
     def _reuse(self, key: str | None, cache: Cache, model: Any) -> int:  # noqa: ANN401
         """Fill a new cache with the kept prefix, if there is one; return its tokens."""

@@ -105,6 +105,11 @@ class RemoteEngine:
         return hashlib.sha256(self.name.encode()).hexdigest()[:16]
 
     @property
+    def quantised(self) -> None:
+        """None: the format of the cache is the server's."""
+        return None
+
+    @property
     def tokenizer_id(self) -> str:
         """A fingerprint of how tokens are counted: equal ids give equal counts."""
         return self._tokens.id

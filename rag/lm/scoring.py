@@ -71,7 +71,7 @@ def score_tails(
     rows = _rows(requests, shared)
     batches = _batches(rows, requests, spec, shared, usable_bytes)
     for batch in batches:
-        own: Cache = native_cache(model.config)
+        own: Cache = native_cache(model.config, spec.kv_dtype)
         if shared:
             is_last = batch is batches[-1]
             own = cache if is_last and len(batch) == 1 else branch(cache, len(batch))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,6 +61,28 @@ _ROPE_TYPES = frozenset(
 )
 
 
+# Elements that share a scale in the format Q8_0.
+Q8_GROUP = 32
+
+
+class KVDtype(StrEnum):
+    """The number format of cached keys, values and latents.
+
+    Those of llama.cpp (q8_0, q4_0) count the scale of each 32 elements; int8, fp8 and int4 count
+    the elements alone, as a cache with one scale for a whole tensor does. This engine keeps a cache
+    in the model's own format or in q8_0; the others are planned for, where servers have them.
+    """
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+
+
 @dataclass(frozen=True, slots=True)
 class PositionRange:
     """How one group of layers encodes positions, and how far that was trained.
@@ -87,7 +110,8 @@ class ModelSpec:
     `max_positions` is the longest context that the checkpoint declares, None if it declares none.
     `cache_basis` says how the layers are known: by formulas verified against real tensors, or
     measured on the modelling code of this family alone. `activations` is what a forward pass
-    computes beside the cache.
+    computes beside the cache. `kv_dtype` is the format in which full layers are cached, None for
+    the model's own; see `quantised`.
     """
 
     model_type: str
@@ -100,6 +124,25 @@ class ModelSpec:
     linear_parameters: int
     cache_basis: Literal["verified", "measured"] = "verified"
     activations: Activations = field(default_factory=Activations)
+    kv_dtype: KVDtype | None = None
+
+    @property
+    def quantised(self) -> ModelSpec | None:
+        """The same shape with its full layers cached in 8 bits; None where they cannot be, or are.
+
+        Windows, states and latents stay in the model's format: they are small already. A token's
+        keys and values have to divide into groups that share a scale.
+        """
+        full = [layer for layer in self.layers if layer.kind == "full"]
+        divides = all(
+            elements % Q8_GROUP == 0
+            for layer in full
+            for elements in (layer.key_elements_per_token, layer.value_elements_per_token)
+        )
+        is_latent = any(layer.kind == "latent" for layer in self.layers)
+        if self.kv_dtype or not full or not divides or is_latent or self.cache_basis != "verified":
+            return None
+        return replace(self, kv_dtype=KVDtype.Q8_0)
 
     @property
     def num_layers(self) -> int:

@@ -1,12 +1,19 @@
 """What one route needs, compared with what this model on this machine can give."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from rag.lm.kv_bytes import KVDtype, kv_cache_bytes
 from rag.lm.peak_bytes import peak_bytes
 from rag.lm.positions import PositionVerdict, position_limit, position_verdict
 from rag.lm.spec import ModelSpec
 from rag.types import Gate, Route
+
+# What a person who asks for everything to be read may overrule, and what he is told.
+SOFT_GATES = {
+    "prefill_seconds": "it is slow",
+    "effective_length": "the model was not measured to use that much well",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ def check_gates(
         limits: what this machine has now.
         predicted_prefill_seconds: for `need.prompt_tokens`; None where it was not measured, and
             then that gate is left out.
-        kv_dtype: the format of the cache; by default the model's own.
+        kv_dtype: the format of the cache; by default that of the spec.
     """
     total = need.total_tokens
     gates = [
@@ -101,12 +108,20 @@ def check_gates(
         gates.append(
             Gate("effective_length", need.prompt_tokens, effective, "tokens", fits, need.route)
         )
+    if spec is not None and spec.kv_dtype is not None:
+        return tuple(replace(gate, kv_dtype=str(spec.kv_dtype)) for gate in gates)
     return tuple(gates)
 
 
 def failed(gates: tuple[Gate, ...], route: Route) -> list[Gate]:
-    """Return the gates that a route fails."""
-    return [gate for gate in gates if gate.route == route and not gate.passed]
+    """Return the gates that a route fails; with the cache format that was tried last."""
+    tried = [gate for gate in gates if gate.route == route]
+    return [gate for gate in tried if not gate.passed and gate.kv_dtype == tried[-1].kv_dtype]
+
+
+def hard(gates: Sequence[Gate]) -> list[Gate]:
+    """Return those of the gates that not even a person who asks for a route may overrule."""
+    return [gate for gate in gates if gate.gate not in SOFT_GATES]
 
 
 def describe(gate: Gate) -> str:

@@ -8,7 +8,7 @@ from rag.lm.kv_bytes import KVDtype, kv_bytes_by_kind, kv_cache_bytes
 from rag.lm.peak_bytes import peak_bytes
 from rag.lm.positions import position_limit, trained_limit
 from rag.lm.spec import ModelSpec
-from rag.routing.gates import Limits, Need, check_gates
+from rag.routing.gates import Limits, Need, check_gates, hard
 from rag.types import Gate, Route
 
 # Where neither positions nor memory end the context, the search ends here.
@@ -82,8 +82,7 @@ class ModelPlan:
     @property
     def fits(self) -> bool:
         """Whether every gate passes but two: what is merely slow, or badly used, does fit."""
-        soft = ("prefill_seconds", "effective_length")
-        return all(gate.passed for gate in self.gates if gate.gate not in soft)
+        return all(gate.passed for gate in hard(self.gates))
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `fathom plan --model NAME --tokens N --json` prints."""
@@ -114,7 +113,8 @@ def plan_model(
         model: what the plan calls it.
         device_bytes: memory for weights, cache and everything else.
         reserve_bytes: what of it is left alone.
-        kv_dtype: the format of the cache; by default the model's own.
+        kv_dtype: the format of the cache; by default the model's own. In the one that this engine
+            has beside it, full layers alone are; in the others, windows too.
         max_context_tokens: a cap below what the model declares.
         prefill_deadline_seconds: the longest acceptable prefill.
         predicted_prefill_seconds: of `tokens`, where a rate was measured here.
@@ -123,6 +123,8 @@ def plan_model(
         file_bytes: the size of the weight files.
         quantization: the format of a checkpoint that is stored in another than its dtype.
     """
+    if spec.quantised and spec.quantised.kv_dtype is kv_dtype:
+        spec, kv_dtype = spec.quantised, None
     caps = [cap for cap in (max_context_tokens, position_limit(spec)) if cap is not None]
     room = device_bytes - spec.weights_bytes - reserve_bytes
     limits = Limits(min(caps, default=None), room, prefill_deadline_seconds, effective_tokens)
@@ -146,7 +148,7 @@ def plan_model(
         num_parameters=spec.num_parameters,
         weights_bytes=spec.weights_bytes,
         file_bytes=file_bytes,
-        kv_dtype=str(kv_dtype or _dtype_name(spec.dtype_bytes)),
+        kv_dtype=str(kv_dtype or spec.kv_dtype or _dtype_name(spec.dtype_bytes)),
         kv_bytes=kv_bytes,
         kv_bytes_by_kind=kv_bytes_by_kind(spec, tokens, kv_dtype=kv_dtype),
         peak_bytes=peak,

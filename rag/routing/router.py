@@ -1,15 +1,9 @@
 """Which route one question takes, and why."""
 
 from rag.errors import ModelError
-from rag.routing.gates import describe, failed
+from rag.routing.gates import SOFT_GATES, describe, failed, hard
 from rag.routing.question_class import NEEDS_EVERYTHING, ClassifiedQuestion
 from rag.types import AnswerMode, Gate, QuestionClass, Route, RouteDecision, RouteEstimate
-
-# What a person who asks for everything to be read may overrule, and what they are told.
-_SOFT_GATES = {
-    "prefill_seconds": "it is slow",
-    "effective_length": "the model was not measured to use that much well",
-}
 
 
 def counted_decision(reason: str) -> RouteDecision:
@@ -65,7 +59,7 @@ def decide_route(
         )
     question_class = classified.question_class
     against = failed(gates, Route.FULL)
-    hard = [gate for gate in against if gate.gate not in _SOFT_GATES]
+    insurmountable = hard(against)
     if document_tokens <= retrieval_tokens:
         against = [gate for gate in against if gate.gate != "effective_length"]
     can_scan = any(gate.route == Route.SCAN for gate in gates) and not failed(gates, Route.SCAN)
@@ -73,18 +67,18 @@ def decide_route(
         route, reason = Route.RETRIEVAL, "retrieval was asked for"
     elif asked_for is Route.SCAN and can_scan:
         route, reason = Route.SCAN, "a scan was asked for"
-    elif asked_for is Route.FULL and not hard:
+    elif asked_for is Route.FULL and not insurmountable:
         route, reason = Route.FULL, "reading everything was asked for, and it fits"
         if against:
             reason += (
-                f", though {'; '.join(f'{_SOFT_GATES[g.gate]}: {describe(g)}' for g in against)}"
+                f", though {'; '.join(f'{SOFT_GATES[g.gate]}: {describe(g)}' for g in against)}"
             )
     elif against:
         route = Route.SCAN if can_scan and question_class in NEEDS_EVERYTHING else Route.RETRIEVAL
         begin = "reading everything" + (" at once" if route is Route.SCAN else "")
         if asked_for is Route.FULL:
             begin = "reading everything was asked for but"
-        reason = f"{begin} fails a gate: {'; '.join(map(describe, hard or against))}"
+        reason = f"{begin} fails a gate: {'; '.join(map(describe, insurmountable or against))}"
         if route is Route.SCAN:
             reason += f"; the class {question_class} needs everything, so it is read in windows"
     elif document_tokens <= retrieval_tokens:

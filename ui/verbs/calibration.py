@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from eval.calibrate import Run
     from eval.judge_calibration import Calibration
     from rag.lm.engine import Engine
+    from rag.lm.kv_bytes import KVDtype
     from rag.store.calibrations import EffectiveLength
 
 app = typer.Typer()
@@ -46,6 +47,10 @@ def calibrate(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin anew instead of going on where a run ended.")
     ] = False,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the cache: q8_0 measures the 8-bit one, which is used only then."),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw accuracy by length and depth here (.png, .svg, .pdf).")
     ] = None,
@@ -58,11 +63,12 @@ def calibrate(
     Facts are hidden at every depth of texts of several lengths, and asked for. What is measured is
     stored haystack by haystack: a run that was killed goes on where it was.
     """
-    from ui.verbs.model_plan import PICTURES
+    from ui.verbs.model_plan import PICTURES, parse_kv_dtype
 
     if plot is not None and plot.suffix.lower() not in PICTURES:
         raise typer.BadParameter(f"--plot {plot} ends in none of {', '.join(PICTURES)}")
     asked = _parse_lengths(lengths) if lengths else None
+    cache = parse_kv_dtype(kv_dtype) if kv_dtype else None
     settings = load_settings(home=home, model=model)
     from eval.bench.machine import device_name
     from eval.calibrate import calibrate as run_calibration
@@ -70,7 +76,7 @@ def calibrate(
 
     fathom = open_fathom(settings)
     with err.status("loading the model"):
-        engine = _engine(fathom, settings, asked)
+        engine = _with_cache(_engine(fathom, settings, asked), cache)
         engine.warm_up()
         engine.predicted_prefill_seconds(1)  # measures the rate, where none is known
         run = _run(engine, settings, asked, haystacks, quick=quick, filler=filler, seed=seed)
@@ -79,7 +85,7 @@ def calibrate(
             engine,
             fathom.calibrations,
             run,
-            dtype=f"{8 * engine.spec.dtype_bytes} bits" if engine.spec else "the server's",
+            dtype=_dtype(engine),
             device="the server's" if settings.remote_url else device_name(choose_device(settings)),
             fresh=fresh,
             on_progress=on_progress,
@@ -128,6 +134,36 @@ def _engine(fathom: Any, settings: Settings, lengths: tuple[int, ...] | None) ->
     return LocalEngine.load(
         settings.model, settings, calibrations=fathom.calibrations, document_kv=kept
     )
+
+
+def _with_cache(engine: "Engine", kv_dtype: "KVDtype | None") -> "Engine":
+    """Return the engine with a cache in that format; None is the model's own.
+
+    Raises:
+        UnsupportedModelError: if there is none in it.
+    """
+    from rag.errors import UnsupportedModelError
+
+    if kv_dtype is None:
+        return engine
+    quantised = engine.quantised
+    if quantised is None or quantised.spec is None or quantised.spec.kv_dtype != kv_dtype:
+        has = "its own alone"
+        if quantised is not None and quantised.spec is not None:
+            has = f"its own and {quantised.spec.kv_dtype}"
+        raise UnsupportedModelError(
+            f"{engine.name} has no cache in {kv_dtype}: this engine keeps {has}",
+            hint="leave --kv-dtype out, or give q8_0 for a model that has it",
+        )
+    return quantised
+
+
+def _dtype(engine: "Engine") -> str:
+    """Return the format of weights and cache, for the record."""
+    if engine.spec is None:
+        return "the server's"
+    weights = f"{8 * engine.spec.dtype_bytes} bits"
+    return f"{weights}, cache in {engine.spec.kv_dtype}" if engine.spec.kv_dtype else weights
 
 
 def _run(
@@ -238,6 +274,12 @@ def _print_calibration(calibration: "Calibration") -> None:
     out.print(verdict(found), markup=False)
 
 
+def _consequence(found: "EffectiveLength") -> str:
+    if "cache in" in found.dtype:
+        return "prompts up to that length are read so where the model's own cache does not fit"
+    return "longer prompts now fail the gate effective_length"
+
+
 def verdict(found: "EffectiveLength") -> str:
     """Return what was found and what follows from it, in words."""
     if not found.is_measurable:
@@ -251,5 +293,5 @@ def verdict(found: "EffectiveLength") -> str:
     return (
         f"{found.model}: effective length {found.tokens:,} tokens {most}".rstrip()
         + f" (5th percentile; median {found.median_tokens:,}, 95th {found.high_tokens:,};"
-        f" scored by {how}); longer prompts now fail the gate effective_length"
+        f" scored by {how}); {_consequence(found)}"
     )

@@ -57,6 +57,7 @@ def show_model_plan(
         raise typer.BadParameter(f"--plot {plot} ends in none of {', '.join(PICTURES)}")
 
     from rag.lm.device import choose_device, free_device_bytes
+    from rag.lm.engine import name_with_cache
     from rag.lm.model_facts import find_model_facts
     from rag.routing.model_plan import plan_model
 
@@ -76,7 +77,9 @@ def show_model_plan(
         max_context_tokens=settings.max_context_tokens,
         prefill_deadline_seconds=settings.prefill_deadline_seconds,
         predicted_prefill_seconds=remembered_seconds(facts.name, facts.spec, tokens, settings),
-        effective_tokens=remembered_effective_tokens(facts.name, settings),
+        effective_tokens=remembered_effective_tokens(
+            name_with_cache(facts.name, dtype) if dtype is KVDtype.Q8_0 else facts.name, settings
+        ),
     )
     if plot is not None:
         from ui.plots import draw_model_plan

@@ -150,6 +150,7 @@ def plan(
                 "routes": [asdict(estimate) for estimate in decision.routes],
                 "document_tokens": planned.document_tokens,
                 "prompt_tokens": planned.prompt.num_tokens,
+                "kv_dtype": planned.kv_dtype,
                 "longest_context_tokens": service.longest_context_tokens(),
                 "context_ranges": ranges.to_json() if ranges else None,
                 "model": fathom.engine.name,
@@ -163,7 +164,8 @@ def plan(
         out.print(f"worth: {routes_words(decision.routes)}", markup=False)
     for gate in decision.gates:
         verdict = "passed" if gate.passed else "FAILED"
-        out.print(f"  {gate.route:<10} {verdict}  {describe(gate)}", markup=False)
+        cache = f"  ({gate.kv_dtype} cache)" if gate.kv_dtype else ""
+        out.print(f"  {gate.route:<10} {verdict}  {describe(gate)}{cache}", markup=False)
     longest = service.longest_context_tokens()
     room = "no end" if longest is None else f"{longest:,} tokens"
     out.print(f"longest context that fits {fathom.engine.name} here: {room}")
