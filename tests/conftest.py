@@ -139,7 +139,7 @@ def make_tiny_engine(max_position_embeddings: int = 4096, **changes: int) -> Loc
 
     tokenizer = make_tiny_tokenizer()
     torch.manual_seed(7)
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,

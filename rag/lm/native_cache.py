@@ -35,7 +35,7 @@ def native_cache(config: PreTrainedConfig, kv_dtype: KVDtype | None = None) -> D
         if type(layer) is DynamicSlidingWindowLayer:
             cache.layers[index] = OwningWindowLayer(layer.sliding_window)
         elif type(layer) is DynamicLayer and kv_dtype is KVDtype.Q8_0:
-            cache.layers[index] = EightBitLayer()
+            cache.layers[index] = EightBitLayer()  # type: ignore[no-untyped-call]
     return cache
 
 
@@ -134,7 +134,7 @@ def _owned(states: Tensor | None) -> Tensor:
     return states if states.untyped_storage().nbytes() == own_bytes else states.clone()
 
 
-class EightBitLayer(DynamicLayer):
+class EightBitLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A full layer that keeps whole numbers of 8 bits, and a scale for every 32 of them.
 
     `keys` and `values` are bytes [sequences, tokens, 34 * groups]: all heads of a token side by
@@ -157,18 +157,19 @@ class EightBitLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Take new keys and values in and return all, [sequences, heads, tokens, head width]."""
         keys, values = _packed(key_states), _packed(value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = keys, values
+        if self.keys is not None and self.values is not None:
+            keys = torch.cat([self.keys, keys], dim=-2)
+            values = torch.cat([self.values, values], dim=-2)
         else:
-            self.keys = torch.cat([self.keys, keys], dim=-2)
-            self.values = torch.cat([self.values, values], dim=-2)
-        return _unpacked(self.keys, key_states), _unpacked(self.values, value_states)
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = keys, values
+        return _unpacked(keys, key_states), _unpacked(values, value_states)
 
 
 def _packed(states: Tensor) -> Tensor:
     """Return [sequences, heads, tokens, width] as bytes [sequences, tokens, 34 * groups]."""
-    groups = states.transpose(1, 2).flatten(2).unflatten(-1, (-1, Q8_GROUP)).float()
+    sequences, _, tokens, _ = states.shape
+    groups = states.transpose(1, 2).reshape(sequences, tokens, -1, Q8_GROUP).float()
     scales = (groups.abs().amax(-1, keepdim=True) / _LARGEST).to(torch.bfloat16)
     scales = scales.clamp(min=torch.finfo(torch.bfloat16).tiny)  # a group may be all zeros
     # By the scale as it is kept; where that was rounded down, the largest may come out beyond 127.
@@ -179,7 +180,9 @@ def _packed(states: Tensor) -> Tensor:
 
 def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
     """Return all tokens with the heads, width and dtype of the states `like`."""
-    blocks = packed.unflatten(-1, (-1, _SCALE_BYTES + Q8_GROUP))
+    sequences, tokens, _ = packed.shape
+    blocks = packed.view(sequences, tokens, -1, _SCALE_BYTES + Q8_GROUP)
     numbers = blocks[..., _SCALE_BYTES:].view(torch.int8).to(like.dtype)
     numbers *= blocks[..., :_SCALE_BYTES].view(torch.bfloat16).to(like.dtype)
-    return numbers.reshape(*packed.shape[:2], like.shape[1], like.shape[3]).transpose(1, 2)
+    _, heads, _, width = like.shape
+    return numbers.reshape(sequences, tokens, heads, width).transpose(1, 2)
