@@ -355,7 +355,6 @@ class _Asking:
             done,
             None,
             store=place.store,
-            engine=place.engine,
         )
         return finished_answer(
             outcome,
@@ -365,6 +364,7 @@ class _Asking:
             model=place.engine.name,
             embedder=self._retriever.embedder_name,
             breadth=1,
+            kv_dtype=plan.kv_dtype,
             asked_for=None,
             standalone_question=None,
         )

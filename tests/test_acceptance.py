@@ -75,10 +75,10 @@ from rag.store.oplog import OpLog
 from rag.types import AnswerMode, IngestProgress, QuestionClass, Route
 from served import serving
 from tiny_families import tiny_config, tiny_model
+from ui.answer_html import receipt_html
 from ui.assembly import Fathom
 from ui.cli import app
 from ui.doctor import examine_library, repair
-from ui.formatting import receipt_html
 from ui.plots import draw_calibration
 
 QUESTION = "What is the harbour fee?"
@@ -207,9 +207,8 @@ def test_07_one_panel_says_route_numbers_limits_and_what_was_not_read(
     receipt = small_fathom.service().answer(QUESTION, route=Route.RETRIEVAL).receipt
     panel = html.unescape(receipt_html(receipt))
     for gate in receipt.gates:
-        assert gate.gate.removesuffix("_bytes").removesuffix("_seconds") in panel.lower() or (
-            gate.gate == "kv_bytes" and "KV cache" in panel
-        )
+        name = gate.gate.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+        assert name in panel.lower() or (gate.gate == "kv_bytes" and "KV cache" in panel)
         assert gate.limit is None or gate.unit == "bytes" or f"{gate.limit:,.0f}" in panel
     assert "retrieval" in panel
     assert f"{receipt.read.tokens:,} of {receipt.read.of_tokens:,} tokens" in panel
@@ -448,11 +447,13 @@ def test_22_a_comparison_ends_in_a_verdict_that_may_be_no_difference(
         retriever=small_fathom.retriever,
         engine=small_fathom.engine,
         settings=small_fathom.settings,
+        calibrations=None,
         forget=lambda document: small_fathom.document_kv.forget({document.version_key}),
     )
     run = Comparing(
         command="fathom compare", data="the handbook", examples_sha256="e",
         documents={"handbook.md": "a"}, model="tiny", model_sha256="m", context_tokens=4096,
+        effective_tokens=None,
         embedder="hash", settings={}, seed=0, commit="c", device="a test", num_threads=1,
         versions={}, started="2026-01-01T00:00:00+00:00",
     )  # fmt: skip

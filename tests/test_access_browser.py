@@ -213,8 +213,8 @@ def test_two_people_sign_in_and_see_what_is_theirs(
     reading = fathom.settings.home / "tmp" / "upload-x" / "0"
     reading.parent.mkdir(parents=True)
     reading.write_text("half read")
-    for path in (reading, fathom.settings.home / "fathom.sqlite"):
-        assert ben.context.request.get(f"{url}/gradio_api/file={path}").status == 403
+    for file in (reading, fathom.settings.home / "fathom.sqlite"):
+        assert ben.context.request.get(f"{url}/gradio_api/file={file}").status == 403
 
     # signing out and losing the account end the session at once
     assert anna.context.request.post(f"{url}/logout", max_redirects=0).status == 303

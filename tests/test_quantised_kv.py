@@ -38,9 +38,10 @@ from rag.routing.model_plan import plan_model
 from rag.settings import Settings
 from rag.types import Answer, Gate, Route
 from tiny_families import WINDOW, tiny_config, tiny_model
+from ui.answer_html import receipt_html
 from ui.assembly import Fathom
 from ui.cli import app
-from ui.formatting import receipt_html, receipt_text
+from ui.formatting import receipt_text
 
 Q8 = KVDtype.Q8_0
 
@@ -449,7 +450,7 @@ def test_the_answer_is_made_in_it_and_replayed_whatever_the_memory(harbour: Harb
     assert answer.receipt.kv_bytes.actual == answer.receipt.kv_bytes.predicted
     stored = harbour.fathom.receipts.load(answer.receipt.id)
     assert stored == answer
-    assert "full, q8_0 cache" in html.unescape(receipt_html(stored.receipt))
+    assert "KV cache in q8_0" in html.unescape(receipt_html(stored.receipt))
     assert "(q8_0 cache)" in receipt_text(stored)
     for share in (0.5, 1.5):  # now there is room for the model's own
         harbour.memory(share)
