@@ -96,9 +96,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def fathom(settings: Settings) -> Fathom:
+@pytest.fixture(scope="module")
+def fathom(tmp_path_factory: pytest.TempPathFactory) -> Fathom:
     """Return a library in which anna and ben have accounts and documents."""
+    settings = Settings(home=tmp_path_factory.mktemp("access"))
     library = Fathom(settings, embedder=HashEmbedder())
     for name, text in (("anna", HANDBOOK), ("ben", HANDBOOK.replace("harbour", "airport"))):
         library.accounts.add(name, PASSWORD)
@@ -110,10 +111,10 @@ def fathom(settings: Settings) -> Fathom:
     return library
 
 
-@pytest.fixture
-def url(fathom: Fathom, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def url(fathom: Fathom) -> Iterator[str]:
     """Serve the whole application; the model says every payload, then a line that is true."""
-    reply = tmp_path / "reply.txt"
+    reply = fathom.settings.home / "reply.txt"
     reply.write_text("\n\n".join([*PAYLOADS, "The harbour fee is 35 crowns a night."]))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
