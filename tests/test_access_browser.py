@@ -217,10 +217,19 @@ def test_two_people_sign_in_and_see_what_is_theirs(
     for file in (reading, fathom.settings.home / "fathom.sqlite"):
         assert ben.context.request.get(f"{url}/gradio_api/file={file}").status == 403
 
+    # nor do her conversations stand in his list
+    ben.page.reload()
+    ben.page.locator("#account").get_by_text("ben").wait_for()
+    ben.page.locator("#documents").get_by_text("bens-own.md").wait_for()
+    assert "harbour" not in ben.page.content()
+    assert len(fathom.for_owner("anna").conversations.all()) == 1
+    assert fathom.for_owner("ben").conversations.all() == fathom.conversations.all() == []
+
     # signing out and losing the account end the session at once
-    assert anna.context.request.post(f"{url}/logout", max_redirects=0).status == 303
-    anna.page.goto(url)
+    anna.page.get_by_role("button", name="Sign out").click()
+    anna.page.get_by_label("Password").wait_for()
     assert anna.page.url == f"{url}/login"
+    assert anna.context.request.get(f"{url}/v1/documents").status == 401
     fathom.accounts.remove("ben")
     ben.page.goto(url)
     assert ben.page.url == f"{url}/login"

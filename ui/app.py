@@ -1,5 +1,6 @@
 """The web page and the HTTP API: one application behind a door and a strict content policy."""
 
+import html
 import logging
 import os
 import socket
@@ -55,6 +56,10 @@ _BRAND = (
     "<h1>Fathom</h1>"
     "<p>Ask long documents. Every answer shows its quotations and how it was read.</p>"
 )
+_SIGN_OUT = (
+    '<form id="account" method="post" action="/logout"><span>{name}</span>'
+    "<button>Sign out</button></form>"
+)
 
 
 def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
@@ -68,7 +73,7 @@ def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     blocks = gr.Blocks(title="Fathom", analytics_enabled=False, delete_cache=(3600, 3600))
     with blocks:
-        gr.HTML(_BRAND, elem_id="brand", apply_default_css=False)
+        brand = gr.HTML(_BRAND, elem_id="brand", apply_default_css=False)
         with gr.Tab("Chat") as chat_tab:
             build_chat(fathom.for_user, blocks, chat_tab)
         with gr.Tab("Library") as library_tab:
@@ -77,6 +82,12 @@ def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
             build_compare(fathom.for_user, compare_tab)
         with gr.Tab("Limits") as limits_tab:
             build_limits(fathom, limits_tab)
+
+        def greet(request: gr.Request) -> Any:  # noqa: ANN401 - HTML, or no change
+            name = fathom.for_user(request).owner
+            return _BRAND + _SIGN_OUT.format(name=html.escape(name)) if name else gr.skip()
+
+        blocks.load(greet, None, [brand], show_progress="hidden", api_visibility="private")
     blocks.max_threads = _THREADS
     blocks.queue(default_concurrency_limit=4, max_size=_THREADS, api_open=False)
     options: dict[str, Any] = {
