@@ -1,6 +1,7 @@
 """Answers, their quotations and their receipts as HTML. Pure; all text in it is escaped.
 
 Buttons carry `data-event` and what the event needs; `page.js` tells the tab when one is pressed.
+Lengths of bars are `data-width` and the like, in percent: no attribute here loads or runs anything.
 """
 
 import re
@@ -138,12 +139,10 @@ def bar_html(value: float | None, limit: float | None, *, failed: bool = False) 
     if value is None:
         return '<span class="bar none" aria-hidden="true"></span>'
     end = max(value, limit or 0.0) or 1.0
-    tick = "" if limit is None else f'<b style="left:{100 * limit / end:.1f}%"></b>'
+    tick = "" if limit is None else f'<b data-left="{100 * limit / end:.1f}"></b>'
     kind = "bar failed" if failed else "bar"
     width = max(0.5, 100 * value / end) if value else 0.0
-    return (
-        f'<span class="{kind}" aria-hidden="true"><i style="width:{width:.1f}%"></i>{tick}</span>'
-    )
+    return f'<span class="{kind}" aria-hidden="true"><i data-width="{width:.1f}"></i>{tick}</span>'
 
 
 # ---- the answer ---------------------------------------------------------------------------------
@@ -196,7 +195,7 @@ def _strip(answer: Answer, document: int, num_chars: int) -> str:
     words = ", ".join(
         f"{thirds.count(third):,} {where}" for third, where in enumerate(_THIRDS) if third in thirds
     )
-    ticks = "".join(f'<i style="left:{100 * share:.1f}%"></i>' for share in sorted(set(shares)))
+    ticks = "".join(f'<i data-left="{100 * share:.1f}"></i>' for share in sorted(set(shares)))
     return (
         f'<p class="strip"><span class="track" aria-hidden="true">{ticks}</span>'
         f"<span>{plain_html(found[0].title)}: {words}</span></p>"

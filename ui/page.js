@@ -11,6 +11,8 @@ window.fathom ??= (() => {
   );
   const OWN = /^(\/|#|data:image\/png;base64,)/;
 
+  const SIDES = ["left", "top", "width", "height"];  // in percent: data-left and so on
+
   const clean = (html) => {
     const template = document.createElement("template");
     template.innerHTML = html;
@@ -18,7 +20,11 @@ window.fathom ??= (() => {
       if (!TAGS.has(element.localName.toLowerCase())) element.remove();
       for (const { name, value } of [...element.attributes]) {
         const leads = /^(src|href|xlink:href|action|formaction)$/.test(name);
-        if (/^on/.test(name) || (leads && !OWN.test(value))) element.removeAttribute(name);
+        const styled = name === "style" && !(element instanceof SVGElement);
+        if (/^on/.test(name) || styled || (leads && !OWN.test(value))) element.removeAttribute(name);
+      }
+      for (const side of SIDES) {
+        if (side in element.dataset) element.style[side] = `${Number(element.dataset[side])}%`;
       }
     }
     return template.content;

@@ -300,10 +300,11 @@ class _ActiveElements(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note an element, or an attribute of any."""
-        if tag in _ACTIVE:
+        # a button of this type does nothing by itself: those that open a citation are such
+        if tag in _ACTIVE and not (tag == "button" and ("type", "button") in attrs):
             self.found.append(tag)
         self.found += [
             f"{tag} {name}"
             for name, _ in attrs
-            if name in ("href", "src", "style", "action") or name.startswith("on")
+            if name in ("href", "src", "style", "action", "formaction") or name.startswith("on")
         ]

@@ -86,7 +86,7 @@ def _outline(sections: Sequence[Section], document: Document) -> str:
     if not sections:
         return ""
     items = "".join(
-        f'<li style="padding-left:{min(s.level, 6) - 1}rem"><button type="button" class="place"'
+        f'<li class="level-{min(s.level, 6)}"><button type="button" class="place"'
         f' data-event="peek" data-document="{document.id}" data-start="{s.start}">'
         f"{plain_html(s.title)}</button></li>"
         for s in sections[:_MOST_HEADINGS]

@@ -52,8 +52,8 @@ def page_html(citation: Citation, boxes: Sequence[Box]) -> str:
         boxes: left, top, right, bottom of each line, as fractions of the picture.
     """
     marks = "".join(
-        f'<span class="box" style="left:{100 * left:.2f}%;top:{100 * top:.2f}%;'
-        f'width:{100 * (right - left):.2f}%;height:{100 * (bottom - top):.2f}%"></span>'
+        f'<span class="box" data-left="{100 * left:.2f}" data-top="{100 * top:.2f}"'
+        f' data-width="{100 * (right - left):.2f}" data-height="{100 * (bottom - top):.2f}"></span>'
         for left, top, right, bottom in boxes
     )
     said = plain_html(f"Page {citation.page} of {citation.title}")

@@ -166,7 +166,7 @@ def _progress_html(
         f'<div class="ingest" role="progressbar" aria-label="Reading files" aria-valuemin="0"'
         f' aria-valuemax="100" aria-valuenow="{100 * fraction:.0f}">'
         f'<span class="now">{plain_html(now)}</span>'
-        f'<span class="bar" aria-hidden="true"><i style="width:{100 * fraction:.1f}%"></i></span>'
+        f'<span class="bar" aria-hidden="true"><i data-width="{100 * fraction:.1f}"></i></span>'
         f'<span class="words">{plain_html(words)}</span></div>{_outcomes_html(outcomes)}'
     )
 
