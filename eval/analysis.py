@@ -134,7 +134,8 @@ class Cell:
 class Analysis:
     """Everything that the report shows.
 
-    `grid` holds, of each arm, cells whose `slice` is a length and whose `value` a depth.
+    `grid` holds, of each arm, cells whose `slice` is a length and whose `value` a depth; since some
+    depths ask harder questions, `grid_of_differences` holds full less hybrid, paired.
     `frontier` are the arms and policies as points, `curve` the router's two models over thrift.
     `waterfall` goes from knowing nothing to being shown the evidence. `risk` are points (share
     answered, share of those wrong) of each arm. `gap_closed` is how much of the way from the best
@@ -149,6 +150,7 @@ class Analysis:
     pairs: tuple[Pair, ...]
     cells: tuple[Cell, ...]
     grid: tuple[Cell, ...]
+    grid_of_differences: tuple[Cell, ...]
     frontier: tuple[Point, ...]
     curve: tuple[Point, ...]
     waterfall: tuple[tuple[str, float], ...]
@@ -195,6 +197,7 @@ def analyse(
         pairs=pairs,
         cells=tuple(_cells(scored)),
         grid=tuple(_grid(scored)),
+        grid_of_differences=tuple(_grid_of_differences(scored)),
         frontier=frontier,
         curve=thrift_curve(by_id, rows, scored, journal, weights) if weights else (),
         waterfall=_waterfall(scored),
@@ -347,6 +350,19 @@ def _grid(scored: Scores) -> list[Cell]:
         for place in sorted({(s.length, s.depth) for s in answerable}):
             part = [s for s in answerable if (s.length, s.depth) == place]
             cells.append(Cell(place[0].strip(), place[1], arm, len(part), _mean_score(part)))
+    return cells
+
+
+def _grid_of_differences(scored: Scores) -> list[Cell]:
+    full, hybrid = scored.get(Arm.FULL, {}), scored.get(Arm.HYBRID, {})
+    both = [n for n in full if n in hybrid and full[n].answerable and full[n].depth != "unknown"]
+    cells = []
+    for length, depth in sorted({(full[n].length, full[n].depth) for n in both}):
+        part = [n for n in both if (full[n].length, full[n].depth) == (length, depth)]
+        difference = clustered_difference(
+            [full[n].score - hybrid[n].score for n in part], [full[n].document for n in part]
+        )
+        cells.append(Cell(length.strip(), depth, "full - hybrid", len(part), difference))
     return cells
 
 

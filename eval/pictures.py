@@ -33,28 +33,34 @@ def draw_all(analysis: Analysis, folder: Path) -> dict[str, str]:
 
 
 def _heatmap(analysis: Analysis) -> Figure | None:
-    arms = list(dict.fromkeys(cell.arm for cell in analysis.grid))
-    if not arms:
+    """Draw a panel an arm, and last the paired difference: one depth may ask harder questions."""
+    drawn = [*analysis.grid, *analysis.grid_of_differences]
+    panels = {
+        arm: [cell for cell in drawn if cell.arm == arm]
+        for arm in dict.fromkeys(cell.arm for cell in drawn)
+    }
+    if not panels:
         return None
     lengths = list(dict.fromkeys(cell.slice for cell in analysis.grid))
     depths = sorted({cell.value for cell in analysis.grid}, key=lambda d: int(d.split("-")[0]))
-    at = {(cell.arm, cell.slice, cell.value): cell for cell in analysis.grid}
     height = 0.9 + 0.55 * len(lengths)
-    figure = Figure(figsize=(8, height * len(arms)), layout="constrained")
-    for number, arm in enumerate(arms, start=1):
-        axes = figure.add_subplot(len(arms), 1, number)
-        rows = [[at.get((arm, length, depth)) for depth in depths] for length in lengths]
+    figure = Figure(figsize=(8, height * len(panels)), layout="constrained")
+    for number, (arm, cells) in enumerate(panels.items(), start=1):
+        at = {(cell.slice, cell.value): cell for cell in cells}
+        is_difference = cells[0] in analysis.grid_of_differences
+        axes = figure.add_subplot(len(panels), 1, number)
+        rows = [[at.get((length, depth)) for depth in depths] for length in lengths]
         axes.set_facecolor("#e4e4e4")
         axes.imshow(
             [[_shade(cell) for cell in row] for row in rows],
-            vmin=0,
+            vmin=-1 if is_difference else 0,
             vmax=1,
-            cmap="viridis",
+            cmap="PuOr" if is_difference else "viridis",
             aspect="auto",
         )
         for y, row in enumerate(rows):
             for x, cell in enumerate(row):
-                _label(axes, x, y, cell)
+                _label(axes, x, y, cell, on_dark=not is_difference)
         axes.set_xticks(range(len(depths)), depths)
         axes.set_yticks(range(len(lengths)), lengths)
         axes.set_title(f"{arm} (grey: not known to 15 points)", fontsize=10)
@@ -70,11 +76,18 @@ def _shade(cell: Cell | None) -> float:
     return cell.score.mean if cell is not None and _is_known(cell) else float("nan")
 
 
-def _label(axes: Any, x: int, y: int, cell: Cell | None) -> None:  # noqa: ANN401 - matplotlib's
+def _label(
+    axes: Any,  # noqa: ANN401 - matplotlib's
+    x: int,
+    y: int,
+    cell: Cell | None,
+    *,
+    on_dark: bool,
+) -> None:
     if cell is None:
         return
     words = f"{cell.score.mean:.2f} ±{cell.score.half_width:.2f}\nn = {cell.num_questions}"
-    dark = _is_known(cell) and cell.score.mean < 0.6
+    dark = on_dark and _is_known(cell) and cell.score.mean < 0.6
     colour = "white" if dark else "black"
     axes.text(x, y, words, ha="center", va="center", fontsize=8, color=colour)
 
