@@ -176,6 +176,7 @@ def analyse(
     for row in rows:
         if (scores := score_row(by_id[row.example_id], row)) is not None:
             scored[row.arm][row.example_id] = scores
+    scored = _alike_confident(scored)
     derived = derived_policies(scored)
     closed = {name for name, s in scored.get(Arm.CLOSED, {}).items() if s.correct}
     closed &= {example.id for example in examples if example.answerable}
@@ -379,6 +380,21 @@ def _waterfall(scored: Scores) -> tuple[tuple[str, float], ...]:
     if not common:
         return ()
     return tuple((arm, mean([scored[arm][name].score for name in sorted(common)])) for arm in steps)
+
+
+def _alike_confident(scored: Scores) -> Scores:
+    """Return the answers with the confidence that hybrid's ranking gives their question.
+
+    Not every arm ranks; and by one order of the questions their curves compare.
+    """
+    known = scored.get(Arm.HYBRID, {})
+    return {
+        arm: {
+            name: replace(s, confidence=known[name].confidence) if name in known else s
+            for name, s in found.items()
+        }
+        for arm, found in scored.items()
+    }
 
 
 def _risk(answers: Sequence[Scored]) -> list[tuple[float, float]]:

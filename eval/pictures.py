@@ -152,8 +152,8 @@ def _risk(analysis: Analysis) -> Figure | None:
             axes.plot(*zip(*points, strict=True), label=arm, color=_COLOURS[place % len(_COLOURS)])
     axes.set_xlabel("share of all questions answered, nearest evidence first")
     axes.set_ylabel("share of those answered that is wrong")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(-0.02, 1.02)
     axes.legend(fontsize="small")
     return figure
 

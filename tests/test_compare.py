@@ -525,6 +525,16 @@ def test_questions_known_closed_book_are_told_apart(answer: Answer) -> None:
     assert hybrid.rest.mean == pytest.approx(10 / 30)
 
 
+def test_risk_falls_where_the_nearest_evidence_is_right(answer: Answer) -> None:
+    """The arms share the order of hybrid's ranking, whether they rank or not."""
+    right = {"hybrid": [True] * 10 + [False] * 10, "full": [True] * 10 + [False] * 10}
+    journal = _made(answer, right)
+    rows = [replace(row, ranked=()) if row.arm == "full" else row for row in journal.rows]
+    analysis = analyse(_questions(20), Journal(journal.runs, tuple(rows)))
+    assert analysis.risk["full"] == analysis.risk["hybrid"] == ((0.5, 0.0), (1.0, 0.5))
+    assert {arm.aurc for arm in analysis.arms[:2]} == {0.125}
+
+
 def test_derived_policies_pay_for_what_they_read(answer: Answer) -> None:
     right = {"hybrid": [True, False, True, False], "full": [True, True, False, False]}
     journal = _made(answer, {**right, "router": [True, True, False, False]})
