@@ -90,8 +90,8 @@ class Workplace:
     retriever: Retriever
     engine: Engine
     settings: Settings
-    calibrations: CalibrationStore | None
     forget: Callable[[Document], None]
+    calibrations: CalibrationStore | None = None
 
 
 @runtime_checkable

@@ -41,7 +41,6 @@ class Run:
     model: str
     model_sha256: str
     context_tokens: int | None
-    effective_tokens: int | None
     embedder: str
     settings: Mapping[str, Any]
     seed: int
@@ -50,6 +49,7 @@ class Run:
     num_threads: int
     versions: Mapping[str, str]
     started: str
+    effective_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
