@@ -86,7 +86,7 @@ def score_row(example: EvalExample, row: Row) -> Scored | None:
         return None
     answer, gold = row.answer, row.gold
     text = answer_words(answer)
-    stretch = _quoted_stretch(answer) or text
+    stretch = quoted_stretch(answer) or text
     abstained = answer.abstained or declines(text, example.answers)
     counts = example.answerable and not abstained
     score = _score(example, text) if counts else float(abstained is not example.answerable)
@@ -158,7 +158,7 @@ def _score(example: EvalExample, text: str) -> float:
     return float(contains_answer(text, example.answers) and not is_shotgun(text, example.answers))
 
 
-def _quoted_stretch(answer: Answer) -> str:
+def quoted_stretch(answer: Answer) -> str:
     """Return the stretch that a quotation answers with, "" where the answer is no quotation."""
     for c in answer.citations:
         if c.answer_start is not None and c.answer_end is not None:

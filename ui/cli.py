@@ -17,6 +17,7 @@ from ui.verbs import (
     calibration,
     comparison,
     documents,
+    harness,
     models,
     questions,
     serving,
@@ -34,6 +35,7 @@ app.add_typer(documents.app)
 app.add_typer(questions.app)
 app.add_typer(batch.app)
 app.add_typer(comparison.app)
+app.add_typer(harness.app)
 app.add_typer(calibration.app)
 app.add_typer(serving.app)
 app.add_typer(models.app, name="models")
