@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from lm_eval.api.instance import Instance
 
 from conftest import HANDBOOK
-from eval.harness import FathomLM, Instance, run_tasks
+from eval.harness import FathomLM, run_tasks
 from rag.errors import ReadError
 from rag.types import Route
 from test_batch import FERRIES

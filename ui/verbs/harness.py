@@ -43,7 +43,8 @@ def harness(
     """
     from eval.harness import FathomLM, run_tasks
 
-    for asked in route or [None]:
+    routes: list[Route | None] = list(route or [None])
+    for asked in routes:
         with TemporaryDirectory(prefix="fathom-harness-") as folder:
             here = {"home": Path(folder) / "home", "database_url": None}
             fathom = open_fathom(load_settings(model=model).model_copy(update=here))
