@@ -43,7 +43,7 @@ def harness(
     """
     from eval.harness import FathomLM, run_tasks
 
-    routes: list[Route | None] = list(route or [None])
+    routes: list[Route | None] = [*route] if route else [None]
     for asked in routes:
         with TemporaryDirectory(prefix="fathom-harness-") as folder:
             here = {"home": Path(folder) / "home", "database_url": None}
