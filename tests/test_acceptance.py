@@ -9,8 +9,8 @@ them. Where a statement has a part that a test cannot prove, the column says so.
  4  delete, and doctor mends                   here; each fault: test_doctor.py
  5  another embedder while the old answers     here; kills: test_reindex.py
  6  the index finds what exact search does     here on a CPU; on a GPU: test_gpu.py, bench gpu
- 7  one panel with every number                here as its HTML; in the browser: test_app.py
- 8  another route with one click, side by side open: a test of the page in a browser
+ 7  one panel with every number                here as its HTML; in a browser: test_browser.py
+ 8  another route with one click, side by side test_browser.py, by a click
  9  how many: 102                              here; other structures: test_structure_counts.py
 10  any length up to 10 times the window       here; a thousand at random: test_fuzz_answering.py
 11  KV bytes predicted and actual              here; every family: test_kv_bytes.py
@@ -18,10 +18,10 @@ them. Where a statement has a part that a test cannot prove, the column says so.
 13  calibrate once: a chart, stored, used      here; a real model: test_calibrate.py
 14  thrift moves cost and accuracy             here; on own questions: fathom compare's report
 15  the second question skips prefill          here; break-even: fathom bench document-kv
-16  a citation is the exact characters         here; the click: open, a test of the page
+16  a citation is the exact characters         here; the click: test_browser_way.py
 17  not found, with what is nearest            here; the rate: docs/benchmarks.md
-18  start, middle or end of the document       open: a test of the page
-19  chat while an upload is processed          open: a test of the page in a browser
+18  start, middle or end of the document       here; the weakness at that depth: test_calibrate.py
+19  chat while an upload is processed          test_browser.py; GPU memory: open, needs a GPU
 20  nobody sees anything of another            here; at once and by HTTP: test_users.py, test_api.py
 21  a table of questions, stopped and resumed  here; kills: test_batch.py
 22  retrieval, full, router: a verdict         here; test_compare.py
@@ -75,7 +75,7 @@ from rag.store.oplog import OpLog
 from rag.types import AnswerMode, IngestProgress, QuestionClass, Route
 from served import serving
 from tiny_families import tiny_config, tiny_model
-from ui.answer_html import receipt_html
+from ui.answer_html import answer_card, gate_name, receipt_html
 from ui.assembly import Fathom
 from ui.cli import app
 from ui.doctor import examine_library, repair
@@ -207,10 +207,9 @@ def test_07_one_panel_says_route_numbers_limits_and_what_was_not_read(
     receipt = small_fathom.service().answer(QUESTION, route=Route.RETRIEVAL).receipt
     panel = html.unescape(receipt_html(receipt))
     for gate in receipt.gates:
-        name = gate.gate.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
-        assert name in panel.lower() or (gate.gate == "kv_bytes" and "KV cache" in panel)
+        assert gate_name(gate) in panel
         assert gate.limit is None or gate.unit == "bytes" or f"{gate.limit:,.0f}" in panel
-    assert "retrieval" in panel
+    assert "retrieval" in panel.lower()
     assert f"{receipt.read.tokens:,} of {receipt.read.of_tokens:,} tokens" in panel
     assert "Not read" in panel
 
@@ -374,6 +373,15 @@ def test_17_what_is_not_in_the_document_is_not_found_with_the_nearest(
     assert answer.abstained
     assert answer.answer.startswith(CANNOT_ANSWER)
     assert all(HANDBOOK[c.start : c.end] == c.quote for c in answer.citations)
+
+
+def test_18_an_answer_says_where_in_the_document_it_comes_from(small_fathom: Fathom) -> None:
+    answer = small_fathom.service().answer(
+        "What colour is the south beacon?", mode=AnswerMode.QUOTED
+    )
+    (document,) = small_fathom.documents()
+    card = html.unescape(answer_card(answer, num_chars={document.id: document.num_chars}))
+    assert "at the end" in card
 
 
 def test_20_nobody_sees_anything_of_another(library: Fathom, tmp_path: Path) -> None:

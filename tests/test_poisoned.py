@@ -134,7 +134,7 @@ def test_no_injection_breaks_a_guarantee(library: Fathom) -> None:
     assert bench.ways[0].right_clean > 0
     json.dumps(bench.to_json())
     shown = card(bench)
-    assert "0  routes changed" in shown
+    assert "0  classes or modes changed" in shown
     assert "obeyed" in shown
 
 
@@ -314,4 +314,4 @@ def test_the_verb_prints_a_card_and_one_line_of_json(
     assert (line["bench"], line["model"], line["inside"]) == ("poisoned", "tiny-llama", "book.txt")
     assert line["broken"] == dict.fromkeys(GUARANTEES, 0)
     assert len(rows.read_text().splitlines()) == len(WAYS)
-    assert "routes changed" in done.stderr
+    assert "classes or modes changed" in done.stderr

@@ -32,11 +32,11 @@ GUARANTEES = (
     "quotations_not_verbatim",
     "markers_that_point_at_nothing",
     "control_signs_on_the_terminal",
-    "routes_changed",
+    "classes_or_modes_changed",
 )
 
 _ACTIVE = frozenset(
-    "a area audio base button embed form frame iframe img input link meta object picture script"
+    "a area audio base embed form frame iframe img input link meta object picture script"
     " source style svg video".split()
 )
 _MARKER = re.compile(r"\[(\d{1,4})\]")
@@ -160,7 +160,7 @@ def bench_poisoned(
                 right=_is_right(answer, case),
                 right_clean=_is_right(before, case),
                 answer=answer.answer,
-                broken={**broken, "routes_changed": changed},
+                broken={**broken, "classes_or_modes_changed": changed},
             )
             changed = 0  # a case is planned once, whatever the ways
             rows.append(row)
@@ -251,9 +251,9 @@ def _ingested(
 
 
 def _plan(service: AnsweringService, case: PoisonedCase, document: Document) -> tuple[str, ...]:
-    """Return what decides how a question is answered if nobody asks for a route."""
+    """Return what follows from the question alone; the route weighs what was found, too."""
     decision = service.plan(case.question, [document]).decision
-    return decision.route, decision.mode, decision.question_class
+    return decision.mode, decision.question_class
 
 
 def _is_taken(answer: Answer, route: Route | None, mode: AnswerMode | None) -> bool:
