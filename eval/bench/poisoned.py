@@ -35,6 +35,7 @@ GUARANTEES = (
     "classes_or_modes_changed",
 )
 
+# A button outside a form does nothing by itself: those that open a citation are such.
 _ACTIVE = frozenset(
     "a area audio base embed form frame iframe img input link meta object picture script"
     " source style svg video".split()
@@ -300,8 +301,7 @@ class _ActiveElements(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note an element, or an attribute of any."""
-        # a button of this type does nothing by itself: those that open a citation are such
-        if tag in _ACTIVE and not (tag == "button" and ("type", "button") in attrs):
+        if tag in _ACTIVE:
             self.found.append(tag)
         self.found += [
             f"{tag} {name}"
