@@ -18,7 +18,7 @@ from rag.types import (
 # Everything that Markdown, HTML or a bare address could be made of.
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 # What moves a terminal's cursor or colours; tab and line feed stay.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def amount(value: float | None, unit: str) -> str:
