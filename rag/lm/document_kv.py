@@ -77,7 +77,8 @@ def snapshot(cache: Cache, model_type: str) -> tuple[tuple[Tensor, Tensor], ...]
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    from rag.lm.native_cache import EightBitLayer, OwningWindowLayer
+    from rag.lm.eight_bit_cache import EightBitLayer
+    from rag.lm.native_cache import OwningWindowLayer
 
     if model_type in _STATE_ELSEWHERE:
         return None

@@ -121,12 +121,12 @@ def _shifted(
     padding = torch.tensor(front_padding, device=model.device)[:, None]
     slots = torch.arange(held + new, device=model.device)[None, :]
     options = {"attention_mask": (slots >= padding).long()}
-    if _takes_positions(type(model).forward):
+    if takes_positions(type(model).forward):
         options["position_ids"] = (slots - padding)[:, held:]
     return options
 
 
 @lru_cache
-def _takes_positions(forward: Callable[..., Any]) -> bool:
+def takes_positions(forward: Callable[..., Any]) -> bool:
     """Say whether a model is told positions; the others work them out from the mask."""
     return "position_ids" in signature(forward).parameters

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 _FLOAT32_BYTES = 4
-# What a cache layer keeps beside what it caches: counters, not tokens.
-_COUNTERS = frozenset({"_sliding_window_tensor", "cumulative_length"})
+# What a cache layer keeps beside what it caches: counters, and what is the model's.
+_NOT_CACHED = frozenset({"_sliding_window_tensor", "cumulative_length", "key_sizes"})
 
 
 # Bytes of 32 elements; every width of a cached head is a multiple of 2, most of 32.
@@ -76,7 +76,7 @@ def measured_kv_bytes(cache: Cache) -> int:
         _tensor_bytes(value)
         for layer in cache.layers
         for name, value in vars(layer).items()
-        if name not in _COUNTERS
+        if name not in _NOT_CACHED
     )
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rag.errors import OutOfMemoryError
 from rag.lm.device import free_device_bytes
 from rag.lm.document_kv import DocumentKV, KeptPrefix, prefix_key, restore, snapshot
+from rag.lm.eight_bit_cache import new_cache
 from rag.lm.engine import DocumentPrefix
 from rag.lm.forward import forward, prefill_chunks
 from rag.lm.kv_bytes import kv_cache_bytes, read_copy_bytes
-from rag.lm.native_cache import branch, native_cache
+from rag.lm.native_cache import branch
 from rag.lm.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Prefill:
         if any(tuple(p[:boundary]) != tuple(prompts[0][:boundary]) for p in prompts):
             boundary, prefix = 0, None
         key = self._key(prompts[0], prefix)
-        first = native_cache(model.config, self.spec.kv_dtype)
+        first = new_cache(model, self.spec)
         begun = time.perf_counter()
         reused = self._reuse(key, first, model)
         load_seconds = time.perf_counter() - begun if reused else 0.0
@@ -149,7 +150,7 @@ class Prefill:
             elif base is not None:
                 state = Prefilled(branch(base, 1), boundary, boundary)
             else:
-                state = Prefilled(native_cache(model.config, self.spec.kv_dtype), 0, 0)
+                state = Prefilled(new_cache(model, self.spec), 0, 0)
             yield number, state
             for start, end in prefill_chunks(state.num_tokens, boundary, len(ids)):
                 if stop.is_set():

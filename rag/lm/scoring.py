@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from rag.lm.eight_bit_cache import new_cache
 from rag.lm.engine import ScoreRequest, Scores
 from rag.lm.forward import forward, prefill_chunks
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
-from rag.lm.native_cache import branch, native_cache
+from rag.lm.native_cache import branch
 from rag.lm.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def score_tails(
     rows = _rows(requests, shared)
     batches = _batches(rows, requests, spec, shared, usable_bytes)
     for batch in batches:
-        own: Cache = native_cache(model.config, spec.kv_dtype)
+        own: Cache = new_cache(model, spec)
         if shared:
             is_last = batch is batches[-1]
             own = cache if is_last and len(batch) == 1 else branch(cache, len(batch))
