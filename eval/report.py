@@ -100,11 +100,15 @@ def _page(analysis: Analysis, pictures: Mapping[str, str], *, with_failures: boo
         _abstention_table(analysis.arms),
     ]
     if analysis.gap_closed is not None:
-        parts.append(
-            f"<p>Of the way from the best single arm to the oracle router, the router went"
+        words = (
+            "The router is above the oracle router: it does not only choose between the two routes,"
+            " it also answers otherwise than they do, by quotation or by a count."
+            if analysis.gap_closed > 1
+            else "Of the way from the best single arm to the oracle router, the router went"
             f" {100 * analysis.gap_closed:.0f}%. The oracle picks lucky answers too, so all of it"
-            " cannot be gone.</p>"
+            " cannot be gone."
         )
+        parts.append(f"<p>{words}</p>")
     for name, title in pictures.items():
         parts.append(f'<h2>{escape(title)}</h2><img src="{escape(name)}" alt="{escape(title)}">')
     parts += [
