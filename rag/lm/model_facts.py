@@ -53,7 +53,7 @@ def find_model_facts(name: str, settings: Settings) -> ModelFacts:
         sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
         return ModelFacts(
             name=name,
-            source=f"the config.json in {folder}",
+            source=f"the config.json in {folder.name}",
             spec=ModelSpec.from_config(config),
             file_bytes=sum(sizes) or None,
             quantization=_quantization(config),
