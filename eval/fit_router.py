@@ -151,17 +151,17 @@ def _calibration(fitted: FloatArray, labels: FloatArray) -> tuple[tuple[float, f
 
 
 def pairs_from_answers(receipts: ReceiptStore, service: AnsweringService) -> list[LabelledPair]:
-    """Return the questions of a library that two routes answered, as labels.
+    """Return the questions of a library whose route a person overruled, as labels.
 
-    Who asks again by another route was not content: of two routes the one asked last is right, if
-    it gave an answer, and the one before it is wrong.
+    Who asks again by another route was not content: the route asked for is right, if it gave an
+    answer, and the one that the router chose is wrong.
 
     Args:
         receipts: the answers given so far.
         service: tells what the router knew of each question.
     """
     pairs = []
-    for question, document_ids, first, last in receipts.written_both_ways():
+    for question, document_ids, first, last in receipts.overruled():
         right = {first.receipt.route: 0.0, last.receipt.route: float(not last.abstained)}
         pairs.append(
             LabelledPair(

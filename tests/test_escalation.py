@@ -178,9 +178,12 @@ def test_the_receipt_weighs_the_routes(tmp_path: Path) -> None:
 
 
 def test_asking_again_by_another_route_is_a_label(tmp_path: Path) -> None:
-    fathom, _ = _library(tmp_path, hidden=True)
+    fathom, _ = _library(tmp_path, hidden=True, escalations=0)
     service = fathom.service()
-    service.answer(QUESTION, route=Route.RETRIEVAL)
+    other = "Who made soup number 7?"
+    for route in (Route.RETRIEVAL, Route.FULL):  # side by side: nobody was overruled
+        service.answer(other, route=route)
+    assert service.answer(QUESTION).receipt.route is Route.RETRIEVAL
     assert pairs_from_answers(fathom.receipts, service) == []  # one route alone says nothing
     service.answer(QUESTION, route=Route.FULL)
     (pair,) = pairs_from_answers(fathom.receipts, service)

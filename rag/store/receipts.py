@@ -82,10 +82,11 @@ class ReceiptStore:
             raise _no_receipt(receipt_id)
         return question, document_ids
 
-    def written_both_ways(self) -> list[tuple[str, list[int], Answer, Answer]]:
-        """Return (question, document ids, first, last) where two routes wrote an answer to it.
+    def overruled(self) -> list[tuple[str, list[int], Answer, Answer]]:
+        """Return (question, document ids, first, last) where a person overruled the router.
 
-        `last` is the newest answer by full or retrieval, `first` the newest by the other of them.
+        `first` was written by the route that the router chose, full or retrieval, `last` after it
+        by the other one, which was asked for. Routes asked for side by side overrule nothing.
         Questions of documents that are gone are left out.
         """
         asked: dict[tuple[str, tuple[int, ...]], dict[Route, Answer]] = {}
@@ -111,7 +112,9 @@ class ReceiptStore:
         return [
             (question, list(ids), *routes.values())  # type: ignore[misc]
             for (question, ids), routes in asked.items()
-            if len(routes) == 2 and ids
+            if len(routes) == 2
+            and ids
+            and [given.receipt.asked_for is None for given in routes.values()] == [True, False]
         ]
 
     def since(

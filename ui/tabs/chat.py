@@ -74,7 +74,7 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
             held = html_view()
             uploaded = build_upload(library_of, label="Add documents", elem_id="upload")
             route = gr.Radio(
-                list(_ROUTES), value="Auto", label="Route", info="Auto reads all where that fits"
+                list(_ROUTES), value="Auto", label="Route", info="Auto weighs what fits"
             )
             with gr.Column(elem_id="past", min_width=0):
                 new = gr.Button("New conversation", size="sm", elem_id="new")

@@ -75,6 +75,7 @@ def _plan_html(
     fathom: Fathom, name: str, device_bytes: int, kv_dtype_name: str, tokens: int
 ) -> str:
     """Return the plan of a model as gates, bars and two curves."""
+    from rag.lm.engine import name_with_cache
     from rag.lm.model_facts import find_model_facts
     from ui.plots import effective_length_figure, model_plan_figure, prefill_figure, to_svg
 
@@ -84,7 +85,8 @@ def _plan_html(
     longest = 2 * max(tokens, 16_384)
     lengths = sorted({max(2, longest * i // _POINTS) for i in range(1, _POINTS + 1)} | {tokens})
     seconds = _prefill_seconds(fathom, facts.name, facts.spec, lengths)
-    effective = CalibrationStore(fathom.database).effective_length_of(facts.name)
+    cached = name_with_cache(facts.name, kv_dtype) if kv_dtype is KVDtype.Q8_0 else facts.name
+    effective = CalibrationStore(fathom.database).effective_length_of(cached)
     plan = plan_model(
         facts.spec,
         tokens,
