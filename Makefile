@@ -15,9 +15,9 @@ run: $(STAMPS)/models
 	$(BIN)/fathom ingest --sample
 	$(BIN)/fathom serve
 
-test: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser $(STAMPS)/postgres check
+test: $(STAMPS)/test-installed $(STAMPS)/test-models $(STAMPS)/browser $(STAMPS)/postgres check
 
-test-long: $(STAMPS)/installed $(STAMPS)/test-models $(STAMPS)/browser $(STAMPS)/postgres
+test-long: $(STAMPS)/test-installed $(STAMPS)/test-models $(STAMPS)/browser $(STAMPS)/postgres
 	$(BIN)/pytest -m long
 
 check:
@@ -43,6 +43,11 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	touch $@
 
 $(STAMPS)/installed: $(STAMPS)/torch pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[$(EXTRA)]"
+	touch $@
+
+# What the tests need besides: who only asks questions need not wait for it.
+$(STAMPS)/test-installed: $(STAMPS)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[$(EXTRA),test]"
 	touch $@
 
