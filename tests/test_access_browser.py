@@ -1,11 +1,6 @@
 """Two people in real browsers, and a page that asks nothing of anybody else, whatever it shows."""
 
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,21 +8,10 @@ import pytest
 
 from conftest import HANDBOOK, HashEmbedder
 from rag.settings import Settings
+from served_page import ARGUMENTS, CHROMIUM, served
 from ui.assembly import Fathom
 
-CHROMIUM = Path("/usr/bin/chromium")
-ROOT = Path(__file__).resolve().parents[1]
 PASSWORD = "correct horse battery"
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 EVIL = "http://evil.example"
 # What a document or a model may say to have a browser fetch, run, go or send something.
 PAYLOADS = [
@@ -116,24 +100,8 @@ def url(fathom: Fathom) -> Iterator[str]:
     """Serve the whole application; the model says every payload, then a line that is true."""
     reply = fathom.settings.home / "reply.txt"
     reply.write_text("\n\n".join([*PAYLOADS, "The harbour fee is 35 crowns a night."]))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = [str(ROOT), str(ROOT / "tests"), str(fathom.settings.home), str(port), str(reply)]
-    process = subprocess.Popen([sys.executable, "-c", _SERVER, *arguments])
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(900):
-            try:
-                httpx.get(f"{address}/healthz", timeout=1).raise_for_status()
-                break
-            except httpx.HTTPError:
-                assert process.poll() is None, "the server ended"
-                time.sleep(0.1)
+    with served(_SERVER, fathom.settings.home, str(reply)) as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture
