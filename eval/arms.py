@@ -365,6 +365,7 @@ class _Asking:
             embedder=self._retriever.embedder_name,
             breadth=1,
             kv_dtype=plan.kv_dtype,
+            thrift=plan.thrift,
             asked_for=None,
             standalone_question=None,
         )

@@ -16,7 +16,7 @@ from random import Random
 from threading import Event
 from typing import Any
 
-from eval.judge_calibration import Calibration, judge
+from eval.judge_calibration import judge
 from eval.synthetic import (
     SUITE_VERSION,
     Haystack,
@@ -28,7 +28,7 @@ from eval.synthetic import (
 from rag.answering.prompt import build_messages
 from rag.errors import ModelError
 from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, Prompt, ScoreRequest, TextPiece
-from rag.store.calibrations import CalibrationStore
+from rag.store.calibrations import CalibrationStore, EffectiveLength
 from rag.types import ContextPassage, Document, Passage
 
 SHORTEST_TOKENS = 512
@@ -201,7 +201,7 @@ def calibrate(
     stop: Event | None = None,
     on_progress: Callable[[CalibrationProgress], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
-) -> Calibration:
+) -> EffectiveLength:
     """Ask what was not asked yet, store what was found, and return it.
 
     Args:
@@ -251,7 +251,7 @@ def calibrate(
         dtype=dtype,
         device=device,
     )
-    calibrations.save_effective_length(found.found)
+    calibrations.save_effective_length(found)
     return found
 
 

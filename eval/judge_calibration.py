@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from statistics import fmean, median
 from typing import Any
@@ -10,35 +9,9 @@ from typing import Any
 from eval.effective_length import Scores, estimate_length, mean_interval
 from eval.synthetic import LOOKUPS, NUM_OPTIONS, SUITE_VERSION, Task
 from rag.errors import ModelError
-from rag.store.calibrations import EffectiveLength, LengthPoint
+from rag.store.calibrations import DepthCell, EffectiveLength, LengthPoint
 
 NUM_DEPTHS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class DepthCell:
-    """Lookups at one length whose fact lies in one stretch of the document: 0 its start, 1 its end.
-
-    `correct` is their mean score.
-    """
-
-    tokens: int
-    depth_from: float
-    depth_to: float
-    correct: float
-    num_questions: int
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What a run found: the effective length, which is stored, and the chart's cells."""
-
-    found: EffectiveLength
-    cells: tuple[DepthCell, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the object that `fathom calibrate --json` prints."""
-        return self.found.to_json() | {"cells": [asdict(cell) for cell in self.cells]}
 
 
 def judge(
@@ -50,8 +23,8 @@ def judge(
     filler: str,
     dtype: str,
     device: str,
-) -> Calibration:
-    """Return what the records show.
+) -> EffectiveLength:
+    """Return what the records show: the effective length, each task by itself, and depths.
 
     Replies are what counts; where they are too poor even at the shortest length, the likeliest
     option does, which a model that cannot write the form may still find.
@@ -82,7 +55,7 @@ def judge(
             if chosen.is_measurable:
                 scored_by, key, estimate = "options", "likeliest", chosen
     lookups = _scores(records, LOOKUPS, key)
-    found = EffectiveLength(
+    return EffectiveLength(
         model=model,
         model_id=model_id,
         tokens=estimate.low_tokens,
@@ -101,8 +74,8 @@ def judge(
         dtype=dtype,
         device=device,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        cells=tuple(_cells(records, key)),
     )
-    return Calibration(found, tuple(_cells(records, key)))
 
 
 def _scores(

@@ -353,6 +353,8 @@ class Receipt:
     follow-up as it was rewritten and asked; None where the question stood alone. `asked_for` is the
     route that the person chose, None where the router did; `breadth` how many times the retrieval
     budget was read. `kv_dtype` is the format of the cache, None where it is the model's own.
+    `thrift` is what routes were weighed with, where they were: the probability of being right that
+    1,000 prompt tokens were worth; None in receipts older than it.
     """
 
     id: str
@@ -378,6 +380,7 @@ class Receipt:
     asked_for: Route | None = None
     breadth: int = 1
     kv_dtype: str | None = None
+    thrift: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,6 @@ from eval.compare import compare, find_documents
 from eval.examples import EvalExample
 from eval.fit_router import LabelledPair, fit_router
 from eval.journal import Run as Comparing
-from eval.judge_calibration import Calibration
 from eval.report import to_json
 from eval.synthetic import Mix
 from eval.tables import read_table
@@ -71,6 +70,7 @@ from rag.lm.positions import PositionVerdict, position_limit, position_verdict
 from rag.lm.spec import ModelSpec
 from rag.routing.utility import RouteFeatures, load_weights
 from rag.settings import Settings
+from rag.store.calibrations import EffectiveLength
 from rag.store.oplog import OpLog
 from rag.types import AnswerMode, IngestProgress, QuestionClass, Route
 from served import serving
@@ -296,15 +296,15 @@ def test_13_calibrate_gives_a_chart_and_a_length_that_is_used(
     small_fathom: Fathom, tmp_path: Path
 ) -> None:
     calibration = _calibrate(small_fathom)
-    assert {point.tokens for point in calibration.found.points} == {1536, 2048}
+    assert {point.tokens for point in calibration.points} == {1536, 2048}
     assert calibration.cells
     draw_calibration(calibration, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     stored = small_fathom.calibrations.effective_length(small_fathom.engine.model_id)
-    assert stored == calibration.found
+    assert stored == calibration
 
 
-def _calibrate(library: Fathom) -> Calibration:
+def _calibrate(library: Fathom) -> EffectiveLength:
     run = Calibrating((1536, 2048), num_haystacks=1, mixes=(Mix.LOOKUP,))
     return calibrate(library.engine, library.calibrations, run, dtype="32 bits", device="a test")
 

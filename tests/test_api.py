@@ -376,9 +376,10 @@ def test_a_turned_page_has_its_boxes_where_its_words_are(anna: Person, tmp_path:
 
 def test_a_question_is_answered_and_its_receipt_is_kept(anna: Person) -> None:
     number = anna.upload("handbook.md", HANDBOOK)["id"]
-    asked = {"question": QUESTION, "documents": [number], "route": "retrieval"}
+    asked = {"question": QUESTION, "documents": [number], "route": "retrieval", "thrift": 0.02}
     answer = anna.http.post("/v1/questions", json=asked).json()
     assert answer["receipt"]["route"] == "retrieval"
+    assert answer["receipt"]["thrift"] == 0.02
     assert answer["citations"][0]["quote"] in HANDBOOK
     assert anna.http.get(f"/v1/receipts/{answer['receipt']['id']}").json() == answer
     with anna.http.stream("POST", "/v1/questions", json={**asked, "stream": True}) as stream:
@@ -387,7 +388,8 @@ def test_a_question_is_answered_and_its_receipt_is_kept(anna: Person) -> None:
     assert events[0][0] == "route"
     assert events[-1][0] == "answer"
     assert json.loads(events[-1][1])["answer"] == answer["answer"]
-    for wrong in ({}, {"question": ""}, {**asked, "rout": "full"}, {**asked, "route": "guess"}):
+    wrongs = {"rout": "full"}, {"route": "guess"}, {"thrift": 2}, {"question": ""}
+    for wrong in ({}, *({**asked, **change} for change in wrongs)):
         refused = anna.http.post("/v1/questions", json=wrong)
         assert refused.status_code == 422
         assert refused.json()["error"]["message"]
@@ -486,11 +488,12 @@ def test_openais_client_asks_and_gets_citations(anna: Person) -> None:
             {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
         ],
         temperature=0,
-        extra_body={"fathom": {"documents": [number], "route": "retrieval"}},
+        extra_body={"fathom": {"documents": [number], "route": "retrieval", "thrift": 0.5}},
     )
     told = given.model_extra["fathom"] if given.model_extra else {}
     assert given.choices[0].message.content
     assert told["receipt"]["route"] == "retrieval"
+    assert told["receipt"]["thrift"] == 0.5
     assert told["citations"][0]["quote"] in HANDBOOK
     assert told["messages_not_read"] == 1
     assert given.usage is not None

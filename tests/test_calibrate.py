@@ -218,10 +218,10 @@ def test_a_run_that_breaks_off_goes_on_and_ends_as_one_that_did_not(
 
     other = CalibrationStore(Database(f"sqlite:///{tmp_path / 'other.sqlite'}"))
     whole = calibrate_here(kept_engine(tmp_path / "other"), other, run)
-    assert timeless(resumed.found) == timeless(whole.found)
+    assert timeless(resumed) == timeless(whole)
     assert resumed.cells == whole.cells
-    assert calibrations.effective_length(engine.model_id) == resumed.found
-    assert calibrations.effective_length_of("tiny") == resumed.found
+    assert calibrations.effective_length(engine.model_id) == resumed
+    assert calibrations.effective_length_of("tiny") == resumed
     assert calibrations.effective_length_of("another") is None
 
     seen.clear()
@@ -237,7 +237,7 @@ def test_a_run_with_a_budget_ends_with_whole_rounds(
     engine = kept_engine(tmp_path)
     ticks = iter(range(1_000_000))
     run = Run(TINY_LENGTHS, num_haystacks=5, mixes=(Mix.LOOKUP,), budget_seconds=12)
-    found = calibrate_here(engine, calibrations, run, clock=lambda: float(next(ticks))).found
+    found = calibrate_here(engine, calibrations, run, clock=lambda: float(next(ticks)))
     counts = {point.num_haystacks for point in found.points}
     assert len(counts) == 1  # as many of each length
     assert 1 <= counts.pop() < 5
@@ -270,12 +270,11 @@ def test_a_server_whose_sight_is_known_is_measured_so(
     server.thread.start()
     try:
         run = Run((1536, 2048, 2560, 3072), num_haystacks=5, mixes=(Mix.LOOKUP,))
-        calibration = calibrate_here(server.engine(), calibrations, run)
+        found = calibrate_here(server.engine(), calibrations, run)
     finally:
         server.http.shutdown()
         server.http.server_close()
         server.thread.join()
-    found = calibration.found
     # Bytes are counted. It sees the share SEEN_CHARS / document, so it is right for 85% where the
     # document has 1,765; the prompt around the documents takes the same of each.
     (record, *_) = calibrations.load_all(run.rows_prefix(found.model_id)).values()
@@ -285,7 +284,7 @@ def test_a_server_whose_sight_is_known_is_measured_so(
     assert truth / 1.2 < found.tokens <= truth
     assert truth / 1.1 < found.median_tokens < 1.1 * truth
     assert {row["score"] for row in record["rows"] if row["task"] == Task.ABSENT} == {1.0}
-    at = {(cell.tokens, cell.depth_from): cell.correct for cell in calibration.cells}
+    at = {(cell.tokens, cell.depth_from): cell.correct for cell in found.cells}
     assert at[3072, 0.0] == 0
     assert at[3072, 0.8] == 1
 
@@ -373,7 +372,7 @@ def saved(library: Fathom, tokens: int) -> None:
         filler="none",
         dtype="32 bits",
         device="a test",
-    ).found
+    )
     library.calibrations.save_effective_length(replace(found, tokens=tokens))
 
 
@@ -512,8 +511,7 @@ def test_a_real_model_finds_the_facts_of_short_prompts(
         "smollm2-135m", Settings(), calibrations=calibrations, document_kv=kept
     )
     run = Run((512, 600), num_haystacks=1, mixes=(Mix.LOOKUP,))
-    calibration = calibrate_here(engine, calibrations, run)
-    found = calibration.found
+    found = calibrate_here(engine, calibrations, run)
     assert found.tasks[Task.LITERAL]["base"] >= 0.5
     assert found.tasks[Task.MANY_KEYS]["base"] >= 0.5
     assert [point.num_questions for point in found.points] == [10, 10]
@@ -521,7 +519,7 @@ def test_a_real_model_finds_the_facts_of_short_prompts(
         assert point.predicted_seconds is not None
         assert point.prefill_seconds is not None
     picture = tmp_path / "chart.png"
-    draw_calibration(calibration, picture)
+    draw_calibration(found, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     ((_, record), *_) = calibrations.load_all(run.rows_prefix(engine.model_id)).items()
     assert 480 < record["prompt_tokens"] <= 512

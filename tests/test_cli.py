@@ -74,7 +74,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_models
 @pytest.mark.model
 def test_ask_prints_the_contract_and_its_quotes_are_the_text(home: Path) -> None:
-    done = fathom(home, "ask", "--json", "What is the harbour fee a night?")
+    done = fathom(home, "ask", "--json", "--thrift", "0.02", "What is the harbour fee a night?")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert set(answer) == {"answer", "abstained", "citations", "receipt"}
@@ -86,6 +86,7 @@ def test_ask_prints_the_contract_and_its_quotes_are_the_text(home: Path) -> None
     receipt = answer["receipt"]
     assert receipt["kv_bytes"]["predicted"] == receipt["kv_bytes"]["actual"]
     assert receipt["model"] == "smollm2-135m"
+    assert receipt["thrift"] == 0.02
     stored = fathom(home, "receipt", receipt["id"], "--json")
     assert json.loads(stored.stdout) == answer
 

@@ -332,7 +332,7 @@ class Harbour:
             filler="none",
             dtype="32 bits, cache in q8_0",
             device="a test",
-        ).found
+        )
         self.fathom.calibrations.save_effective_length(replace(found, tokens=tokens))
 
 

@@ -100,7 +100,7 @@ def receipt_html(receipt: Receipt) -> str:
         ("Not read", read.not_read or "nothing was left out"),
         *(("Given up", words) for words in receipt.escalations),
         ("Question", class_words(receipt)),
-        *([("Worth", routes_words(receipt.routes))] if receipt.routes else []),
+        *([("Worth", routes_words(receipt.routes, receipt.thrift))] if receipt.routes else []),
         *([("Scan", scan_words(receipt.scan))] if receipt.scan else []),
         ("Prompt", f"{receipt.prompt_tokens:,} tokens, {_reused(receipt)}"
          f" {receipt.new_tokens:,} written"),

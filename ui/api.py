@@ -27,7 +27,7 @@ from rag.answering.service import AnswerEvent, AnswerReady, QuestionRewritten, R
 from rag.errors import FathomError, QuotaError
 from rag.lm.engine import PrefillProgress, TextPiece
 from rag.types import AnswerMode, Document, Route
-from ui.asking import ask_events, document_ids, turn_before, whole_answer
+from ui.asking import Thrift, ask_events, document_ids, turn_before, whole_answer
 from ui.assembly import Fathom
 from ui.fair_queue import Waiting
 from ui.http_errors import ERRORS, STREAMED, PlainError, error_json, status_of, unexpected
@@ -56,6 +56,7 @@ class Question(BaseModel):
     collection: str | None = Field(default=None, max_length=1_000)
     route: Route | None = None
     mode: AnswerMode | None = None
+    thrift: Thrift = None
     after: str | None = Field(
         default=None, max_length=64, description="Receipt of the answer that this one follows."
     )
@@ -166,6 +167,7 @@ def add_api(app: FastAPI, fathom: Fathom) -> None:
             route=asked.route,
             mode=asked.mode,
             history=history,
+            thrift=asked.thrift,
         )
         if asked.stream:
             return StreamingResponse(_server_sent(events), media_type="text/event-stream")

@@ -75,13 +75,13 @@ def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
     with blocks:
         brand = gr.HTML(_BRAND, elem_id="brand", apply_default_css=False)
         with gr.Tab("Chat") as chat_tab:
-            build_chat(fathom.for_user, blocks, chat_tab)
+            thrift = build_chat(fathom.for_user, blocks, chat_tab, fathom.settings.thrift)
         with gr.Tab("Library") as library_tab:
             build_library(fathom.for_user, library_tab)
         with gr.Tab("Compare") as compare_tab:
             build_compare(fathom.for_user, compare_tab)
         with gr.Tab("Limits") as limits_tab:
-            build_limits(fathom, limits_tab)
+            build_limits(fathom, limits_tab, thrift)
 
         def greet(request: gr.Request) -> Any:  # noqa: ANN401 - HTML, or no change
             name = fathom.for_user(request).owner

@@ -2,9 +2,11 @@
 
 from collections.abc import AsyncIterator, Sequence
 from threading import Event
+from typing import Annotated
 
 from anyio import CancelScope, CapacityLimiter
 from anyio.to_thread import run_sync
+from pydantic import Field
 from starlette.requests import Request
 
 from rag.answering.conversation import Turn
@@ -14,6 +16,15 @@ from rag.types import Answer, AnswerMode, Route
 from ui.fair_queue import MAX_WAITING, Waiting
 from ui.library import Library
 
+# What a request may say of thrift; without, the settings do.
+Thrift = Annotated[
+    float | None,
+    Field(
+        ge=0,
+        le=1,
+        description="Probability of being right that 1,000 prompt tokens are worth.",
+    ),
+]
 _THREADS = CapacityLimiter(MAX_WAITING + 8)  # those who wait must not keep others from asking
 
 
@@ -47,10 +58,17 @@ async def ask_events(
     route: Route | None = None,
     mode: AnswerMode | None = None,
     history: Sequence[Turn] = (),
+    thrift: float | None = None,
 ) -> AsyncIterator[Waiting | AnswerEvent]:
     """Yield the events of an answer, computed in a thread; leaving early stops the model."""
     events = own.stream(
-        question, document_ids=ids, route=route, mode=mode, history=history, stop=stop
+        question,
+        document_ids=ids,
+        route=route,
+        mode=mode,
+        history=history,
+        thrift=thrift,
+        stop=stop,
     )
     try:
         while (event := await run_sync(next, events, None, limiter=_THREADS)) is not None:

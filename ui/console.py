@@ -42,6 +42,16 @@ CollectionOption = Annotated[
 RouteOption = Annotated[
     Route | None, typer.Option("--route", help="Ask for a route; the gates still hold.")
 ]
+ThriftOption = Annotated[
+    float | None,
+    typer.Option(
+        "--thrift",
+        min=0,
+        max=1,
+        help="Probability of being right that 1,000 prompt tokens are worth. Default:"
+        " FATHOM_THRIFT.",
+    ),
+]
 
 
 def open_fathom(settings: Settings) -> Any:  # noqa: ANN401

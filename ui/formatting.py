@@ -70,13 +70,14 @@ def scan_words(scan: ScanTally) -> str:
     )
 
 
-def routes_words(routes: Sequence[RouteEstimate]) -> str:
-    """Return what each route is worth: how likely it is right, and its prompt tokens."""
-    return "; ".join(
+def routes_words(routes: Sequence[RouteEstimate], thrift: float | None = None) -> str:
+    """Return what each route is worth: how likely it is right, its prompt tokens, the thrift."""
+    words = "; ".join(
         f"{estimate.route} likely right {estimate.probability:.0%} for"
         f" {estimate.cost_tokens:,} tokens"
         for estimate in routes
     )
+    return words if thrift is None else f"{words}; thrift {thrift:g}"
 
 
 def class_words(receipt: Receipt) -> str:
@@ -160,7 +161,7 @@ def receipt_text(answer: Answer) -> str:
         lines.append(f"asked as: {receipt.standalone_question}")
     lines.append(f"question: {class_words(receipt)}")
     if receipt.routes:
-        lines.append(f"worth: {routes_words(receipt.routes)}")
+        lines.append(f"worth: {routes_words(receipt.routes, receipt.thrift)}")
     if receipt.scan:
         lines.append(f"scan: {scan_words(receipt.scan)}")
     kv = receipt.kv_bytes

@@ -103,6 +103,7 @@ class Library:
         route: Route | None = None,
         mode: AnswerMode | None = None,
         history: Sequence[Turn] = (),
+        thrift: float | None = None,
         stop: Event | None = None,
     ) -> Iterator[Waiting | AnswerEvent]:
         """Answer a question when it is its turn; see `AnsweringService.stream`.
@@ -125,6 +126,7 @@ class Library:
                     route=route,
                     mode=mode,
                     history=history,
+                    thrift=thrift,
                     stop=stop,
                 ):
                     if isinstance(event, AnswerReady):

@@ -25,7 +25,7 @@ from rag.answering.service import AnswerEvent, AnswerReady, QuestionRewritten, R
 from rag.errors import FathomError
 from rag.lm.engine import PrefillProgress, TextPiece
 from rag.types import Answer, AnswerMode, Route
-from ui.asking import ask_events, document_ids, whole_answer
+from ui.asking import Thrift, ask_events, document_ids, whole_answer
 from ui.assembly import Fathom
 from ui.fair_queue import Waiting
 from ui.http_errors import ERRORS, STREAMED, PlainError, error_json, unexpected
@@ -73,6 +73,7 @@ class Extension(BaseModel):
     collection: str | None = None
     route: Route | None = None
     mode: AnswerMode | None = None
+    thrift: Thrift = None
 
 
 class ChatRequest(BaseModel):
@@ -115,6 +116,7 @@ def openai_router(fathom: Fathom, library: Callable[[Request], Library]) -> APIR
             route=extension.route,
             mode=extension.mode,
             history=history,
+            thrift=extension.thrift,
         )
         not_read = sum(message.role not in ("user", "assistant") for message in asked.messages)
         if asked.stream:

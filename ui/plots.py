@@ -1,6 +1,6 @@
 """Pictures; the only place that imports matplotlib."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.effective_length import KEPT_SHARE
-from eval.judge_calibration import Calibration
+from eval.thrift import ThriftPoint
 from rag.lm.kv_bytes import KVDtype, kv_bytes_by_kind
 from rag.lm.peak_bytes import peak_bytes
 from rag.lm.positions import position_limit
 from rag.lm.spec import ModelSpec
 from rag.routing.model_plan import ModelPlan
-from rag.store.calibrations import EffectiveLength
+from rag.store.calibrations import DepthCell, EffectiveLength
 
 _GIB = 2**30
 _POINTS = 200
@@ -104,6 +104,28 @@ def prefill_figure(seconds: Mapping[int, float], tokens: int, deadline_seconds: 
     return figure
 
 
+def thrift_figure(curve: Sequence[ThriftPoint], here: ThriftPoint) -> Figure:
+    """Draw how likely an answer is right over what it costs, from no thrift to much.
+
+    Args:
+        curve: the thrifts tried, from 0 up.
+        here: the one that is set.
+    """
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    costs = [point.cost_tokens for point in curve]
+    axes.plot(costs, [100 * point.probability for point in curve], "-", color=_COLOURS[0])
+    axes.plot(costs, [100 * point.probability for point in curve], ".", color=_COLOURS[0])
+    mark = f"thrift {here.thrift:g}: {here.cost_tokens:,.0f} tokens, {here.probability:.0%}"
+    axes.plot([here.cost_tokens], [100 * here.probability], "o", color=_COLOURS[5], label=mark)
+    axes.set_xlabel("prompt tokens a question")
+    axes.set_ylabel("likely right, %")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.margins(y=0.25)
+    axes.legend(loc="lower right", fontsize="small")
+    return figure
+
+
 def to_svg(figure: Figure) -> str:
     """Return a figure as an SVG element in the colour of the text around it, for light and dark."""
     figure.patch.set_alpha(0)
@@ -127,43 +149,57 @@ def effective_length_figure(found: EffectiveLength) -> Figure:
     return figure
 
 
-def draw_calibration(calibration: Calibration, path: Path) -> None:
+def draw_calibration(found: EffectiveLength, path: Path) -> None:
     """Draw accuracy over length with its interval, and beneath it by length and depth.
 
     Args:
-        calibration: what `eval.calibrate` found.
+        found: what `fathom calibrate` found.
         path: the picture; its suffix chooses the format, e.g. .png or .svg.
     """
-    found, cells = calibration.found, calibration.cells
-    lengths = [point.tokens for point in found.points]
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     above, below = figure.subplots(2, 1)
-
     _draw_accuracy(above, found)
+    _draw_depths(below, found.cells)
+    figure.savefig(path, dpi=150)
+
+
+def depths_figure(cells: Sequence[DepthCell]) -> Figure:
+    """Draw how many lookups were right by length of the prompt and depth of the fact."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    _draw_depths(figure.add_subplot(), cells)
+    return figure
+
+
+def _draw_depths(axes: Axes, cells: Sequence[DepthCell]) -> None:
+    """Draw a heatmap that says each cell's number too; as paths, which an SVG may hold."""
+    lengths = sorted({cell.tokens for cell in cells})
     depths = sorted({cell.depth_from for cell in cells})
     at = {(cell.tokens, cell.depth_from): cell for cell in cells}
     grid = [[at[t, d].correct if (t, d) in at else float("nan") for t in lengths] for d in depths]
-    image = below.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="cividis")
+    axes.pcolormesh(
+        grid, vmin=0, vmax=1, cmap="cividis", edgecolors="white", linewidth=1, rasterized=False
+    )
     for row, depth in enumerate(depths):
         for column, tokens in enumerate(lengths):
             if (tokens, depth) in at:
                 cell = at[tokens, depth]
-                below.text(
-                    column,
-                    row,
+                axes.text(
+                    column + 0.5,
+                    row + 0.5,
                     f"{cell.correct:.0%}\n{cell.num_questions} asked",
                     ha="center",
                     va="center",
                     fontsize="small",
-                    color="black" if cell.correct > 0.6 else "white",
+                    color="#101010" if cell.correct > 0.6 else "#ffffff",
                 )
-    below.set_xticks(range(len(lengths)), [f"{tokens:,}" for tokens in lengths])
+    axes.set_xticks([n + 0.5 for n in range(len(lengths))], [f"{tokens:,}" for tokens in lengths])
     ends = {cell.depth_from: cell.depth_to for cell in cells}
-    below.set_yticks(range(len(depths)), [f"{d:.0%} to {ends[d]:.0%}" for d in depths])
-    below.set_xlabel("prompt tokens")
-    below.set_ylabel("depth of the fact")
-    figure.colorbar(image, ax=below)
-    figure.savefig(path, dpi=150)
+    axes.set_yticks(
+        [n + 0.5 for n in range(len(depths))], [f"{d:.0%} to {ends[d]:.0%}" for d in depths]
+    )
+    axes.invert_yaxis()  # the start of the document above
+    axes.set_xlabel("prompt tokens")
+    axes.set_ylabel("depth of the fact")
 
 
 def _draw_accuracy(axes: Axes, found: EffectiveLength) -> None:

@@ -90,6 +90,7 @@ def finished_answer(
     embedder: str,
     breadth: int,
     kv_dtype: str | None,
+    thrift: float,
     asked_for: Route | None,
     standalone_question: str | None,
 ) -> Answer:
@@ -104,6 +105,7 @@ def finished_answer(
         embedder: its fingerprint.
         breadth: how many times the retrieval budget was read.
         kv_dtype: the format of the cache where it is not the model's own.
+        thrift: what the plan weighed routes with.
         asked_for: the route that the person chose, if he did.
         standalone_question: a follow-up as it was rewritten; None if it was asked as it is.
     """
@@ -137,6 +139,7 @@ def finished_answer(
         asked_for=asked_for,
         breadth=breadth,
         kv_dtype=kv_dtype,
+        thrift=thrift,
     )
     return Answer(outcome.text, outcome.abstained, outcome.citations, receipt)
 

@@ -57,8 +57,9 @@ class Plan:
 
     `prefix` is the part of the prompt that another question would share, None if it is not kept.
     `engine` reads the prompt: the one of the settings, or the same with a quantised cache.
-    `breadth` is how many times the retrieval budget may be read. `counted` is the answer where the
-    text itself proves a count; the model then has nothing to do.
+    `thrift` is what the routes were weighed with, `breadth` how many times the retrieval budget may
+    be read. `counted` is the answer where the text itself proves a count; the model then has
+    nothing to do.
     """
 
     decision: RouteDecision
@@ -68,6 +69,7 @@ class Plan:
     document_tokens: int
     retrieve_seconds: float
     engine: Engine
+    thrift: float
     breadth: int = 1
     counted: Counted | None = None
 
@@ -111,6 +113,7 @@ class Planner:
         retrieval_tokens: int | None = None,
         breadth: int = 1,
         kv_dtype: str | None = None,
+        thrift: float | None = None,
     ) -> Plan:
         """Return what would be done with a question; the model reads nothing.
 
@@ -123,11 +126,14 @@ class Planner:
             retrieval_tokens: the budget of retrieved text; by default that of the settings.
             breadth: how many times that budget.
             kv_dtype: the quantised format in which everything was read and is to be read again.
+            thrift: the probability of being right that 1,000 prompt tokens are worth, 0 to 1; by
+                default that of the settings.
         """
         settings, engine = self._settings, self._engine
+        thrift = settings.thrift if thrift is None else thrift
         retrieval_tokens = (retrieval_tokens or settings.retrieval_tokens) * breadth
         document_tokens = self._document_tokens(documents)
-        nothing = Context((), 0, 0), Prompt((), 0), None, document_tokens, 0.0, engine
+        nothing = Context((), 0, 0), Prompt((), 0), None, document_tokens, 0.0, engine, thrift
         if route in (None, Route.SCAN) and mode is not AnswerMode.QUOTED:
             counted = count_from_text(question, documents, self._store)
             if counted:
@@ -193,7 +199,7 @@ class Planner:
                     Route.FULL: full_tokens - kept_tokens,
                     Route.RETRIEVAL: retrieval_prompt.num_tokens,
                 },
-                thrift=settings.thrift,
+                thrift=thrift,
             )
         decision = decide_route(
             tuple(gates),
@@ -219,6 +225,7 @@ class Planner:
             document_tokens,
             retrieve_seconds,
             reader,
+            thrift,
             breadth,
         )
 
@@ -297,6 +304,7 @@ class Planner:
                     mode=mode if is_quoted else None,
                     calibrate=True,
                     breadth=2,
+                    thrift=plan.thrift,
                 )
             except ModelError:
                 wider = plan
@@ -305,11 +313,15 @@ class Planner:
                 return self._because(wider, f"{before}, so twice as much is read")
         if is_quoted:
             return None, f"{before}, and a model that is to quote is not asked to write"
-        everything = self.plan(question, documents, route=Route.FULL, calibrate=True)
+        everything = self.plan(
+            question, documents, route=Route.FULL, calibrate=True, thrift=plan.thrift
+        )
         against = failed(everything.decision.gates, Route.FULL)
         if not against:
             return self._because(everything, f"{before}, so everything is read")
-        windows = self.plan(question, documents, route=Route.SCAN, calibrate=True)
+        windows = self.plan(
+            question, documents, route=Route.SCAN, calibrate=True, thrift=plan.thrift
+        )
         seconds = predicted_scan_seconds(windows.decision)
         too_long = seconds is None or seconds > self._settings.prefill_deadline_seconds
         if windows.decision.route is Route.SCAN and not too_long:
@@ -339,7 +351,12 @@ class Planner:
             if plan.context.num_tokens <= budget:
                 raise OutOfMemoryError(problem)
         smaller = self.plan(
-            question, documents, route=Route.RETRIEVAL, calibrate=True, retrieval_tokens=budget
+            question,
+            documents,
+            route=Route.RETRIEVAL,
+            calibrate=True,
+            retrieval_tokens=budget,
+            thrift=plan.thrift,
         )
         words = f"{problem}; so at most {budget:,} tokens of retrieved passages were read instead"
         reason = f"memory ran out on the route {plan.decision.route}: {words}"

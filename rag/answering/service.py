@@ -104,10 +104,16 @@ class AnsweringService:
         route: Route | None = None,
         mode: AnswerMode | None = None,
         history: Sequence[Turn] = (),
+        thrift: float | None = None,
     ) -> Answer:
         """Return the finished answer; see `stream`."""
         events = self.stream(
-            question, document_ids=document_ids, route=route, mode=mode, history=history
+            question,
+            document_ids=document_ids,
+            route=route,
+            mode=mode,
+            history=history,
+            thrift=thrift,
         )
         return next(event.answer for event in events if isinstance(event, AnswerReady))
 
@@ -119,6 +125,7 @@ class AnsweringService:
         route: Route | None = None,
         mode: AnswerMode | None = None,
         history: Sequence[Turn] = (),
+        thrift: float | None = None,
         stop: Event | None = None,
     ) -> Iterator[AnswerEvent]:
         """Answer a question, yielding each event as it happens; AnswerReady is last.
@@ -131,6 +138,8 @@ class AnsweringService:
             mode: QUOTED to have a quotation; None lets model, question and settings decide.
             history: the conversation so far, oldest turn first; a question that leans on it is
                 rewritten to stand alone, and no word of it goes into the prompt that answers.
+            thrift: the probability of being right that 1,000 prompt tokens are worth, 0 to 1: with
+                0 the likelier route is taken; None takes that of the settings.
             stop: set it to end the generation; what was written until then is still cited.
 
         Raises:
@@ -156,7 +165,9 @@ class AnsweringService:
             yield QuestionRewritten(standalone)
 
         # 2-5. count, classify, retrieve, decide, build the prompt
-        plan = self._planner.plan(standalone, documents, route=route, mode=mode, calibrate=True)
+        plan = self._planner.plan(
+            standalone, documents, route=route, mode=mode, calibrate=True, thrift=thrift
+        )
 
         # 6-9. read and answer, resolve citations; read more if need be; store the receipt
         may_read_more = route is None and mode is None
@@ -186,6 +197,7 @@ class AnsweringService:
             calibrate=True,
             breadth=receipt.breadth,
             kv_dtype=receipt.kv_dtype,
+            thrift=receipt.thrift,
         )
         asked = _Asked(question, standalone, documents, started, receipt.asked_for, False)
         return self._last(self._answered(asked, plan, Event()))
@@ -238,10 +250,17 @@ class AnsweringService:
         route: Route | None = None,
         mode: AnswerMode | None = None,
         calibrate: bool = False,
+        thrift: float | None = None,
     ) -> Plan:
         """Return what would be done with a question; see `Planner.plan`."""
-        question = storable(question)
-        return self._planner.plan(question, documents, route=route, mode=mode, calibrate=calibrate)
+        return self._planner.plan(
+            storable(question),
+            documents,
+            route=route,
+            mode=mode,
+            calibrate=calibrate,
+            thrift=thrift,
+        )
 
     def features(self, question: str, documents: Sequence[Document]) -> RouteFeatures:
         """Return what the router knows of a question before it is answered."""
@@ -397,6 +416,7 @@ class AnsweringService:
             embedder=self._retriever.embedder_name,
             breadth=plan.breadth,
             kv_dtype=plan.kv_dtype,
+            thrift=plan.thrift,
             asked_for=asked.asked_for,
             standalone_question=None if asked.question == asked.typed else asked.question,
         )

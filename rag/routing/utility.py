@@ -8,7 +8,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -153,9 +153,17 @@ def estimate_routes(
     estimates = []
     for route, cost in cost_tokens.items():
         probability = round(models[route].probability(values), 4)
-        utility = round(probability - thrift * cost / 1000, 6)
-        estimates.append(RouteEstimate(route, probability, cost, utility))
-    return tuple(sorted(estimates, key=lambda estimate: (-estimate.utility, estimate.cost_tokens)))
+        estimates.append(RouteEstimate(route, probability, cost, probability))
+    return at_thrift(estimates, thrift)
+
+
+def at_thrift(estimates: Sequence[RouteEstimate], thrift: float) -> tuple[RouteEstimate, ...]:
+    """Return the same routes with what each is worth at a thrift, best first."""
+    worth = [
+        replace(one, utility=round(one.probability - thrift * one.cost_tokens / 1000, 6))
+        for one in estimates
+    ]
+    return tuple(sorted(worth, key=lambda one: (-one.utility, one.cost_tokens)))
 
 
 def load_weights(path: Path | None = None) -> RouterWeights:

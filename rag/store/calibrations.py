@@ -34,6 +34,20 @@ class LengthPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class DepthCell:
+    """Lookups at one length whose fact lies in one stretch of the document: 0 its start, 1 its end.
+
+    `correct` is their mean score.
+    """
+
+    tokens: int
+    depth_from: float
+    depth_to: float
+    correct: float
+    num_questions: int
+
+
+@dataclass(frozen=True, slots=True)
 class EffectiveLength:
     """How long a prompt one model uses well, by `fathom calibrate`.
 
@@ -50,6 +64,7 @@ class EffectiveLength:
         scored_by: `replies` (the value stands in what the model wrote) or `options` (it is the
             likeliest of those that the text holds), for models that cannot write it.
         points: what was measured at each length, shortest first.
+        cells: the same lookups by length and depth; none in records older than they are.
         tasks: of each task its base, and its effective length by itself; 0 if not measurable.
         attention: the kind of attention that read the prompts; `own` is what the model was made
             with, the only one that answers from a whole document.
@@ -79,6 +94,7 @@ class EffectiveLength:
     dtype: str
     device: str
     measured_at: str
+    cells: tuple[DepthCell, ...] = ()
 
     @property
     def is_measurable(self) -> bool:
@@ -92,8 +108,9 @@ class EffectiveLength:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "EffectiveLength":
         """Rebuild it from what `to_json` gave."""
-        fields = {name: value[name] for name in cls.__dataclass_fields__}
+        fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
         fields["points"] = tuple(LengthPoint(**point) for point in value["points"])
+        fields["cells"] = tuple(DepthCell(**cell) for cell in value.get("cells", ()))
         return cls(**fields)
 
 

@@ -15,7 +15,7 @@ from rag.store.schema import (
     conversation_answer,
     document,
 )
-from rag.types import Answer, AnswerMode, Route, answer_from_json, storable
+from rag.types import Answer, AnswerMode, Receipt, Route, answer_from_json, storable
 
 REDACTED = "[deleted with its document]"
 
@@ -81,6 +81,25 @@ class ReceiptStore:
         if question is None:
             raise _no_receipt(receipt_id)
         return question, document_ids
+
+    def newest(self, most: int) -> list[Receipt]:
+        """Return the receipts of the last questions, the newest first.
+
+        A question asked again of the same documents counts once, as it was last answered.
+        """
+        about = select(answer_document).join(answer, answer.c.id == answer_document.c.answer_id)
+        rows = select(answer).where(self._is_own()).order_by(answer.c.created_at.desc()).limit(most)
+        found: dict[tuple[str, tuple[int, ...]], Receipt] = {}
+        with self._database.read() as connection:
+            documents: dict[str, list[int]] = {}
+            within = about.where(self._is_own()).order_by(answer_document.c.document_id)
+            for row in connection.execute(within):
+                documents.setdefault(row.answer_id, []).append(row.document_id)
+            for row in connection.execute(rows):
+                asked = row.question, tuple(documents.get(row.id, ()))
+                if asked not in found:
+                    found[asked] = answer_from_json(json.loads(row.body)).receipt
+        return list(found.values())
 
     def overruled(self) -> list[tuple[str, list[int], Answer, Answer]]:
         """Return (question, document ids, first, last) where a person overruled the router.

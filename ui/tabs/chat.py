@@ -28,7 +28,7 @@ from ui.tabs.conversations import (
     tools_html,
 )
 from ui.tabs.evidence import build_evidence
-from ui.tabs.parts import LibraryOf, download_view, html_view, unexpected
+from ui.tabs.parts import LibraryOf, download_view, html_view, thrift_slider, unexpected
 from ui.tabs.upload import build_upload
 from ui.tabs.writing import paced, status_html
 
@@ -48,18 +48,22 @@ _NO_DOCUMENT = (
 class Asked:
     """One question on its way: of which documents (None: all), by which route (None: chosen).
 
-    `again` is the receipt of an answer to it that is there already; `number` names it to Stop.
+    `again` is the receipt of an answer to it that is there already; `thrift` weighs the routes
+    where none was chosen; `number` names it to Stop.
     """
 
     question: str
     document_ids: tuple[int, ...] | None
     route: Route | None
     again: str | None
+    thrift: float
     number: str
 
 
-def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
-    """Lay out the tab inside the running Blocks and wire it."""
+def build_chat(
+    library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab, thrift_by_default: float
+) -> gr.Slider:
+    """Lay out the tab inside the running Blocks and wire it; return its dial of thrift."""
     stops: dict[str, threading.Event] = {}
     conversation = gr.State(None)  # its id, None until its first answer
     asked = gr.State(None)
@@ -76,6 +80,7 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
             route = gr.Radio(
                 list(_ROUTES), value="Auto", label="Route", info="Auto weighs what fits"
             )
+            thrift = thrift_slider(thrift_by_default, "thrift")
             with gr.Column(elem_id="past", min_width=0):
                 new = gr.Button("New conversation", size="sm", elem_id="new")
                 search = gr.Textbox(
@@ -116,6 +121,7 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
         checked: list[int],
         within: str,
         route_name: str,
+        thrifty: float,
         request: gr.Request,
     ) -> tuple[Any, ...]:
         if not question.strip():
@@ -127,12 +133,17 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
             tuple(ids) if ids or within else None,
             _ROUTES[route_name],
             None,
+            thrifty,
             uuid.uuid4().hex,
         )
         return "", *start(now, running, library, current)
 
     def ask_again(
-        running: Asked | None, current: str | None, event: gr.EventData, request: gr.Request
+        running: Asked | None,
+        current: str | None,
+        thrifty: float,
+        event: gr.EventData,
+        request: gr.Request,
     ) -> tuple[Any, ...]:
         library = library_of(request)
         try:
@@ -142,7 +153,7 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
         if question == REDACTED:
             raise gr.Error("The question is gone with a document.", print_exception=False)
         route = Route(str(event.route))
-        now = Asked(question, tuple(ids), route, str(event.receipt), uuid.uuid4().hex)
+        now = Asked(question, tuple(ids), route, str(event.receipt), thrifty, uuid.uuid4().hex)
         return start(now, running, library, current)
 
     def start(
@@ -284,11 +295,11 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
         gr.on(
             [box.submit, ask.click],
             ask_question,
-            [box, asked, conversation, picker, collection, route],
+            [box, asked, conversation, picker, collection, route, thrift],
             [box, *waits],
             **quiet,
         ),
-        view.again(ask_again, [asked, conversation], waits, **quiet),
+        view.again(ask_again, [asked, conversation, thrift], waits, **quiet),
     ):
         started.success(
             answer,
@@ -318,6 +329,7 @@ def build_chat(library_of: LibraryOf, blocks: gr.Blocks, tab: gr.Tab) -> None:
     shelf = {"fn": documents, "inputs": [picker, collection, asked, conversation]} | quiet
     gr.on([blocks.load, tab.select, collection.input], outputs=[collection, picker, view], **shelf)
     uploaded.then(outputs=[collection, picker, view], **shelf)
+    return thrift
 
 
 def _stream(
@@ -335,6 +347,7 @@ def _stream(
         document_ids=now.document_ids,
         route=now.route,
         history=history,
+        thrift=now.thrift,
         stop=stop,
     )
 

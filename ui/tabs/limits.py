@@ -9,21 +9,27 @@ from rag.errors import FathomError
 from rag.lm.kv_bytes import KVDtype
 from rag.lm.spec import ModelSpec
 from rag.routing.model_plan import ModelPlan, plan_model
-from rag.store.calibrations import CalibrationStore
+from rag.store.calibrations import CalibrationStore, DepthCell, EffectiveLength
 from ui.answer_html import bar_html, gates_html
 from ui.assembly import Fathom
-from ui.formatting import amount, error_html, plain_html
-from ui.tabs.parts import html_view, unexpected
+from ui.formatting import amount, error_html, plain_html, plural
+from ui.library import Library
+from ui.tabs.parts import html_view, thrift_slider, unexpected
 from ui.verbs.model_plan import ranges_text
 
 _GIB = 2**30
 _OWN = ("the model's own", "")
 _POINTS = 120  # of the prefill curve
 _LONGEST = 262_144
+_MOST_QUESTIONS = 1_000  # the last ones, that thrift is reckoned from
 
 
-def build_limits(fathom: Fathom, tab: gr.Tab) -> None:
-    """Lay out the tab inside the running Blocks and wire it. It shows nothing that has an owner."""
+def build_limits(fathom: Fathom, tab: gr.Tab, thrift_of_chat: gr.Slider) -> None:
+    """Lay out the tab inside the running Blocks and wire it.
+
+    Of what has an owner it shows only what thrift would do with his own questions; its dial is that
+    of the chat: whichever is moved, the other follows.
+    """
     with gr.Row(elem_id="limits"):
         with gr.Column(elem_id="dials", min_width=0):
             model = gr.Dropdown([], label="Model", allow_custom_value=True, filterable=True)
@@ -38,8 +44,10 @@ def build_limits(fathom: Fathom, tab: gr.Tab) -> None:
             tokens = gr.Slider(
                 1_024, _LONGEST, 32_768, step=1_024, label="Context, tokens", elem_id="tokens"
             )
+            thrift = thrift_slider(fathom.settings.thrift, "thrift-limits")
         with gr.Column(elem_id="planned", min_width=0):
             plan = html_view(elem_classes="plan", value='<p class="status">Counting …</p>')
+            spent = html_view(elem_classes="plan spent")
 
     def first(chosen: str | None, gib: float | None) -> tuple[Any, Any]:
         names = _model_names(fathom)
@@ -57,9 +65,19 @@ def build_limits(fathom: Fathom, tab: gr.Tab) -> None:
         except Exception:
             return unexpected()
 
+    def reckon(thrifty: float, request: gr.Request) -> str:
+        try:
+            return thrift_html(fathom.for_user(request), thrifty)
+        except Exception:
+            return unexpected()
+
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     dials = [model, memory, kv_dtype, tokens]
-    tab.select(first, [model, memory], [model, memory], **quiet).then(show, dials, [plan], **quiet)
+    reckoned: dict[str, Any] = {"fn": reckon, "inputs": [thrift], "outputs": [spent]} | quiet
+    tab.select(first, [model, memory], [model, memory], **quiet).then(
+        show, dials, [plan], **quiet
+    ).then(**reckoned)
+    thrift.release(**reckoned)
     gr.on(
         [model.input, memory.submit, memory.blur, kv_dtype.input, tokens.release],
         show,
@@ -69,6 +87,8 @@ def build_limits(fathom: Fathom, tab: gr.Tab) -> None:
         concurrency_limit=1,
         **quiet,
     )
+    for moved, other in ((thrift, thrift_of_chat), (thrift_of_chat, thrift)):
+        moved.input(None, [moved], [other], js="(thrift) => thrift", api_visibility="private")
 
 
 def _plan_html(
@@ -77,7 +97,7 @@ def _plan_html(
     """Return the plan of a model as gates, bars and two curves."""
     from rag.lm.engine import name_with_cache
     from rag.lm.model_facts import find_model_facts
-    from ui.plots import effective_length_figure, model_plan_figure, prefill_figure, to_svg
+    from ui.plots import model_plan_figure, prefill_figure, to_svg
 
     settings = fathom.settings
     kv_dtype = KVDtype(kv_dtype_name) if kv_dtype_name else None
@@ -118,15 +138,86 @@ def _plan_html(
             " run <code>fathom plan --measure</code>.</p>"
         )
     shown += f'<h2>Effective length</h2><p class="of">{plain_html(ranges_text(plan.ranges))}</p>'
-    if effective:
-        words = f"Accuracy of {plan.model} over prompt length, as measured here"
-        shown += _plot(to_svg(effective_length_figure(effective)), words)
-    else:
-        shown += (
-            '<p class="none">How long a prompt this model uses well was not measured on this'
-            " machine: <code>fathom calibrate</code> does.</p>"
+    return shown + calibration_html(effective, facts.name)
+
+
+def thrift_html(library: Library, thrift: float) -> str:
+    """Return what a thrift leads to, reckoned from the questions of this library so far."""
+    from eval.thrift import thrift_curve, thrift_point, weighed
+    from ui.plots import thrift_figure, to_svg
+
+    receipts = library.receipts.newest(_MOST_QUESTIONS)
+    asked = weighed(receipts)
+    head = "<h2>Thrift</h2>"
+    if not asked:
+        several = f"None of your {plural(len(receipts), 'question')} so far was" if receipts else ""
+        return (
+            f'{head}<p class="none">{several or "No question so far was"} one that thrift decides:'
+            " answered in the model&#39;s own words, where both routes were open. Ask some that"
+            " compare or combine things; what each route would cost, and how likely it would be"
+            " right, is then shown here.</p>"
         )
-    return shown
+    budget = library.settings.retrieval_tokens
+    curve = thrift_curve(asked, budget)
+    here = thrift_point(asked, thrift, budget)
+    likely = {point.cost_tokens for point in curve}
+    words = (
+        f'<p class="fits"><b>At {thrift:g}</b> a question takes'
+        f" <b>{here.cost_tokens:,.0f} prompt tokens</b> and is right with a probability of"
+        f" <b>{here.probability:.0%}</b>; {here.full_share:.0%} read everything.</p>"
+        f'<p class="none">Reckoned from {plural(len(asked), "question")} of yours, by what the'
+        " router thought each route worth; no answer was judged. Not among them: quotations,"
+        " counts, and what needs everything read.</p>"
+    )
+    if len(likely) == 1:
+        return f'{head}{words}<p class="none">No thrift changes the route of any of them.</p>'
+    said = f"Probability of being right over prompt tokens, thrift {curve[-1].thrift:g} to 0"
+    return head + words + _plot(to_svg(thrift_figure(curve, here)), said)
+
+
+def calibration_html(found: EffectiveLength | None, model: str) -> str:
+    """Return how well a model was measured to use prompts, by their length and the fact's depth."""
+    from ui.plots import depths_figure, effective_length_figure, to_svg
+    from ui.verbs.calibration import verdict
+
+    if found is None:
+        return (
+            f'<p class="none">{plain_html(model)} is not calibrated yet on this machine: run'
+            " <code>fathom calibrate --quick</code>, which takes under five minutes.</p>"
+        )
+    words = f"Accuracy of {found.model} over prompt length, as measured here"
+    shown = (
+        f"<p>{plain_html(verdict(found))}.</p>"
+        f"{_plot(to_svg(effective_length_figure(found)), words)}<h2>By depth</h2>"
+    )
+    if not found.cells:
+        return shown + (
+            '<p class="none">Depths were not kept when this was measured: run <code>fathom'
+            " calibrate --quick</code> again; what is measured already is not asked again.</p>"
+        )
+    words = f"Lookups right by length of the prompt and depth of the fact, {found.model}"
+    return shown + _plot(to_svg(depths_figure(found.cells)), words) + _depths_table(found.cells)
+
+
+def _depths_table(cells: Sequence[DepthCell]) -> str:
+    """Return the heatmap as a table, for who listens or copies."""
+    lengths = sorted({cell.tokens for cell in cells})
+    at = {(cell.tokens, cell.depth_from): cell for cell in cells}
+    ends = {cell.depth_from: cell.depth_to for cell in cells}
+    head = "".join(f'<th scope="col">{tokens:,} tokens</th>' for tokens in lengths)
+    rows = ""
+    for depth in sorted(ends):
+        found = [at.get((tokens, depth)) for tokens in lengths]
+        row = "".join(
+            f"<td>{cell.correct:.0%} of {cell.num_questions}</td>" if cell else "<td>not asked</td>"
+            for cell in found
+        )
+        rows += f'<tr><th scope="row">{depth:.0%} to {ends[depth]:.0%}</th>{row}</tr>'
+    return (
+        '<details class="numbers"><summary>As a table</summary><div class="wide" tabindex="0">'
+        f'<table class="figures"><thead><tr><th scope="col">Depth</th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></details>"
+    )
 
 
 def _verdict(plan: ModelPlan) -> str:

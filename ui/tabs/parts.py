@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 # Every handler asks for its library with the request, which says who is asking.
 LibraryOf = Callable[[gr.Request], Library]
 
+_MOST_THRIFT = 0.05  # a point of accuracy is worth 200 tokens; the settings may ask for more
+_THRIFT_STEP = 0.0005
+
 # What is shown while there is more of it is found by searching.
 MOST_ROWS = 200
 
@@ -49,6 +52,21 @@ def download_view() -> gr.HTML:
         head=f"<script>{SCRIPT}</script>",
         js_on_load="fathom.download(props, watch)",
         elem_classes="nothing",
+    )
+
+
+def thrift_slider(thrift: float, elem_id: str) -> gr.Slider:
+    """Return the dial of thrift, set to that of the settings."""
+    return gr.Slider(
+        0,
+        max(_MOST_THRIFT, thrift),
+        thrift,
+        step=_THRIFT_STEP,
+        precision=4,
+        label="Thrift",
+        info="Accuracy that 1,000 tokens are worth; 0: whatever it costs",
+        elem_id=elem_id,
+        buttons=[],
     )
 
 

@@ -16,7 +16,6 @@ from ui.formatting import amount
 
 if TYPE_CHECKING:
     from eval.calibrate import Run
-    from eval.judge_calibration import Calibration
     from rag.lm.engine import Engine
     from rag.lm.kv_bytes import KVDtype
     from rag.store.calibrations import EffectiveLength
@@ -248,9 +247,8 @@ def _bar() -> Iterator[Callable[[Any], None]]:
         yield on_progress
 
 
-def _print_calibration(calibration: "Calibration") -> None:
+def _print_calibration(found: "EffectiveLength") -> None:
     """Print what was found for people: lengths, tasks, and what follows."""
-    found = calibration.found
     table = Table(box=None, pad_edge=False)
     for column in ("tokens", "right", "95%", "questions", "prefill s", "predicted"):
         table.add_column(column, justify="right")

@@ -14,6 +14,7 @@ from ui.console import (
     Json,
     Model,
     RouteOption,
+    ThriftOption,
     document_ids,
     err,
     open_fathom,
@@ -32,6 +33,7 @@ def ask(
     documents: Documents = None,
     collection: CollectionOption = None,
     route: RouteOption = None,
+    thrift: ThriftOption = None,
     after: Annotated[
         str | None,
         typer.Option(help="Receipt of the answer that this question follows: `And who signs it?`"),
@@ -58,7 +60,7 @@ def ask(
     answer = None
     with err.status("loading the model") as status:
         for event in fathom.service().stream(
-            question, document_ids=ids, route=route, history=history
+            question, document_ids=ids, route=route, history=history, thrift=thrift
         ):
             if isinstance(event, QuestionRewritten):
                 err.print(f"asked as: {event.question}", markup=False)
@@ -86,6 +88,7 @@ def plan(
     documents: Documents = None,
     collection: CollectionOption = None,
     route: RouteOption = None,
+    thrift: ThriftOption = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Load the weights and time a prefill, too.")
     ] = False,
@@ -114,7 +117,7 @@ def plan(
     """
     settings = load_settings(home=home, model=model)
     if tokens is not None:
-        if question or documents or collection or route or measure:
+        if question or documents or collection or route or measure or thrift is not None:
             raise typer.BadParameter("--tokens plans the model alone, without documents")
         from ui.verbs.model_plan import show_model_plan
 
@@ -136,7 +139,9 @@ def plan(
     fathom = open_fathom(settings)
     ids = document_ids(fathom, documents, collection)
     service = fathom.service()
-    planned = service.plan(question, service.documents(ids), route=route, calibrate=measure)
+    planned = service.plan(
+        question, service.documents(ids), route=route, calibrate=measure, thrift=thrift
+    )
     decision = planned.decision
     ranges = fathom.context_ranges()
     if as_json:
@@ -148,6 +153,7 @@ def plan(
                 "class_reason": decision.class_reason,
                 "gates": [gate.to_json() for gate in decision.gates],
                 "routes": [asdict(estimate) for estimate in decision.routes],
+                "thrift": planned.thrift,
                 "document_tokens": planned.document_tokens,
                 "prompt_tokens": planned.prompt.num_tokens,
                 "kv_dtype": planned.kv_dtype,
@@ -161,7 +167,8 @@ def plan(
     if question:
         out.print(f"question: {decision.question_class}: {decision.class_reason}", markup=False)
     if decision.routes:
-        out.print(f"worth: {routes_words(decision.routes)}", markup=False)
+        words = routes_words(decision.routes, planned.thrift)
+        out.print(f"worth: {words}", markup=False)
     for gate in decision.gates:
         verdict = "passed" if gate.passed else "FAILED"
         cache = f"  ({gate.kv_dtype} cache)" if gate.kv_dtype else ""
