@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,14 +75,16 @@ def served(program: str, home: Path, *more: str) -> Iterator[str]:
     process = subprocess.Popen([sys.executable, "-c", program, *arguments])
     try:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(900):
+        for _ in range(3000):
             try:
-                with urllib.request.urlopen(f"{url}/healthz", timeout=1) as answer:
+                with urllib.request.urlopen(f"{url}/healthz", timeout=5) as answer:
                     assert answer.read() == b'{"ok":true}'
                 break
             except OSError:
                 assert process.poll() is None, "the server ended"
                 time.sleep(0.1)
+        else:
+            pytest.fail("the server did not answer")
         yield url
     finally:
         process.terminate()

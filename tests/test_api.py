@@ -119,6 +119,22 @@ def test_a_public_server_lets_nobody_in_once_the_last_account_is_gone(library: F
         assert httpx.get(f"{address}/v1/documents").status_code == 401
 
 
+def test_files_of_one_name_in_two_folders_are_two_documents(anna: Person) -> None:
+    def upload(path: str, names: tuple[str, ...], words: str) -> list[dict[str, Any]]:
+        files = [("files", (name, f"{words} {name}.\n" * 5, "text/plain")) for name in names]
+        lines = anna.http.post(path, files=files, timeout=60)
+        assert lines.is_success, lines.text
+        return list(lines.json()) if path == "/v1/documents" else []
+
+    names = ("docs/README.md", "src/README.md", "../../etc/x.md")
+    first = upload("/v1/documents", names, "First")
+    titles = ["docs/README.md", "src/README.md", "etc/x.md"]
+    assert [outcome["title"] for outcome in first] == titles
+    upload("/uploads", names[1:2], "Second")  # what the page sends
+    versions = {d["title"]: d["version"] for d in anna.http.get("/v1/documents").json()}
+    assert versions == dict.fromkeys(titles, 1) | {"src/README.md": 2}
+
+
 def test_without_a_key_there_is_nothing(anna: Person, url: str) -> None:
     paths = ["/v1/documents", "/v1/models", "/docs", "/openapi.json", "/config", "/v1/nothing"]
     paths += ["/gradio_api/info", "/gradio_api/openapi.json", "/theme.css", "/v1/receipts/x"]
@@ -132,7 +148,7 @@ def test_without_a_key_there_is_nothing(anna: Person, url: str) -> None:
             answer = httpx.get(f"{url}{path}", headers=headers)
             assert answer.status_code == 401, path
             assert set(answer.json()) == {"error"}
-        for path in ("/v1/documents", "/v1/questions", "/gradio_api/queue/join"):
+        for path in ("/v1/documents", "/v1/questions", "/gradio_api/queue/join", "/uploads"):
             assert httpx.post(f"{url}{path}", json={}, headers=headers).status_code == 401
     page = httpx.get(url, headers={"Accept": PAGE})
     assert (page.status_code, page.headers["location"]) == (303, "/login")

@@ -128,7 +128,7 @@ def test_files_are_added_while_an_answer_is_written(pages: Watched, tmp_path: Pa
     path.write_text("High water is at noon. Low water is at six.\n" * 40)
     begin(page, QUESTION)
     page.locator(".answer").wait_for(timeout=60_000)
-    page.locator("#upload input[type=file]").set_input_files(path)
+    page.locator("#upload input[name=files]").set_input_files(path)
     page.get_by_text("tides.txt: added as document").wait_for(timeout=60_000)
     page.locator("#documents").get_by_text("tides.txt").wait_for()
     page.locator("details.receipt").wait_for(timeout=60_000)
@@ -169,18 +169,19 @@ def test_conversations_are_found_opened_renamed_saved_and_deleted(pages: Watched
     page.locator(".empty").wait_for()
 
 
-def test_the_library_adds_looks_into_checks_and_deletes(pages: Watched, tmp_path: Path) -> None:
+def test_the_library_adds_looks_into_checks_and_deletes(pages: Watched) -> None:
     page = pages.open(DESK)
     page.get_by_role("tab", name="Library").click()
     page.locator(".documents").get_by_role("button", name="handbook.md").wait_for()
-    path, hidden = tmp_path / "log.txt", tmp_path / "empty.bin"
-    hidden.write_bytes(b"")
-    for words in ("The first log.\n", "The second log, a longer one.\n"):
-        path.write_text(words * 100)
-        page.locator("#library-files input[type=file]").set_input_files([path, hidden])
-        page.get_by_text("1 document read, 1 not.").wait_for(timeout=60_000)
-    page.get_by_text("log.txt: version 2").wait_for()
-    page.get_by_text("empty.bin is empty").wait_for()
+    for words in ("The first log.\n", "The second log, a longer one.\n"):  # while that is read
+        log = {"name": "log.txt", "mimeType": "text/plain", "buffer": words.encode() * 100}
+        empty = {"name": "empty.bin", "mimeType": "text/plain", "buffer": b""}
+        page.locator("#library-files input[name=files]").set_input_files([log, empty])
+    lots = page.locator("#library-files .note section")  # the latest first
+    for words, outcome in (("added as", lots.nth(1)), ("version 2", lots.nth(0))):
+        outcome.get_by_text("1 document read, 1 not.").wait_for(timeout=60_000)
+        outcome.get_by_text(f"log.txt: {words}").wait_for()
+        outcome.get_by_text("empty.bin is empty").wait_for()
     page.locator("#find textarea, #find input").fill("LOG")
     page.wait_for_function("document.querySelectorAll('.documents tbody tr').length === 1")
     page.locator(".documents").get_by_role("button", name="log.txt").click()
@@ -196,9 +197,10 @@ def test_the_library_adds_looks_into_checks_and_deletes(pages: Watched, tmp_path
         if version == "version 2":
             page.locator(".documents").get_by_role("button", name="log.txt").click()
         panel.get_by_text("Delete", exact=True).click()
+        number = panel.get_by_role("button", name="for good").get_attribute("data-document")
         panel.get_by_role("button", name="for good").click()
         panel.wait_for(state="detached")
-        page.get_by_text("is deleted").wait_for()
+        page.get_by_text(f"Document {number} is deleted").wait_for()
     page.get_by_text("documents is called that").wait_for()
     page.locator("#find textarea, #find input").fill("")
     page.locator(".documents").get_by_role("button", name="handbook.md").click()

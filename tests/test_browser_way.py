@@ -58,7 +58,7 @@ def test_from_an_empty_library_to_a_page_with_the_cited_words_marked(pages: Watc
     shoot(page, "way-1-empty")
 
     # a real PDF, whose structure is damaged
-    page.locator("#upload input[type=file]").set_input_files(PDF)
+    page.locator("#upload input[name=files]").set_input_files(PDF)
     page.get_by_text("added as document 1").wait_for(timeout=120_000)
     page.locator("#documents").get_by_text("(2 pages)").wait_for()
 

@@ -6,9 +6,7 @@ Every route answers for whoever the door (`sign_in`) has let in, through `Fathom
 import html
 import json
 import shutil
-import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
 from threading import Event
 from typing import Annotated, Any
 
@@ -22,9 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from ingest.pipeline import IngestFailure
-from ingest.sources import SourceToRead
 from rag.answering.service import AnswerEvent, AnswerReady, QuestionRewritten, RouteChosen
-from rag.errors import FathomError, QuotaError
+from rag.errors import FathomError
 from rag.lm.engine import PrefillProgress, TextPiece
 from rag.types import AnswerMode, Document, Route
 from ui.asking import Thrift, ask_events, document_ids, turn_before, whole_answer
@@ -33,8 +30,8 @@ from ui.fair_queue import Waiting
 from ui.http_errors import ERRORS, STREAMED, PlainError, error_json, status_of, unexpected
 from ui.library import MAX_PAGE_SCALE, PAGE_SCALE, Library
 from ui.openai_api import openai_router
+from ui.uploads import keep_uploads
 
-_MOST_UPLOADS = 100
 _LARGEST_ID = 2**63 - 1
 _LARGEST_OFFSET = 2**31 - 1
 _PRIVATE = {"cache-control": "private, max-age=3600"}
@@ -197,24 +194,11 @@ def document_json(document: Document) -> dict[str, Any]:
 def _ingest(
     own: Library, files: list[UploadFile], collection: str | None
 ) -> tuple[list[dict[str, Any]], int]:
-    """Copy uploads into a folder of their own, ingest them, and say what became of each."""
-    if len(files) > _MOST_UPLOADS:
-        raise QuotaError(
-            f"{len(files)} files in one request; at most {_MOST_UPLOADS} are taken",
-            hint="send them in several requests",
-        )
-    scratch = own.settings.home / "tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
+    """Ingest uploads, and say what became of each."""
     outcomes: list[dict[str, Any]] = []
     failures: list[FathomError] = []
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="upload-") as folder:
-        sources = []
-        for place, file in enumerate(files):
-            name = Path((file.filename or "").replace("\\", "/")).name or "upload"
-            path = Path(folder) / str(place)
-            with path.open("wb") as copy:
-                shutil.copyfileobj(file.file, copy)
-            sources.append(SourceToRead(path, f"upload:{name}", name, collection or None))
+    folder, sources = keep_uploads(own.settings, files, collection)
+    try:
         for outcome in own.ingest_files(sources):
             if isinstance(outcome, IngestFailure):
                 failures.append(outcome.error)
@@ -226,6 +210,8 @@ def _ingest(
                     {"outcome": outcome.outcome, "message": outcome.message}
                     | {"title": outcome.document.title, "document": described}
                 )
+    finally:
+        shutil.rmtree(folder)
     if failures and len(files) == 1:
         raise failures[0]
     return outcomes, 207 if failures else 201

@@ -24,6 +24,7 @@ from ui.tabs.chat import build_chat
 from ui.tabs.compare import build_compare
 from ui.tabs.library import build_library
 from ui.tabs.limits import build_limits
+from ui.tabs.upload import uploads_router
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ def build_api(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
     """Return the application without the page: the HTTP API behind the door."""
     api = FastAPI(title="Fathom", docs_url=None, redoc_url=None, openapi_url=None)
     add_api(api, fathom)
+    api.include_router(uploads_router(fathom))
     api.add_middleware(FaultsTold)
     api.add_middleware(Door, fathom=fathom, is_public=is_public)
     api.add_middleware(_ContentPolicy)

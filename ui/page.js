@@ -163,5 +163,137 @@ window.fathom ??= (() => {
     });
   };
 
-  return { show, conversation, evidence, download };
+  // ---- files given: chosen, or dropped anywhere on the page -------------------------------------
+
+  const MOST_FILES = 50, MOST_BYTES = 2 ** 28;  // of one request
+  const MADE_BY_TOOLS = new Set(["node_modules", "__pycache__", "venv", "site-packages"]);
+  const isHidden = ({ name }) =>
+    name.includes("/") && name.split("/").some((part) => /^\./.test(part) || MADE_BY_TOOLS.has(part));
+  const places = [];  // where files can be dropped; the one that is in sight takes them
+
+  const promised = (ask) => new Promise((good, bad) => ask(good, bad));
+
+  // The files of what was dropped, with the folders they lie in.
+  const filesOf = async (entry, found) => {
+    if (entry.isFile) {
+      const file = await promised((good, bad) => entry.file(good, bad));
+      found.push({ file, name: entry.fullPath.slice(1) });
+    } else {
+      const reader = entry.createReader();
+      for (let some = [null]; some.length; ) {
+        some = await promised((good, bad) => reader.readEntries(good, bad));
+        for (const inner of some) await filesOf(inner, found);
+      }
+    }
+  };
+
+  const dropAnywhere = () => {
+    const veil = document.createElement("div");
+    veil.className = "veil";
+    veil.hidden = true;
+    const place = () => places.find(({ element }) => element.isConnected && element.offsetParent);
+    const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+    document.addEventListener("dragenter", (event) => {
+      if (!hasFiles(event) || !place()) return;
+      if (!veil.isConnected) document.body.append(veil);
+      veil.textContent = place().words;
+      veil.hidden = false;
+    });
+    document.addEventListener("dragover", (event) => hasFiles(event) && event.preventDefault());
+    veil.addEventListener("dragleave", () => { veil.hidden = true; });
+    document.addEventListener("drop", async (event) => {
+      if (!hasFiles(event)) return;
+      event.preventDefault();
+      veil.hidden = true;
+      const taking = place();
+      const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.());
+      const loose = [...event.dataTransfer.files].map((file) => ({ file, name: file.name }));
+      const found = [];
+      for (const entry of entries) if (entry) await filesOf(entry, found);
+      taking?.take(found.length ? found : loose);
+    });
+  };
+
+  // A component that takes files, by its inputs or by a drop while it is in sight.
+  const takes = (element, words, take) => {
+    if (!places.length) dropAnywhere();
+    places.push({ element, words, take });
+    element.addEventListener("change", (event) => {
+      const given = [...event.target.files];
+      event.target.value = "";  // the same file may be given again
+      take(given.map((file) => ({ file, name: file.webkitRelativePath || file.name })));
+    });
+  };
+
+  const fault = (words) => {
+    const problem = document.createElement("div");
+    problem.className = "problem";
+    problem.role = "alert";
+    problem.textContent = words;
+    return problem;
+  };
+
+  // Send a form; hand over each line of JSON that comes back.
+  const post = async (address, form, onLine) => {
+    const answer = await fetch(address, { method: "POST", body: form });
+    if (!answer.ok) {
+      const { error } = await answer.json();
+      throw new Error(`${error.message}; ${error.hint}`);
+    }
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let rest = ""; ; ) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      lines.forEach((line) => onLine(JSON.parse(line)));
+    }
+  };
+
+  // A component whose files are read into the library, one lot after the other; none is lost.
+  const drop = (element, added, into) => {
+    const note = element.querySelector(".note");
+    const lots = [];
+    let isBusy = false;
+    const readOn = async () => {
+      if (isBusy) return;
+      isBusy = true;
+      while (lots.length) {
+        const { given, collection, shown } = lots[0];
+        const form = new FormData();
+        form.append("collection", collection);
+        for (const { file, name } of given) form.append("files", file, name);
+        try {
+          await post("/uploads", form, (html) => put(shown, html));
+        } catch (error) {
+          const words = error instanceof TypeError ? "The files could not be sent; give them again." : error.message;
+          shown.replaceChildren(fault(words));
+        }
+        lots.shift();
+        added();
+      }
+      isBusy = false;
+    };
+    takes(element, "Drop to add", (given) => {
+      const files = given.filter((one) => !isHidden(one));
+      const collection = document.querySelector(into || "#nothing")?.value ?? "";
+      note.querySelector(":scope > .none")?.remove();
+      for (let start = 0; start < files.length; ) {
+        let end = start, bytes = 0;
+        do bytes += files[end++].file.size;
+        while (end < files.length && end - start < MOST_FILES && bytes + files[end].file.size <= MOST_BYTES);
+        const shown = document.createElement("section");
+        const many = end - start > 1 ? `${end - start} files` : files[start].name;
+        put(shown, `<p class="none"></p>`);
+        shown.firstElementChild.textContent = `${many}: waiting`;
+        note.prepend(shown);
+        lots.push({ given: files.slice(start, end), collection, shown });
+        start = end;
+      }
+      readOn();
+    });
+    window.addEventListener("beforeunload", (event) => lots.length && event.preventDefault());
+  };
+
+  return { show, conversation, evidence, download, drop, takes, post, put };
 })();

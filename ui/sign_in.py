@@ -33,7 +33,7 @@ COOKIE = "fathom_session"
 _OPEN_PATHS = ("/login", "/healthz")
 # A page elsewhere whose name was made to point here must not read the documents (DNS rebinding).
 _OWN_NAMES = ("127.0.0.1", "localhost", "::1", "[::1]")
-_UPLOADS = ("/v1/documents", "/gradio_api/upload")
+_UPLOADS = ("/v1/documents", "/uploads")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _FORM_BYTES = 8192
 _BODY_BYTES = 32 * 2**20  # of a request that is no upload; the page sends its conversation along

@@ -76,7 +76,7 @@ def build_chat(
                 [], label="Documents", info="None checked: all of them", elem_id="documents"
             )
             held = html_view()
-            uploaded = build_upload(library_of, label="Add documents", elem_id="upload")
+            uploaded = build_upload(label="Add documents", elem_id="upload")
             route = gr.Radio(
                 list(_ROUTES), value="Auto", label="Route", info="Auto weighs what fits"
             )
@@ -328,7 +328,7 @@ def build_chat(
     # documents also come and go on the other tabs
     shelf = {"fn": documents, "inputs": [picker, collection, asked, conversation]} | quiet
     gr.on([blocks.load, tab.select, collection.input], outputs=[collection, picker, view], **shelf)
-    uploaded.then(outputs=[collection, picker, view], **shelf)
+    uploaded.added(outputs=[collection, picker, view], trigger_mode="always_last", **shelf)
     return thrift
 
 

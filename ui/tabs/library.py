@@ -12,7 +12,7 @@ from ui.doctor import Check, examine
 from ui.formatting import error_html, plain_html
 from ui.tabs.document_panel import PANEL_EVENTS, panel_html
 from ui.tabs.parts import MOST_ROWS, LibraryOf, html_view, unexpected
-from ui.tabs.upload import fetch_steps, upload_into
+from ui.tabs.upload import build_upload, fetch_steps
 
 _NO_DOCUMENT = (
     '<div class="empty"><h2>No document yet</h2><p>Drop files, choose a folder or give an address.'
@@ -25,12 +25,14 @@ def build_library(library_of: LibraryOf, tab: gr.Tab) -> None:
     with gr.Row(elem_id="library"):
         with gr.Column(elem_id="adding", min_width=0):
             collection = gr.Textbox(
-                label="Collection", info="Of what is added now; empty: none", max_length=200
+                label="Collection",
+                info="Of what is added now; empty: none",
+                max_length=200,
+                elem_id="into",
             )
-            files = gr.File(
-                label="Add documents", file_count="multiple", height=112, elem_id="library-files"
+            files = build_upload(
+                label="Add documents", elem_id="library-files", into="#into textarea, #into input"
             )
-            folder = gr.UploadButton("Add a folder", file_count="directory", size="sm")
             address = gr.Textbox(
                 label="Web address", info="Fetched now, from this machine", type="text"
             )
@@ -97,20 +99,16 @@ def build_library(library_of: LibraryOf, tab: gr.Tab) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     shelf: dict[str, Any] = {"fn": listing, "inputs": [search], "outputs": [table]} | quiet
     shelf |= {"concurrency_id": "shelf", "concurrency_limit": 1}  # the last asked is the last shown
-    for moment in (
-        upload_into(library_of, files, note, files.upload, collection),
-        upload_into(library_of, folder, note, folder.upload, collection),
-        gr.on(
-            [fetch.click, address.submit],
-            fetch_address,
-            [address, collection],
-            [note],
-            concurrency_id="ingest",
-            **quiet,
-        ),
-    ):
-        moment.then(**shelf)
+    gr.on(
+        [fetch.click, address.submit],
+        fetch_address,
+        [address, collection],
+        [note],
+        concurrency_id="ingest",
+        **quiet,
+    ).then(**shelf)
     gr.on([tab.select, search.change], trigger_mode="always_last", **shelf)
+    files.added(trigger_mode="always_last", **shelf)
     table.open(look, None, [panel], **quiet)
     panel.open(look, None, [panel], **quiet)
     panel.peek(peek, None, [panel], **quiet)

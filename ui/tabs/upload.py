@@ -1,74 +1,92 @@
-"""Taking files, folders and addresses into the library, with progress that a person can follow."""
+"""Taking files, folders and addresses into the library, with progress that a person can follow.
 
+The page sends what it is given to `POST /uploads` and draws the lines of HTML that come back; what
+is given while others are read waits its turn there. Gradio's own way would skip it: a component
+whose event is still being answered drops the next one.
+"""
+
+import json
 import queue
+import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import gradio as gr
+from fastapi import APIRouter, Depends, Form, Request, UploadFile
+from starlette.responses import StreamingResponse
 
 from ingest.pipeline import IngestFailure, IngestResult
 from ingest.sources import SourceToRead, find_sources
 from rag.errors import FathomError, ReadError
 from rag.types import IngestProgress
+from ui.assembly import Fathom
 from ui.formatting import error_html, plain_html, plural, progress_words
 from ui.library import Library
-from ui.tabs.parts import LibraryOf, html_view, unexpected
+from ui.look import SCRIPT
+from ui.tabs.parts import unexpected
+from ui.uploads import keep_uploads
 
 _SECONDS_BETWEEN = 0.25  # of two pictures of the progress
 _KINDS = "PDF, office documents, web pages, e-mail, tables, notebooks, text"
 _NO_SOURCE = '<p class="none">Nothing was given to add.</p>'
+_FRAME = """<p class="label-of">{label}</p>
+<label class="drop"><input type="file" name="files" multiple aria-label="{label}"
+ class="unseen"><span>Drop files or folders here, or <u>choose files</u></span></label>
+<label class="quiet folder"><input type="file" name="folder" webkitdirectory class="unseen"
+ aria-label="Add a folder">Add a folder</label>
+<div class="note"><p class="none">{kinds}</p></div>"""
 
 Source = SourceToRead | ReadError
 
 
-def build_upload(library_of: LibraryOf, *, label: str, elem_id: str) -> Any:  # noqa: ANN401 - what Gradio chains on
-    """Make a place to drop files on, and below it how they fare; return what follows an upload."""
-    files = gr.File(label=label, file_count="multiple", height=112, elem_id=elem_id)
-    note = html_view(elem_classes="ingest-note", value=f'<p class="none">{_KINDS}</p>')
-    return upload_into(library_of, files, note, files.upload)
+# ---- on the page ---------------------------------------------------------------------------------
 
 
-def _path_of(file: Any) -> str:  # noqa: ANN401 - Gradio's FileData
-    return str(file.path)
+def build_upload(*, label: str, elem_id: str, into: str = "") -> gr.HTML:
+    """Return a place to drop files on, and below it how they fare; `added` tells of each lot.
+
+    Args:
+        label: what it is called.
+        elem_id: its id.
+        into: a selector of the field that names the collection.
+    """
+    return gr.HTML(
+        html_template=_FRAME.format(label=label, kinds=_KINDS),
+        apply_default_css=False,
+        head=f"<script>{SCRIPT}</script>",
+        js_on_load=f'fathom.drop(element, () => trigger("added"), {json.dumps(into)})',
+        elem_id=elem_id,
+        elem_classes=["adds", "ingest-note"],
+    )
 
 
-def upload_into(
-    library_of: LibraryOf,
-    files: gr.Component,
-    note: gr.HTML,
-    trigger: Any,  # noqa: ANN401 - an event of a component
-    collection: gr.Textbox | None = None,
-) -> Any:  # noqa: ANN401 - what Gradio chains on
-    """Wire a trigger so that the files given are read into the library; return what follows."""
-    # Gradio's own makes an empty file beside each upload, and leaves it. It is emptied by the page:
-    # as an output it would be made anew by the server, and forget this.
-    files._process_single_file = _path_of  # type: ignore[attr-defined]
+def uploads_router(fathom: Fathom) -> APIRouter:
+    """Return the route that the page sends files to; programs use `POST /v1/documents`."""
+    router = APIRouter()
 
-    def add(given: list[str] | str | None, request: gr.Request, into: str = "") -> Iterator[str]:
-        paths = [Path(file) for file in ([given] if isinstance(given, str) else given or [])]
-        sources = [
-            SourceToRead(path, f"upload:{path.name}", path.name, into.strip() or None)
-            for path in paths
-        ]
-        try:
-            yield from ingest_steps(library_of(request), sources)
-        finally:
-            for path in paths:
-                path.unlink(missing_ok=True)  # the uploads live in our store only
+    def library(request: Request) -> Library:
+        return fathom.for_user(request)
 
-    return trigger(
-        add,
-        [files, *([collection] if collection else [])],
-        [note],
-        concurrency_id="ingest",
-        concurrency_limit=1,
-        show_progress="hidden",
-        api_visibility="private",
-    ).then(None, None, [files], js="() => null", api_visibility="private")
+    @router.post("/uploads", include_in_schema=False)
+    def upload(
+        own: Annotated[Library, Depends(library)],
+        files: list[UploadFile],
+        collection: Annotated[str, Form()] = "",
+    ) -> StreamingResponse:
+        folder, sources = keep_uploads(own.settings, files, collection)
+        steps = ingest_steps(own, sources, after=lambda: shutil.rmtree(folder))
+        return StreamingResponse(
+            (f"{json.dumps(step)}\n" for step in steps), media_type="application/x-ndjson"
+        )
+
+    return router
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def fetch_steps(library: Library, address: str, collection: str) -> Iterator[str]:
@@ -97,14 +115,14 @@ def fetch_steps(library: Library, address: str, collection: str) -> Iterator[str
         yield from ingest_steps(library, sources)
 
 
-def ingest_steps(library: Library, sources: Sequence[Source]) -> Iterator[str]:
-    """Read sources into the library; yield how far that is, and at last what became of each.
+def ingest_steps(
+    library: Library, sources: Sequence[Source], *, after: Callable[[], None] = lambda: None
+) -> Iterator[str]:
+    """Read sources into the library; return how far that is, and at last what became of each.
 
-    The reading goes on in a thread of its own, so a page that is closed does not end it.
+    The reading goes on in a thread of its own, so a page that is closed does not end it; `after` is
+    called when it has ended.
     """
-    if not sources:
-        yield _NO_SOURCE
-        return
     events: queue.Queue[Any] = queue.Queue()
 
     def read() -> None:
@@ -114,9 +132,15 @@ def ingest_steps(library: Library, sources: Sequence[Source]) -> Iterator[str]:
             events.put(None)
         except Exception as error:
             events.put(error)
+        finally:
+            after()
 
-    reader = threading.Thread(target=read, name="ingest")
-    reader.start()
+    threading.Thread(target=read, name="ingest").start()
+    return _pictures(sources, events)
+
+
+def _pictures(sources: Sequence[Source], events: "queue.Queue[Any]") -> Iterator[str]:
+    """Yield a picture of the progress whenever it has changed, not too often."""
     outcomes: list[IngestResult | IngestFailure] = []
     latest: IngestProgress | None = None
     yield _progress_html(sources, outcomes, latest)
@@ -134,7 +158,6 @@ def ingest_steps(library: Library, sources: Sequence[Source]) -> Iterator[str]:
         else:
             break
         yield _progress_html(sources, outcomes, latest)
-    reader.join()
     yield _ended_html(event, outcomes)
 
 

@@ -1,0 +1,106 @@
+"""Files and tables given to the page in a real browser: queued, by folder, dropped, in batches."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from served_page import ARGUMENTS, CHROMIUM, DESK, TINY, Watched, begin, served, shoot
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed"),
+]
+REPLY = "The harbour fee is 35 crowns a night." + " and whoever is late pays more" * 20
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serve a library that holds the handbook, with the tiny model."""
+    with served(TINY, tmp_path_factory.mktemp("home"), REPLY) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Return one browser for all tests."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def pages(browser: object, url: str) -> Iterator[Watched]:
+    """Return pages that may say nothing on the console and ask nobody else."""
+    watched = Watched(browser, url)
+    yield watched
+    watched.close()
+    assert watched.problems == []
+    assert watched.foreign == []
+
+
+def test_files_given_while_others_are_read_are_read_too(pages: Watched, tmp_path: Path) -> None:
+    page = pages.open(DESK)
+    page.get_by_role("tab", name="Library").click()
+    page.locator(".documents").get_by_role("button", name="handbook.md").wait_for()
+    names = [f"notes-{number}.txt" for number in range(4)]
+    for number, name in enumerate(names):
+        path = tmp_path / name
+        path.write_text(f"Note {number} on the berths of the quay.\n" * 4_000)
+        page.locator("#library-files input[name=files]").set_input_files(path)
+    for name in names:
+        page.locator(".documents").get_by_role("button", name=name).wait_for(timeout=60_000)
+
+
+def test_a_folder_keeps_its_paths_and_a_second_upload_makes_versions(
+    pages: Watched, tmp_path: Path
+) -> None:
+    for name, words in (("docs", "berths"), ("src", "pilots"), (".git", "hidden")):
+        inner = tmp_path / "harbour" / name
+        inner.mkdir(parents=True)
+        (inner / "README.md").write_text(f"# {name}\n\nAll about {words}.\n")
+    page = pages.open(DESK)
+    page.get_by_role("tab", name="Library").click()
+    page.locator("#into textarea, #into input").fill("harbours")
+    folder = page.locator("#library-files input[name=folder]")
+    lots = page.locator("#library-files .note section")
+    folder.set_input_files(tmp_path / "harbour")
+    lots.get_by_text("2 documents read.").wait_for(timeout=60_000)
+    (tmp_path / "harbour" / "src" / "README.md").write_text("# src\n\nAll about moorings.\n")
+    folder.set_input_files(tmp_path / "harbour")
+    lots.get_by_text("harbour/src/README.md: version 2").wait_for(timeout=60_000)
+    page.locator("#find textarea, #find input").fill("harbours readme")
+    page.wait_for_function("document.querySelectorAll('.documents tbody tr').length === 2")
+    rows = [
+        (row.locator("button").inner_text(), row.locator("td").nth(4).inner_text())
+        for row in page.locator(".documents tbody tr").all()
+    ]
+    assert sorted(rows) == [("harbour/docs/README.md", "1"), ("harbour/src/README.md", "2")]
+
+
+def test_files_dropped_anywhere_while_an_answer_is_written(pages: Watched) -> None:
+    page = pages.open(DESK)
+    begin(page, "What is the harbour fee?")
+    page.locator(".answer").wait_for(timeout=60_000)
+    page.evaluate(
+        """() => {
+          const transfer = new DataTransfer();
+          transfer.items.add(new File(["Ebb is at six.\\n".repeat(40)], "ebb.txt"));
+          const send = (target, kind) => target.dispatchEvent(
+            new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: transfer }));
+          window.drag = (kind, selector) => send(document.querySelector(selector), kind);
+          drag("dragenter", "#conversation");
+        }"""
+    )
+    page.get_by_text("Drop to add").wait_for()
+    shoot(page, "chat-drop")
+    page.evaluate("drag('drop', '.veil')")
+    page.locator(".veil").wait_for(state="hidden")
+    page.get_by_text("ebb.txt: added as document").wait_for(timeout=60_000)
+    page.locator("#documents").get_by_text("ebb.txt").wait_for()
+    page.locator("details.receipt").wait_for(timeout=60_000)
+    assert "pays more" in page.locator(".answer").inner_text()
