@@ -21,6 +21,7 @@ from rag.retrieval.lexical_score import (
     Candidate,
     lexical_scores,
     question_words,
+    words_in,
 )
 from rag.retrieval.reranker import CrossEncoderReranker
 from rag.retrieval.retriever import NEIGHBOUR_COSINE, Hit
@@ -31,7 +32,7 @@ EMBEDDER = HashEmbedder()
 
 
 def _candidate(text: str, title: str = "") -> Candidate:
-    return Candidate(text, heading="", title=title)
+    return Candidate(words_in(text), heading="", title=title)
 
 
 def _retrieve(fathom: Fathom, question: str) -> list[Hit]:
@@ -66,9 +67,9 @@ def test_lexical_scores_by_hand() -> None:
 def test_words_of_the_chunks_beside_count_less() -> None:
     # The row of a table holds the amount, the chunk before it says of which years.
     candidates = [
-        Candidate("march 2024", heading="", title="", beside=(1,)),
-        Candidate("interest paid", heading="", title="", beside=(0, 2)),
-        Candidate("the quay", heading="", title="", beside=(1,)),
+        Candidate(words_in("march 2024"), heading="", title="", beside=(1,)),
+        Candidate(words_in("interest paid"), heading="", title="", beside=(0, 2)),
+        Candidate(words_in("the quay"), heading="", title="", beside=(1,)),
     ]
     scores = lexical_scores(
         ["interest", "march"], candidates, frequencies={"interest": 1, "march": 1}, num_chunks=3

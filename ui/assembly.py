@@ -79,12 +79,15 @@ class Fathom(Library):
             if self._given_embedder is None:
                 from rag.lm.catalog import resolve_model
                 from rag.lm.device import choose_device
-                from rag.retrieval.embedding import SentenceTransformerEmbedder
+                from rag.retrieval.embedding import open_embedder
 
                 name = self.settings.embedder
-                folder = resolve_model(name, self.settings)
-                device = choose_device(self.settings).type
-                self._given_embedder = SentenceTransformerEmbedder(folder, name=name, device=device)
+                self._given_embedder = open_embedder(
+                    resolve_model(name, self.settings),
+                    name=name,
+                    device=choose_device(self.settings).type,
+                    num_threads=self.settings.num_threads,
+                )
             return self._given_embedder
 
     @cached_property

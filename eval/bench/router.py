@@ -19,7 +19,13 @@ from eval.fit_router import LabelledPair, fit_router
 from eval.lara import LaraDocument, PairedPrediction
 from eval.statistics import Interval, cluster_bootstrap
 from rag.errors import TooFewPairsError
-from rag.retrieval.lexical_score import Candidate, lexical_scores, question_words, stems_in
+from rag.retrieval.lexical_score import (
+    Candidate,
+    lexical_scores,
+    question_words,
+    stems_in,
+    words_in,
+)
 from rag.routing.question_class import classify_question
 from rag.routing.utility import (
     NUM_HITS,
@@ -242,8 +248,9 @@ def card(bench: RouterBench) -> str:
 
 def _features(document: LaraDocument, questions: Mapping[str, str]) -> dict[str, RouteFeatures]:
     windows = word_windows(document.text)
-    candidates = [Candidate(document.text[start:end], "", "") for start, end in windows]
-    held = [stems_in(candidate.text) for candidate in candidates]
+    texts = [document.text[start:end] for start, end in windows]
+    candidates = [Candidate(words_in(text), "", "") for text in texts]
+    held = [stems_in(text) for text in texts]
     found = {}
     for name, question in questions.items():
         words = question_words(question)

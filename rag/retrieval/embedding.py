@@ -1,13 +1,22 @@
-"""Texts to unit vectors. With reranker.py the only home of sentence-transformers."""
+"""Texts to unit vectors: what every embedder can do, and which one a machine gets.
+
+With openvino_embedder.py and reranker.py the only home of sentence-transformers.
+"""
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
 FloatArray = npt.NDArray[np.float32]
 Offsets = list[tuple[int, int]]
 BATCH_TEXTS = 32
@@ -37,8 +46,51 @@ class Embedder(Protocol):
         """Return float32 [len(texts), dim], unit length; `on_progress` gets the count so far."""
 
 
+def open_embedder(
+    folder: Path, *, name: str, device: str = "cpu", num_threads: int | None = None
+) -> Embedder:
+    """Return the fastest embedder that this machine has for a model.
+
+    On a CPU that is OpenVINO where it is installed and can run the model with the same vectors,
+    else torch; on a GPU torch. Their vectors agree to a cosine of 0.9999, so that a library made
+    with one is searched with another (docs/decisions/0035).
+
+    Args:
+        folder: with modules.json, config.json, tokenizer.json and model.safetensors.
+        name: the name that receipts show.
+        device: cuda or cpu.
+        num_threads: for OpenVINO, which does not follow torch's; None takes OMP_NUM_THREADS, else
+            all cores.
+    """
+    if device == "cpu" and find_spec("openvino") is not None:
+        from rag.retrieval.openvino_embedder import NotConvertibleError, OpenVinoEmbedder
+
+        try:
+            return OpenVinoEmbedder(folder, name=name, num_threads=num_threads)
+        except NotConvertibleError as error:
+            logger.info("%s is embedded with torch: %s", name, error)
+    return SentenceTransformerEmbedder(folder, name=name, device=device)
+
+
+def fingerprint_of(folder: Path, name: str) -> str:
+    """Return the name with a checksum of the model, whatever runs it."""
+    weights = (folder / "model.safetensors").stat().st_size
+    config = (folder / "config.json").read_bytes() + (folder / "tokenizer.json").read_bytes()
+    return f"{name}@{hashlib.sha256(config).hexdigest()[:12]}-{weights}"
+
+
+def tokenizer_of(folder: Path) -> "Tokenizer":
+    """Return the model's tokenizer, a copy of our own: it neither cuts nor pads."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 class SentenceTransformerEmbedder:
-    """An embedder from a folder that sentence-transformers can load."""
+    """An embedder from a folder that sentence-transformers can load, run by torch."""
 
     def __init__(self, folder: Path, *, name: str, device: str = "cpu") -> None:
         """Load the model.
@@ -50,7 +102,6 @@ class SentenceTransformerEmbedder:
         """
         import torch
         from sentence_transformers import SentenceTransformer
-        from tokenizers import Tokenizer
 
         self._model = SentenceTransformer(str(folder), device=device, local_files_only=True)
         if device == "cuda":
@@ -58,13 +109,8 @@ class SentenceTransformerEmbedder:
         # Where the CPU multiplies bfloat16 natively, twice as fast at a cosine of 0.9999 or more to
         # float32's vectors (docs/decisions/0014); elsewhere bfloat16 is slower.
         self._bfloat16 = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        # a copy of our own: encode() switches truncation on in the model's
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        weights = (folder / "model.safetensors").stat().st_size
-        config = (folder / "config.json").read_bytes() + (folder / "tokenizer.json").read_bytes()
-        self.fingerprint = f"{name}@{hashlib.sha256(config).hexdigest()[:12]}-{weights}"
+        self._tokenizer = tokenizer_of(folder)
+        self.fingerprint = fingerprint_of(folder, name)
         self.dim = int(self._model.get_embedding_dimension() or 0)
         num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         self.max_tokens = int(self._model.max_seq_length or 512) - int(num_special)

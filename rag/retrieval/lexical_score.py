@@ -32,20 +32,25 @@ _thread = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What is scored: a chunk's text, its heading path as one string, its document's title.
+    """What is scored: a chunk's words, its heading path as one string, its document's title.
 
     `beside` are the places among the candidates of the chunks before and after it.
     """
 
-    text: str
+    words: Sequence[str]  # from `words_in`
     heading: str
     title: str
     beside: tuple[int, ...] = ()
 
 
+def words_in(text: str) -> list[str]:
+    """Return the words of a text in order, lower case."""
+    return _WORD.findall(text.lower())
+
+
 def question_words(question: str) -> list[str]:
     """Return the distinct words of a question that carry matter, in order; all if none does."""
-    words = list(dict.fromkeys(_WORD.findall(question.lower())))
+    words = list(dict.fromkeys(words_in(question)))
     return [word for word in words if word not in _STOP_WORDS] or words
 
 
@@ -56,7 +61,7 @@ def is_stop_word(word: str) -> bool:
 
 def stems(text: str) -> list[str]:
     """Return the words of a text in order, lower case, each as the stem that words are found by."""
-    return _stemmer()(_WORD.findall(text.lower()))
+    return _stemmer()(words_in(text))
 
 
 def lexical_scores(
@@ -95,29 +100,40 @@ def lexical_scores(
     for word, stem in zip(words, stemmed(list(words)), strict=True):
         n = min(frequencies.get(word, 0), num_chunks)
         squared_idf[stem] = math.log(1 + (num_chunks - n + 0.5) / (n + 0.5)) ** 2
-    texts = [stemmed(_WORD.findall(candidate.text.lower())) for candidate in candidates]
-    counts = [Counter(text) for text in texts]
+    # each form of a word is stemmed once, and only those that the question asks for are counted
+    forms = list(set().union(*(candidate.words for candidate in candidates)))
+    wanted = {f: stem for f, stem in zip(forms, stemmed(forms), strict=True) if stem in squared_idf}
+    counts = [
+        Counter(map(wanted.__getitem__, filter(wanted.__contains__, each.words)))
+        for each in candidates
+    ]
     lengths = [
-        len(text) + NEIGHBOUR_WEIGHT * sum(len(texts[place]) for place in candidate.beside)
-        for text, candidate in zip(texts, candidates, strict=True)
+        len(each.words)
+        + NEIGHBOUR_WEIGHT * sum(len(candidates[place].words) for place in each.beside)
+        for each in candidates
     ]
     mean_length = sum(lengths) / max(len(lengths), 1) or 1.0
     weights_of: dict[str, dict[str, float]] = {}
+    headings: dict[str, Counter[str]] = {}
     scores = []
     for in_text, length, candidate in zip(counts, lengths, candidates, strict=True):
         if candidate.title not in weights_of:
-            in_title = set(stemmed(_WORD.findall(candidate.title.lower())))
+            in_title = set(stemmed(words_in(candidate.title)))
             weights_of[candidate.title] = {
                 stem: weight * (TITLE_WEIGHT if stem in in_title else 1.0)
                 for stem, weight in squared_idf.items()
             }
         weights = weights_of[candidate.title]
-        in_heading = Counter(stemmed(_WORD.findall(candidate.heading.lower())))
+        if candidate.heading not in headings:
+            headings[candidate.heading] = Counter(stemmed(words_in(candidate.heading)))
+        in_heading = headings[candidate.heading]
         dampening = K1 * (1 - B + B * length / mean_length)
         score = 0.0
+        near = [counts[place] for place in candidate.beside]
         for stem, weight in weights.items():
-            beside = sum(counts[place][stem] for place in candidate.beside)
-            count = in_text[stem] + HEADING_WEIGHT * in_heading[stem] + NEIGHBOUR_WEIGHT * beside
+            beside = sum([each.get(stem, 0) for each in near])
+            count = in_text.get(stem, 0) + HEADING_WEIGHT * in_heading.get(stem, 0)
+            count += NEIGHBOUR_WEIGHT * beside
             score += weight * count / (count + dampening)
         best = sum(weights.values())
         scores.append(score / best if best else 0.0)
@@ -126,7 +142,7 @@ def lexical_scores(
 
 def stems_in(text: str) -> set[str]:
     """Return the distinct stems of a text's words."""
-    return set(_stemmer()(_WORD.findall(text.lower())))
+    return set(_stemmer()(words_in(text)))
 
 
 def _stemmer() -> Callable[[list[str]], list[str]]:

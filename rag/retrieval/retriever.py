@@ -1,12 +1,14 @@
 """A question to chunks: dense and lexical candidates, scored alike, optionally reranked."""
 
-import re
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from rag.retrieval.embedding import Embedder
 from rag.retrieval.lexical_index import LexicalIndex
-from rag.retrieval.lexical_score import Candidate, lexical_scores, question_words
+from rag.retrieval.lexical_score import Candidate, lexical_scores, question_words, words_in
 from rag.retrieval.reranker import Reranker
 from rag.retrieval.vector_index import VectorIndex
 from rag.store.documents import HEADING_SEPARATOR, DocumentStore, StoredChunk
@@ -14,7 +16,6 @@ from rag.types import Document
 
 NEIGHBOUR_COSINE = 0.1  # tuned with everything else here on dev questions: docs/decisions/0014
 SAME_WORDS = 0.9  # share of the words of two chunks that say the same
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +79,13 @@ class Retriever:
         # 1. candidates from both indexes
         self._vectors.catch_up()
         by_id = {document.id: document for document in documents}
-        among = self._store.chunk_ids(list(by_id))
-        everything = len(among) == self._vectors.num_vectors
+        num_chunks = sum(document.num_chunks for document in documents)
+        everything = num_chunks == self._vectors.num_vectors
+        among = None if everything else self._store.chunk_ids(list(by_id))
         scope = None if everything else list(by_id)
         query = self._embedder.embed([question])[0]
         words = question_words(question)
-        dense = self._vectors.search(
-            query, top_k=num_candidates, among=None if everything else among
-        )
+        dense = self._vectors.search(query, top_k=num_candidates, among=among)
         lexical = self._lexical.search(" ".join(words), top_k=num_candidates, document_ids=scope)
 
         # 2. joined back to the store, so that a deleted chunk cannot be shown; the ids of a
@@ -102,26 +102,28 @@ class Retriever:
         )
         candidates = [c for c in candidates if c.id in cosines]
         beside = _beside(candidates)
+        texts = [words_in(c.chunk.text) for c in candidates]
         shares = lexical_scores(
             words,
             [
                 Candidate(
-                    text=c.chunk.text,
+                    words=text,
                     heading=HEADING_SEPARATOR.join(c.chunk.heading_path),
                     title=by_id[c.document_id].title,
                     beside=places,
                 )
-                for c, places in zip(candidates, beside, strict=True)
+                for c, text, places in zip(candidates, texts, beside, strict=True)
             ],
             frequencies=self._lexical.frequencies(words, document_ids=scope),
-            num_chunks=len(among),
+            num_chunks=num_chunks,
         )
         nearness = _smoothed([cosines[c.id] for c in candidates], beside)
         hits = [
             Hit(stored, _either(near, share), cosines[stored.id], share)
             for stored, near, share in zip(candidates, nearness, shares, strict=True)
         ]
-        hits = _without_repeats(sorted(hits, key=_nearest_first))
+        words_of = {c.id: text for c, text in zip(candidates, texts, strict=True)}
+        hits = _without_repeats(sorted(hits, key=_nearest_first), words_of)
 
         # 4. the reranker reads question and chunk together
         if self._reranker is None:
@@ -159,22 +161,38 @@ def _smoothed(cosines: Sequence[float], beside: Sequence[tuple[int, ...]]) -> li
     ]
 
 
-def _without_repeats(hits: Sequence[Hit]) -> list[Hit]:
+def _without_repeats(hits: Sequence[Hit], words_of: Mapping[int, Sequence[str]]) -> list[Hit]:
     """Return the hits without those that repeat one before them.
 
     Two chunks A and B, as sets of words, repeat each other if |A & B| >= 0.9 |A | B| and they hold
     the same numbers: rows of a table may differ in one number only, and say another thing.
+
+    Such sets share one of each one's rarest words, a tenth of them and one, in an order common to
+    all: only those that do are compared. Source: Chaudhuri, Ganti and Kaushik, "A Primitive
+    Operator for Similarity Joins in Data Cleaning", 2006, section 4.
     """
+    sets = [set(words_of[hit.chunk.id]) for hit in hits]
+    frequencies = Counter(chain.from_iterable(sets))
+    by_rarity = sorted(frequencies, key=frequencies.__getitem__)
+    rank = {word: number for number, word in enumerate(by_rarity)}
+    has_digit = {w for w in rank if not w.isalpha() and any(map(str.isdigit, w))}
     kept: list[Hit] = []
-    by_numbers: dict[frozenset[str], list[set[str]]] = {}
-    for hit in hits:
-        words = set(_WORD.findall(hit.chunk.chunk.text.lower()))
-        numbers = frozenset(word for word in words if any(sign.isdigit() for sign in word))
-        alike = by_numbers.setdefault(numbers, [])
-        if not any(len(words & other) >= SAME_WORDS * len(words | other) for other in alike):
-            alike.append(words)
+    holders: dict[int, list[set[str]]] = {}  # of a rare word: the sets kept that hold it
+    for hit, words in zip(hits, sets, strict=True):
+        num_rare = len(words) - math.ceil(SAME_WORDS * len(words)) + 1
+        rare = sorted(map(rank.__getitem__, words))[:num_rare] or [-1]  # without words, all alike
+        rivals = chain.from_iterable(holders.get(word, ()) for word in rare)
+        if not any(_repeats(words, other, has_digit) for other in rivals):
             kept.append(hit)
+            for word in rare:
+                holders.setdefault(word, []).append(words)
     return kept
+
+
+def _repeats(words: set[str], others: set[str], has_digit: set[str]) -> bool:
+    if len(words & others) < SAME_WORDS * len(words | others):
+        return False
+    return words & has_digit == others & has_digit
 
 
 def _nearest_first(hit: Hit) -> tuple[float, int]:

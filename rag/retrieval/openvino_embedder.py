@@ -1,0 +1,228 @@
+"""Texts to unit vectors by OpenVINO, from a graph converted once. The only home of openvino."""
+
+import json
+import os
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rag.retrieval.embedding import FloatArray, Offsets, fingerprint_of, tokenizer_of
+
+MIN_AGREEMENT = 0.9999  # cosine to sentence-transformers' float32 vectors, else torch is used
+BATCH_TOKENS = 2048  # padding included; 1,024 to 4,096 were as fast, 8,192 slower
+TokenIds = list[int]
+
+# What the conversion is tried on: one word, a sentence, and more than most embedders read.
+_PROBES = (
+    "Fathom",
+    "How long may a tenant stay after the notice has been given?",
+    "Total revenue 2023: $4,512 million; 2022: $3,998 million. " * 8,
+    "The quick brown fox jumps over the lazy dog. " * 60,
+)
+
+
+class NotConvertibleError(Exception):
+    """OpenVINO cannot run this model here; the message says why. torch can."""
+
+
+class OpenVinoEmbedder:
+    """An embedder that needs neither torch nor sentence-transformers once its graph is on disk.
+
+    The products are in bfloat16 where the CPU multiplies it natively, else in float32.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        num_threads: int | None = None,
+        converted: Path | None = None,
+    ) -> None:
+        """Load the graph; the first time, convert it, which loads sentence-transformers.
+
+        Args:
+            folder: as sentence-transformers loads it.
+            name: the name that receipts show.
+            num_threads: None takes OMP_NUM_THREADS, else all cores.
+            converted: the folder of the graph; None is one inside `folder`, made if need be.
+
+        Raises:
+            NotConvertibleError: if the graph cannot be made or kept, or gives other vectors.
+        """
+        converted = converted or _converted(folder)
+        facts = json.loads((converted / "facts.json").read_text())
+        if not facts["agrees"]:
+            raise NotConvertibleError("OpenVINO gave other vectors than sentence-transformers")
+        self._compiled = _compiled(converted / "model.xml", num_threads)
+        self._requests = threading.local()
+        self._tokenizer = tokenizer_of(folder)
+        self._pad_id = int(facts["pad_id"])
+        self._longest = int(facts["max_seq_length"])  # special tokens included
+        self.fingerprint = fingerprint_of(folder, name)
+        self.dim = int(facts["dim"])
+        num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        self.max_tokens = self._longest - int(num_special)
+
+    def token_offsets(self, text: str) -> Offsets:
+        """Return the `[start, end)` characters of every token of `text`, in order."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
+
+    def embed(
+        self, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None
+    ) -> FloatArray:
+        """Return float32 [len(texts), dim], unit length.
+
+        Batches hold texts of similar length up to a number of tokens, so that little padding is
+        computed. A text has the same vector in any batch, to a cosine of 0.9999.
+        """
+        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
+        ids = self._token_ids(texts)
+        done = 0
+        for batch in _batches([len(each) for each in ids]):
+            vectors[batch] = self._run([ids[i] for i in batch])
+            done += len(batch)
+            if on_progress:
+                on_progress(done)
+        return vectors
+
+    def _token_ids(self, texts: Sequence[str]) -> list[TokenIds]:
+        ids = [encoded.ids for encoded in self._tokenizer.encode_batch_fast(list(texts))]
+        too_long = [i for i, each in enumerate(ids) if len(each) > self._longest]
+        if too_long:
+            cut = self._cutting_tokenizer.encode_batch_fast([texts[i] for i in too_long])
+            for i, encoded in zip(too_long, cut, strict=True):
+                ids[i] = encoded.ids
+        return ids
+
+    @cached_property
+    def _cutting_tokenizer(self) -> Any:  # noqa: ANN401 - a Tokenizer
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.enable_truncation(self._longest)
+        return tokenizer
+
+    def _run(self, ids: Sequence[TokenIds]) -> FloatArray:
+        if not hasattr(self._requests, "request"):  # one request serves one thread at a time
+            self._requests.request = self._compiled.create_infer_request()
+        found = self._requests.request.infer(_padded(ids, self._pad_id))[0]
+        return np.asarray(found, dtype=np.float32)
+
+
+def _padded(ids: Sequence[TokenIds], pad_id: int) -> list[npt.NDArray[np.int64]]:
+    """Return token ids and attention mask, int64 [len(ids), longest]."""
+    width = max(len(each) for each in ids)
+    tokens = np.full((len(ids), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(ids), width), dtype=np.int64)
+    for row, each in enumerate(ids):
+        tokens[row, : len(each)] = each
+        mask[row, : len(each)] = 1
+    return [tokens, mask]
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the places of the texts, shortest first, in batches of up to BATCH_TOKENS tokens."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and lengths[place] * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def _openvino() -> Any:  # noqa: ANN401 - the package, whose stubs are not always there
+    # Importing it reports the import to its maker, unless the package that does so is not there:
+    # nothing is sent from here.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def _compiled(graph: Path, num_threads: int | None) -> Any:  # noqa: ANN401 - a CompiledModel
+    core = _openvino().Core()
+    # It would choose bfloat16 where the CPU emulates it, too.
+    is_native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16" if is_native else "f32",
+        # 0 is all cores
+        "INFERENCE_NUM_THREADS": num_threads or int(os.environ.get("OMP_NUM_THREADS", "0")),
+        "ENABLE_CPU_PINNING": False,  # other processes have the cores, too
+    }
+    return core.compile_model(str(graph), "CPU", options)
+
+
+# ---- converting, once a model ---------------------------------------------------------------
+
+
+def _converted(folder: Path) -> Path:
+    """Return the folder with this model's graph and facts, made if it is not there."""
+    weights = folder / "model.safetensors"
+    target = folder / f"openvino-{weights.stat().st_mtime_ns}"
+    if (target / "facts.json").is_file():
+        return target
+    made = None
+    try:
+        made = Path(mkdtemp(prefix="openvino-new-", dir=folder))
+        _convert(folder, made)
+        made.rename(target)  # whole or absent; of two processes that make it, one is the first
+    except Exception as error:  # whatever torch or OpenVINO says of a model they do not know
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        if not (target / "facts.json").is_file():
+            raise NotConvertibleError(f"{type(error).__name__}: {error}") from error
+    return target
+
+
+def _convert(folder: Path, target: Path) -> None:
+    """Write model.xml, model.bin and facts.json: the graph from token ids to unit vectors.
+
+    facts.json says whether the graph's vectors agree with those of sentence-transformers here, so
+    that one whose vectors do not is not converted again at each start.
+    """
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    class Graph(torch.nn.Module):
+        """A sentence-transformers model with tensors in place of its dictionaries."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            found = self.model({"input_ids": input_ids, "attention_mask": attention_mask})
+            return torch.nn.functional.normalize(found["sentence_embedding"], dim=-1)
+
+    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True).eval()
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 5:] = 0
+    example = {"input_ids": torch.ones(2, 7, dtype=torch.int64), "attention_mask": mask}
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # of branches taken while tracing: compared below
+        graph = _openvino().convert_model(Graph(), example_input=example)
+    _openvino().save_model(graph, str(target / "model.xml"), compress_to_fp16=False)
+    facts = {
+        "agrees": True,
+        "dim": int(model.get_embedding_dimension() or 0),
+        "max_seq_length": int(model.max_seq_length or 512),
+        "pad_id": int(model.tokenizer.pad_token_id or 0),
+    }
+    (target / "facts.json").write_text(json.dumps(facts))
+    ours = OpenVinoEmbedder(folder, name="", converted=target).embed(_PROBES)
+    theirs = model.encode(list(_PROBES), normalize_embeddings=True, show_progress_bar=False)
+    facts["agrees"] = bool(np.min(np.sum(ours * theirs, axis=1)) >= MIN_AGREEMENT)
+    (target / "facts.json").write_text(json.dumps(facts))
