@@ -9,7 +9,7 @@ import torch
 from conftest import make_tiny_tokenizer, prompt_of
 from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import DocumentPrefix, GenerationDone, PrefillProgress, Prompt, TextPiece
-from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.kv_bytes import kv_cache_bytes, room_bytes
 from rag.lm.local_engine import LocalEngine
 from tiny_families import tiny_model
 
@@ -132,7 +132,7 @@ def test_batches_keep_within_the_memory(monkeypatch: pytest.MonkeyPatch) -> None
     engine = engine_of(model)
     prompts = [random_prompt(length, seed=length) for length in (60, 50, 40, 30)]
     free = answers(engine, prompts)
-    row_bytes = kv_cache_bytes(engine.spec, 60 + NEW)
+    row_bytes = kv_cache_bytes(engine.spec, 60 + NEW) + room_bytes(engine.spec, 60 + NEW)
     monkeypatch.setattr(engine._prefill, "usable_bytes", lambda: 5 * row_bytes)
     seen = passes(model)
     tight = answers(engine, prompts)

@@ -72,18 +72,19 @@ def snapshot(cache: Cache, model_type: str) -> tuple[tuple[Tensor, Tensor], ...]
     """Return the tensors that a cache holds now; None if they are not all of its state.
 
     Nothing is copied but what would keep a larger tensor alive. A full layer grows by making a
-    new tensor, so these stay as they are while the cache goes on. Because a kept prefix is only
-    ever used whole, sliding layers beyond their window need no rolling back.
+    new tensor where it has no room, so these stay as they are while the cache goes on. Because a
+    kept prefix is only ever used whole, sliding layers beyond their window need no rolling back.
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     from rag.lm.eight_bit_cache import EightBitLayer
-    from rag.lm.native_cache import OwningWindowLayer
+    from rag.lm.native_cache import GrowingLayer, OwningWindowLayer
 
     if model_type in _STATE_ELSEWHERE:
         return None
     # Exact classes: another subclass may keep more than keys and values.
-    whole = (DynamicLayer, EightBitLayer, DynamicSlidingWindowLayer, OwningWindowLayer)
+    whole = {DynamicLayer, GrowingLayer, EightBitLayer}
+    whole |= {DynamicSlidingWindowLayer, OwningWindowLayer}
     layers = []
     layer: Any  # the mixins of transformers do not declare what their subclasses have
     for layer in cache.layers:

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from rag.lm.forward import allocated, takes_positions
-from rag.lm.native_cache import native_cache
+from rag.lm.native_cache import GrowingLayer, native_cache
 from rag.lm.positions import trained_limit
 from rag.lm.spec import Q8_GROUP, KVDtype, ModelSpec
 
@@ -153,7 +153,7 @@ def _key_sizes(model: Any, spec: ModelSpec) -> tuple[Tensor | None, ...]:  # noq
 
 
 def _sizes(layer: Any) -> Tensor | None:  # noqa: ANN401 - a cache layer of any kind
-    if type(layer) is not DynamicLayer:
+    if type(layer) is not GrowingLayer:
         return None
     assert layer.keys is not None
     largest = layer.keys.abs().amax(dim=(0, 2)).flatten().float()

@@ -11,7 +11,7 @@ from typing import Any
 from rag.lm.chat_tokenizer import TextStream
 from rag.lm.engine import GenerationDone, GenerationStep, TextPiece
 from rag.lm.forward import allocated, forward
-from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
+from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes, room_bytes
 from rag.lm.native_cache import merge, select
 from rag.lm.prefill import Prefilled
 from rag.lm.spec import ModelSpec
@@ -72,7 +72,8 @@ def batches(
     found: list[list[int]] = []
     for number in by_length:
         if found:
-            row_bytes = kv_cache_bytes(spec, len(prompts[found[-1][0]]) + max_new_tokens)
+            longest = len(prompts[found[-1][0]]) + max_new_tokens
+            row_bytes = kv_cache_bytes(spec, longest) + room_bytes(spec, longest)
             rows = len(found[-1]) + 1
             if rows <= _MOST_ROWS and rows * row_bytes <= _BATCH_SHARE * usable_bytes:
                 found[-1].append(number)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 _FLOAT32_BYTES = 4
+# A full layer that decodes has room for up to so many tokens more than it holds.
+ROOM_TOKENS = 128
 # What a cache layer keeps beside what it caches: counters, and what is the model's.
 _NOT_CACHED = frozenset({"_sliding_window_tensor", "cumulative_length", "key_sizes"})
 
@@ -65,6 +67,14 @@ def read_copy_bytes(spec: ModelSpec, layer: LayerSpec, num_tokens: int) -> int:
     if spec.kv_dtype is None or layer.kind != "full":
         return 0
     return layer.elements_per_token * num_tokens * spec.dtype_bytes
+
+
+def room_bytes(spec: ModelSpec, num_tokens: int) -> int:
+    """Return the most bytes that a cache of `num_tokens` tokens has for tokens to come.
+
+    They are no part of `kv_cache_bytes`, for nothing is in them, but of what a request takes.
+    """
+    return kv_cache_bytes(spec, num_tokens + ROOM_TOKENS) - kv_cache_bytes(spec, num_tokens)
 
 
 def measured_kv_bytes(cache: Cache) -> int:

@@ -129,6 +129,8 @@ def load_weights(folder: Path, *, dtype: torch.dtype, device: torch.device) -> A
     import torch
     from transformers import AutoModelForCausalLM
 
+    from rag.lm.grouped_attention import use_grouped_attention
+
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -152,6 +154,7 @@ def load_weights(folder: Path, *, dtype: torch.dtype, device: torch.device) -> A
         raise _broken(folder, f"{found}{type(error).__name__}: {_one_line(error)}") from error
     _check_report(folder, report)
     _check_finite(folder, model)
+    use_grouped_attention(model)
     return model
 
 

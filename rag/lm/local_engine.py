@@ -30,7 +30,7 @@ from rag.lm.engine import (
 )
 from rag.lm.forward import is_allocation_failure
 from rag.lm.generation import Row, batches, decode
-from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.kv_bytes import kv_cache_bytes, room_bytes
 from rag.lm.loading import Weights, open_model
 from rag.lm.native_cache import branch
 from rag.lm.peak_bytes import peak_bytes
@@ -361,7 +361,8 @@ class LocalEngine:
         states = self._prefill.read(
             model,
             all_ids,
-            most_bytes=len(batch) * kv_cache_bytes(self._spec, longest)
+            most_bytes=len(batch)
+            * (kv_cache_bytes(self._spec, longest) + room_bytes(self._spec, longest))
             + peak_bytes(self._spec, longest),
             stop=stop,
             prefix=prefix,

@@ -1,4 +1,4 @@
-"""The cache of transformers, with windows that hold no more than they show."""
+"""The cache of transformers, with windows that hold no more than they show, and room to grow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from rag.lm.kv_bytes import ROOM_TOKENS
+
+# A piece of a prompt that is longer is joined to what is there, which takes exactly what it needs.
+_FEW_TOKENS = 16
 
 
 def native_cache(config: PreTrainedConfig) -> DynamicCache:
@@ -19,19 +24,22 @@ def native_cache(config: PreTrainedConfig) -> DynamicCache:
     There a sliding layer keeps a view of all that the last forward pass computed: after a prefill
     in one piece the whole prompt stays in memory, is copied by `copy.deepcopy` and written by
     `torch.save`. Here it keeps a copy of its window, so the bytes held are the bytes of its
-    tensors. Values are the same.
+    tensors. A full layer copies all that it has for each token that is decoded; here it has room
+    for the next ones. Values are the same.
 
     Args:
         config: of a model whose windows, if it has any, are its own.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [
-        OwningWindowLayer(layer.sliding_window)
-        if type(layer) is DynamicSlidingWindowLayer
-        else layer
-        for layer in cache.layers
-    ]
+    cache.layers = [_own_layer(layer) for layer in cache.layers]
     return cache
+
+
+def _own_layer(layer: Any) -> Any:  # noqa: ANN401 - a cache layer of any kind
+    """Return the layer that stands for one of transformers here; others stay as they are."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return OwningWindowLayer(layer.sliding_window)
+    return GrowingLayer() if type(layer) is DynamicLayer else layer
 
 
 def branch(cache: Cache, num_sequences: int) -> Cache:
@@ -95,6 +103,60 @@ def _shallow_copy(layer: Any) -> Any:  # noqa: ANN401 - a cache layer of any kin
         if isinstance(value, dict):  # the states of recurrent layers
             setattr(copied, name, dict(value))
     return copied
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A full layer that writes a decoded token beside those that it has, instead of all anew.
+
+    `keys` and `values` are views of the front of a larger tensor then. Whoever holds a view sees
+    the tokens that it held when it was taken, for what is written comes after them; only `crop`
+    lets other tokens take the place of some.
+    """
+
+    def __init__(self) -> None:
+        """Begin empty."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def __copy__(self) -> GrowingLayer:
+        """Return a layer with the same tokens; it goes on in room of its own."""
+        copied = GrowingLayer()
+        vars(copied).update(vars(self), _room=None)
+        return copied
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """Take new keys and values in and return all, [sequences, heads, tokens, head width]."""
+        held, new = self.get_seq_length(), key_states.shape[-2]
+        if not held or new > _FEW_TOKENS:
+            self._room = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None
+        assert self.values is not None
+        room = self._room
+        # Whatever replaced the keys meanwhile (another order of sequences) left the room behind.
+        fits = room is not None and room[0].data_ptr() == self.keys.data_ptr()
+        if room is None or not fits or held + new > room[0].shape[-2]:
+            self._room = None
+            room = _with_room(self.keys), _with_room(self.values)
+            self._room = room
+        room[0][..., held : held + new, :] = key_states
+        room[1][..., held : held + new, :] = value_states
+        self.keys, self.values = (states[..., : held + new, :] for states in room)
+        return self.keys, self.values
+
+
+def _with_room(states: Tensor) -> Tensor:
+    """Return a tensor that begins with `states` and has room for more tokens."""
+    *outer, tokens, width = states.shape
+    larger = states.new_empty((*outer, tokens + ROOM_TOKENS, width))
+    larger[..., :tokens, :] = states
+    return larger
 
 
 class OwningWindowLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]

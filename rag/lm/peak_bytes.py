@@ -1,6 +1,6 @@
 """Memory that a forward pass takes beside weights and cache: an upper bound, explained."""
 
-from rag.lm.kv_bytes import read_copy_bytes
+from rag.lm.kv_bytes import read_copy_bytes, room_bytes
 from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 from rag.lm.spec import LayerSpec, ModelSpec
 
@@ -23,6 +23,8 @@ def peak_bytes(
     through the pass,
 
         C * S for each kind of window, as booleans
+
+    the room that full layers have for the next tokens, once they decode,
 
     and the largest of what comes and goes, over the layers:
 
@@ -53,7 +55,8 @@ def peak_bytes(
     attention = max(_attention_bytes(spec, layer, num_tokens, chunk) for layer in spec.layers)
     feed_forward = chunk * size * (8 * shape.hidden_size + shape.feed_forward_elements)
     logits = spec.vocab_size * (size + _FLOAT32_BYTES)
-    return _SCRATCH_BYTES + masks + max(attention, feed_forward, logits)
+    room = room_bytes(spec, num_tokens)
+    return _SCRATCH_BYTES + masks + room + max(attention, feed_forward, logits)
 
 
 def _attention_bytes(spec: ModelSpec, layer: LayerSpec, num_tokens: int, chunk: int) -> int:

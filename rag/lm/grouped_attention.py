@@ -1,0 +1,100 @@
+"""Attention on a CPU where several query heads share a key head: no key is repeated for it.
+
+transformers hands such heads to torch in two ways that a CPU is slow at. One query without a mask
+goes with `enable_gqa`, which computes every query head alone, a product of a vector with a matrix
+each: 6 to 14 times slower than one product of the group's queries with the keys that they share.
+Several queries under a mask go with keys and values repeated to all heads, which copies the whole
+cache in every layer. Here a group's queries become rows of the head that they share, as long as
+they are few; many go with `enable_gqa`, which is as fast then and copies nothing.
+
+The same kernel adds up the same numbers in the same order: in bfloat16 the results are equal bit
+for bit, in float32 to the last bit.
+
+Source: docs/decisions/0034.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rag.lm.layers import VERIFIED_FAMILIES
+
+NAME = "fathom_grouped"
+
+# From here on the queries of one head fill the kernel's blocks by themselves.
+_FEW_QUERIES = 16
+# What `sdpa` refuses, or works into the mask: left to it.
+_SPECIAL = ("softcap", "position_bias", "cache")
+
+
+def use_grouped_attention(model: Any) -> None:  # noqa: ANN401 - a causal model of transformers
+    """Let this model, and no other, attend so; one for which that is not tested stays as it is.
+
+    Args:
+        model: on its device. On a GPU, or with another attention than `sdpa`, nothing is changed.
+    """
+    text = model.config.get_text_config(decoder=True)
+    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+        return
+    # The code of latents asks for `sdpa` by its name, and has no heads to group.
+    if text.model_type not in VERIFIED_FAMILIES or getattr(text, "kv_lora_rank", None):
+        return
+    if not model._can_set_attn_implementation():
+        return
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def grouped_attention(
+    module: Any,  # noqa: ANN401
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,  # noqa: ANN401 - what other attention functions use
+) -> tuple[Tensor, None]:
+    """The attention function, as transformers calls it.
+
+    Args:
+        module: the layer's attention.
+        query: [B, H, T, D].
+        key: [B, G, K, D] with H a multiple of G; so is `value`.
+        value: [B, G, K, D].
+        attention_mask: [B or 1, H or 1, T, K], bool or to be added; None lets one query see all
+            keys, and several those up to their own.
+        scaling: the factor of the scores; by default the inverse root of D.
+        kwargs: handed on.
+
+    Returns:
+        [B, T, H, D], and no weights.
+    """
+    B, H, T, D = query.shape
+    G = key.shape[1]
+    shares = G < H and key.shape[-1] == value.shape[-1]
+    is_plain = not any(kwargs.get(name) is not None for name in _SPECIAL)
+    has_plain_mask = T == 1 if attention_mask is None else attention_mask.shape[1] == 1
+    if not (shares and is_plain and has_plain_mask):
+        return sdpa_attention_forward(  # type: ignore[no-any-return, no-untyped-call]
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    if T > _FEW_QUERIES:
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+        )
+    else:
+        groups = H // G
+        rows = query.reshape(B, G, groups * T, D)
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat(1, 1, groups, 1)
+        out = scaled_dot_product_attention(
+            rows, key, value, attn_mask=attention_mask, scale=scaling
+        ).reshape(B, H, T, D)
+    return out.transpose(1, 2).contiguous(), None
