@@ -82,7 +82,7 @@ def grouped_attention(
     is_plain = not any(kwargs.get(name) is not None for name in _SPECIAL)
     has_plain_mask = T == 1 if attention_mask is None else attention_mask.shape[1] == 1
     if not (shares and is_plain and has_plain_mask):
-        return sdpa_attention_forward(  # type: ignore[no-any-return, no-untyped-call]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     if T > _FEW_QUERIES:
