@@ -6,27 +6,25 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rag.lm.chat_tokenizer import TextStream
 from rag.lm.engine import GenerationDone, GenerationStep, TextPiece
-from rag.lm.forward import allocated, forward
-from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes, room_bytes
-from rag.lm.native_cache import merge, select
+from rag.lm.forward import forward
+from rag.lm.kv_bytes import measured_row_bytes
+from rag.lm.native_cache import select
 from rag.lm.prefill import Prefilled
-from rag.lm.spec import ModelSpec
+from rag.lm.shared_prefix import SharedPrefixCache, forward_shared
 
-# Most answers written in step: beyond, a row more costs a CPU nearly what it costs alone.
-_MOST_ROWS = 32
-# Of the memory that a batch may take, the share that its caches may plan to fill. While they are
-# joined each stands in memory twice.
-_BATCH_SHARE = 0.4
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 @dataclass(slots=True, eq=False)
 class Row:
     """One answer being written: its prompt's state, and what was written so far.
 
+    `padding` is how many tokens of the batch's cache before its own stand for nothing;
     `decode_seconds` are those of every pass it took part in, in company or alone.
     """
 
@@ -40,7 +38,7 @@ class Row:
 
     def stopped_early(self) -> GenerationDone:
         """Return the last step of an answer whose prompt was not read to its end."""
-        held = measured_kv_bytes(self.state.cache)
+        held = measured_row_bytes(self.state.cache, self.padding)
         return self.done(kv_tokens=self.state.num_tokens, kv_bytes=held, stopped=True)
 
     def done(
@@ -60,31 +58,10 @@ class Row:
         )
 
 
-def batches(
-    prompts: Sequence[Sequence[int]], spec: ModelSpec, *, max_new_tokens: int, usable_bytes: int
-) -> list[list[int]]:
-    """Return the numbers of the prompts that are answered in step, the longest first.
-
-    A batch has the memory for all its caches, as long as the longest of them may become; a single
-    prompt is a batch whatever it takes.
-    """
-    by_length = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    found: list[list[int]] = []
-    for number in by_length:
-        if found:
-            longest = len(prompts[found[-1][0]]) + max_new_tokens
-            row_bytes = kv_cache_bytes(spec, longest) + room_bytes(spec, longest)
-            rows = len(found[-1]) + 1
-            if rows <= _MOST_ROWS and rows * row_bytes <= _BATCH_SHARE * usable_bytes:
-                found[-1].append(number)
-                continue
-        found.append([number])
-    return found
-
-
 def decode(
     model: Any,  # noqa: ANN401 - a causal model of transformers
     rows: Sequence[Row],
+    cache: Cache,
     *,
     end_ids: frozenset[int],
     max_new_tokens: int,
@@ -95,7 +72,15 @@ def decode(
     Shorter rows are padded at their front, where a mask hides it: each keeps its own positions, and
     its windows hold its own tokens. A row writes what it would alone, as far as rounding goes: a
     batch adds up in another order, which in 16 bits can tip a close choice. The bytes of a row are
-    its share of the batch's cache, padding included.
+    those of its own tokens, a prefix that it shares included, its padding not.
+
+    Args:
+        model: ready to run.
+        rows: their prompts are read, and their padding is known.
+        cache: of all of them, in their order; a `SharedPrefixCache` where they share one.
+        end_ids: the tokens that end an answer.
+        max_new_tokens: the longest answer.
+        stop: looked at before each token.
 
     Yields:
         Each row's number with its text pieces and, last, its GenerationDone.
@@ -104,16 +89,6 @@ def decode(
         OutOfMemoryError: if memory runs out; every row not yet done is lost.
     """
     active = list(rows)
-    longest = max(row.state.num_tokens for row in active)
-    for row in active:
-        row.padding = longest - row.state.num_tokens
-    cache = allocated(
-        lambda: merge([row.state.cache for row in active]),
-        f"where the caches of {len(active)} sequences were joined",
-    )
-    for row in active:
-        if len(active) > 1:  # joined: what a row held alone is no longer needed
-            row.state.cache.layers.clear()
     while True:
         ended: set[int] = set()
         for row in active:
@@ -130,7 +105,7 @@ def decode(
                     row.number,
                     row.done(
                         kv_tokens=cache.get_seq_length() - row.padding,
-                        kv_bytes=measured_kv_bytes(cache) // len(active),
+                        kv_bytes=measured_row_bytes(cache, row.padding),
                         stopped=not is_end and not is_full,
                         is_cut_off=is_full,
                     ),
@@ -143,12 +118,12 @@ def decode(
                 return
             select(cache, left)
         begun = time.perf_counter()
-        logits = forward(
-            model,
-            [[row.state.next_id or 0] for row in active],
-            cache,
-            front_padding=[row.padding for row in active],
-        )
+        newest = [[row.state.next_id or 0] for row in active]
+        padding = [row.padding for row in active]
+        if isinstance(cache, SharedPrefixCache):
+            logits = forward_shared(model, newest, cache, front_padding=padding)
+        else:
+            logits = forward(model, newest, cache, front_padding=padding)
         next_ids = logits[:, -1].argmax(-1).tolist()  # waits for the GPU
         seconds = time.perf_counter() - begun
         for row, next_id in zip(active, next_ids, strict=True):

@@ -90,6 +90,31 @@ def measured_kv_bytes(cache: Cache) -> int:
     )
 
 
+def measured_row_bytes(cache: Cache, padding: int) -> int:
+    """Return the logical bytes that one sequence of a batch has in `cache`, padding left out.
+
+    The sequences are of one length: `padding` are the first tokens of this one that stand for
+    nothing. What all of them share counts as this one's too.
+    """
+    num_bytes = 0
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if name in _NOT_CACHED or value is None:
+                continue
+            if name in ("prefix_keys", "prefix_values"):
+                num_bytes += _tensor_bytes(value)
+            elif name in ("keys", "values"):
+                rows, held = value.shape[0], value.shape[-2]
+                if not held:
+                    continue
+                gone = getattr(layer, "cumulative_length", held) - held  # has left the window
+                own = held - max(0, padding - gone)
+                num_bytes += _tensor_bytes(value) // rows // held * own
+            else:
+                num_bytes += _row_bytes(value)
+    return num_bytes
+
+
 def held_kv_bytes(cache: Cache) -> int:
     """Return the bytes of the storages that the tensors of `cache` keep alive.
 
@@ -124,3 +149,9 @@ def _tensor_bytes(value: Any) -> int:  # noqa: ANN401 - an attribute of a cache 
     if hasattr(value, "element_size"):
         return int(value.numel() * value.element_size())
     return 0
+
+
+def _row_bytes(value: Any) -> int:  # noqa: ANN401 - a state that every sequence has one of
+    if isinstance(value, dict):
+        return sum(_row_bytes(inner) for inner in value.values())
+    return _tensor_bytes(value) // value.shape[0] if hasattr(value, "element_size") else 0

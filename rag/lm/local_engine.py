@@ -15,25 +15,22 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 from rag.errors import ModelError, OutOfMemoryError, UnsupportedModelError
+from rag.lm.batch_generation import BatchGeneration
 from rag.lm.chat_tokenizer import ChatTokenizer
 from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import (
     DocumentPrefix,
-    GenerationDone,
     GenerationStep,
     Message,
-    PrefillProgress,
     Prompt,
     ScoreRequest,
     Scores,
     name_with_cache,
 )
 from rag.lm.forward import is_allocation_failure
-from rag.lm.generation import Row, batches, decode
-from rag.lm.kv_bytes import kv_cache_bytes, room_bytes
+from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.loading import Weights, open_model
 from rag.lm.native_cache import branch
-from rag.lm.peak_bytes import peak_bytes
 from rag.lm.positions import position_limit
 from rag.lm.prefill import Prefill
 from rag.lm.prefill_rate import PrefillClock
@@ -335,62 +332,16 @@ class LocalEngine:
         if prefix and any(prefix.num_tokens >= len(prompt.ids) for prompt in prompts):
             prefix = None  # of each prompt something is left to compute
         with self._lock:
-            self._loaded_model()
-            numbered = batches(
-                [prompt.ids for prompt in prompts],
-                self._spec,
-                max_new_tokens=max_new_tokens,
-                usable_bytes=self._prefill.usable_bytes(),
-            )
-            for batch in numbered:
-                yield from self._generate_batch(batch, prompts, max_new_tokens, stop, prefix)
-            self._prefill.save()
-
-    def _generate_batch(
-        self,
-        batch: list[int],
-        prompts: Sequence[Prompt],
-        max_new_tokens: int,
-        stop: Event,
-        prefix: DocumentPrefix | None,
-    ) -> Iterator[tuple[int, GenerationStep]]:
-        model = self._loaded_model()
-        all_ids = [prompts[number].ids for number in batch]
-        longest = max(map(len, all_ids)) + max_new_tokens
-        rows: dict[int, Row] = {}
-        states = self._prefill.read(
-            model,
-            all_ids,
-            most_bytes=len(batch)
-            * (kv_cache_bytes(self._spec, longest) + room_bytes(self._spec, longest))
-            + peak_bytes(self._spec, longest),
-            stop=stop,
-            prefix=prefix,
-        )
-        for index, state in states:
-            number, total = batch[index], len(all_ids[index])
-            if number not in rows:
-                rows[number] = Row(number, total, state, self._tokenizer.stream())
-            else:
-                yield number, PrefillProgress(state.num_tokens, total)
-        ready = [row for row in rows.values() if row.state.num_tokens == row.prompt_tokens]
-        for row in ready:
-            self._prefill_clock.observe(
-                row.prompt_tokens, row.state.seconds, cached_tokens=row.state.reused_tokens
-            )
-        if ready:
-            yield from decode(
-                model,
-                ready,
-                end_ids=self._tokenizer.end_ids(model),
+            batch = BatchGeneration(
+                self._loaded_model(),
+                self._prefill,
+                self._tokenizer,
+                self._prefill_clock,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
             )
-        for number, ids in zip(batch, all_ids, strict=True):  # those that the stop came before
-            if number not in rows:
-                yield number, GenerationDone(len(ids), 0, 0, 0, 0, 0.0, 0.0, stopped=True)
-            elif rows[number] not in ready:
-                yield number, rows[number].stopped_early()
+            yield from batch.answer(prompts, prefix)
+            self._prefill.save()
 
     def generate_in_strides(
         self,

@@ -184,7 +184,7 @@ class WindowedSession:
         ids = torch.tensor([list(token_ids)], device=model.device)
         first = self.num_read
         positions = torch.arange(first, first + ids.shape[1], device=model.device)[None]
-        with torch.inference_mode(), _attention(model, _ATTENTION):
+        with torch.inference_mode(), attention_named(model, _ATTENTION):
             step = self._step(positions)
             output = model(
                 input_ids=ids,
@@ -240,24 +240,24 @@ def check_windowed(model: Any) -> WindowedModel:  # noqa: ANN401 - a causal mode
     Raises:
         UnsupportedModelError: if it is not exact, or not known to be; the message says why.
     """
-    if reason := _refusal(model.config.get_text_config(decoder=True)):
+    if reason := refusal(model.config.get_text_config(decoder=True)):
         raise _unsupported(model, reason)
     checked = WindowedModel(model, _turning_layers(model))
     plan = WindowPlan(num_sinks=3, window=8, caps_sink_distance=False)
-    ids = _test_ids(model)
+    ids = probe_ids(model)
     session = WindowedSession(checked, plan)
     try:
         found = torch.cat([session.logits(part) for part in (ids[:13], ids[13:14], ids[14:])])
     except _NoStepError:
         raise _unsupported(model, "its layers do not hand the plan on to the attention") from None
     mask = _visible(plan, len(ids), len(ids), model.device)
-    with torch.inference_mode(), _attention(model, "sdpa"):
+    with torch.inference_mode(), attention_named(model, "sdpa"):
         expected = model(
             input_ids=torch.tensor([ids], device=model.device),
             attention_mask=mask[None, None],
             use_cache=False,
         ).logits[0]
-    if (error := _difference(found, expected)) > _tolerance(model):
+    if (error := difference(found, expected)) > tolerance(model):
         raise _unsupported(model, f"windowed logits differ from a dense mask's by {error:.1%}")
     return checked
 
@@ -460,7 +460,7 @@ def _turned(module: torch.nn.Module, query: Tensor, cos: Tensor, sin: Tensor) ->
 
 
 @contextmanager
-def _attention(model: Any, name: str) -> Iterator[None]:  # noqa: ANN401
+def attention_named(model: Any, name: str) -> Iterator[None]:  # noqa: ANN401
     """Let this model, and no other, use an attention function by its name."""
     AttentionInterface.register(_ATTENTION, _windowed_attention)
     AttentionInterface.register(_PROBE, _probe_attention)
@@ -496,7 +496,7 @@ def _block_mask(num_sinks: int, window: int, num_queries: int, num_keys: int, de
     return create_block_mask(visible, None, None, num_queries, num_keys, device=device)
 
 
-def _refusal(config: PreTrainedConfig) -> str | None:
+def refusal(config: PreTrainedConfig) -> str | None:
     """Return why the config alone rules a retro-fitted window out, or None."""
     layers: list[Any] = DynamicCache(config=config).layers
     rope = getattr(config, "rope_parameters", None)
@@ -529,9 +529,9 @@ def _turning_layers(model: Any) -> frozenset[int]:  # noqa: ANN401
     shift = torch.full((1, _TEST_TOKENS), _TEST_SHIFT, device=model.device)
     near = torch.arange(_TEST_TOKENS, device=model.device)[None]
     seen: dict[int, tuple[Any, Tensor, Tensor]] = {}
-    with torch.inference_mode(), _attention(model, _PROBE):
+    with torch.inference_mode(), attention_named(model, _PROBE):
         model(
-            input_ids=torch.tensor([_test_ids(model)] * 2, device=model.device),
+            input_ids=torch.tensor([probe_ids(model)] * 2, device=model.device),
             position_ids=torch.cat([near, near + shift]),
             attention_mask=torch.ones(2, 1, _TEST_TOKENS, _TEST_TOKENS, device=model.device).bool(),
             use_cache=False,
@@ -540,11 +540,11 @@ def _turning_layers(model: Any) -> frozenset[int]:  # noqa: ANN401
         turn = _turn(model, shift)
         turning = set()
         for index, (module, *pair) in seen.items():
-            turned = [_difference(_turned(module, x[:1], *turn), x[1:]) for x in pair]
-            still = [_difference(x[:1], x[1:]) for x in pair]
-            if max(turned) <= _tolerance(model):
+            turned = [difference(_turned(module, x[:1], *turn), x[1:]) for x in pair]
+            still = [difference(x[:1], x[1:]) for x in pair]
+            if max(turned) <= tolerance(model):
                 turning.add(index)
-            elif not max(still) <= _tolerance(model):
+            elif not max(still) <= tolerance(model):
                 raise _unsupported(model, f"layer {index} does not turn by the model's rotary code")
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if sorted(seen) != list(range(num_layers)) or not turning:
@@ -571,13 +571,14 @@ def _probe_attention(
     return out.expand(2, -1, -1, -1).transpose(1, 2).contiguous(), None
 
 
-def _test_ids(model: Any) -> list[int]:  # noqa: ANN401
+def probe_ids(model: Any) -> list[int]:  # noqa: ANN401
+    """Return the few tokens that attention is tried with."""
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     # Spread over the vocabulary, none of the special ones at its start.
     return [(7 + 7919 * index) % vocab_size for index in range(_TEST_TOKENS)]
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def difference(found: Tensor, expected: Tensor) -> float:
     """Return the root mean square of the difference as a share of what was expected.
 
     Infinite if any is not a number.
@@ -587,7 +588,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return share if share == share else float("inf")
 
 
-def _tolerance(model: Any) -> float:  # noqa: ANN401
+def tolerance(model: Any) -> float:  # noqa: ANN401
+    """Return the `difference` that rounding makes in the model's dtype, at most."""
     return _TOLERANCE.get(model.dtype, _TOLERANCE_16_BIT)
 
 
