@@ -533,6 +533,7 @@ def test_the_bench_reckons_what_it_says(two_documents: Fathom, tmp_path: Path) -
             service,
             journal,
             model="tiny-llama",
+            spec=two_documents.engine.spec,
             device=torch.device("cpu"),
             max_new_tokens=16,
             num_alone=2,
@@ -547,6 +548,8 @@ def test_the_bench_reckons_what_it_says(two_documents: Fathom, tmp_path: Path) -
     assert (bench.num_questions, bench.num_alone) == (8, 4)
     for row in bench.rows:
         assert (row.num_prefills, row.num_alone, row.same_answers) == (1, 2, 2)
+        assert row.promised_bytes is not None
+        assert row.resident_bytes >= 0
     assert bench.batch_seconds == pytest.approx(sum(row.batch_seconds for row in bench.rows))
     assert bench.alone_seconds == pytest.approx(sum(2 * row.alone_seconds for row in bench.rows))
     assert bench.ratio == pytest.approx(bench.alone_seconds / bench.batch_seconds)

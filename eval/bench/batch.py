@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from eval.batch import PlacedQuestion, answer_questions
 from eval.batch_journal import Journal
-from eval.bench.machine import CLOCKS, Machine, this_machine
+from eval.bench.machine import CLOCKS, Machine, peak_resident_bytes, this_machine
 from eval.evidence_sets import EvidenceQuestion
 from rag.answering.service import AnsweringService
 from rag.errors import ReadError
-from rag.types import Answer, Document, Route
+from rag.lm.batch_generation import MOST_ROWS, shared_batch_bytes
+from rag.lm.spec import ModelSpec
+from rag.settings import MIB
+from rag.types import Answer, Document, Receipt, Route
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +26,8 @@ class DocumentRow:
     """One document: its questions as a batch, and a few of them alone; seconds are of all of them.
 
     `same_answers` counts the questions asked alone whose answer reads the same in the batch.
+    `resident_bytes` is by how much the process grew at most while the batch was answered, and
+    `promised_bytes` what the rows in step may take, None where a server runs the model.
     """
 
     title: str
@@ -33,6 +38,8 @@ class DocumentRow:
     alone_seconds: float
     num_prefills: int
     same_answers: int
+    resident_bytes: int
+    promised_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,7 @@ def bench_batch(
     journal: Journal,
     *,
     model: str,
+    spec: ModelSpec | None,
     device: "torch.device",
     max_new_tokens: int,
     num_alone: int,
@@ -121,6 +129,7 @@ def bench_batch(
         alone: another that keeps no document.
         journal: a new one, as every batch has it.
         model: its name.
+        spec: its shape, None where a server runs it.
         device: where it runs.
         max_new_tokens: the longest answer of both, as their settings have it.
         num_alone: how many questions of each document are asked alone; spread over its questions.
@@ -145,7 +154,8 @@ def bench_batch(
             for n, text in enumerate(questions)
         ]
         begun = read_clock()
-        outcomes = list(answer_questions(placed, together, journal, stop=Event()))
+        with peak_resident_bytes() as grown:
+            outcomes = list(answer_questions(placed, together, journal, stop=Event()))
         batch_seconds = read_clock() - begun
         answers: dict[str, Answer] = {}
         for question, outcome in outcomes:
@@ -166,6 +176,8 @@ def bench_batch(
                     answers[question].answer == answer.answer
                     for question, answer in by_question.items()
                 ),
+                resident_bytes=grown(),
+                promised_bytes=_promised_bytes(spec, receipts, max_new_tokens),
             )
         )
     batch_total = sum(row.batch_seconds for row in rows)
@@ -184,6 +196,20 @@ def bench_batch(
     )
 
 
+def _promised_bytes(
+    spec: ModelSpec | None, receipts: Sequence[Receipt], max_new_tokens: int
+) -> int | None:
+    """Return what the rows of a batch are reckoned to take at most, if they shared a document."""
+    if spec is None:
+        return None
+    return shared_batch_bytes(
+        spec,
+        min(MOST_ROWS, len(receipts)),
+        max(receipt.prompt_tokens for receipt in receipts) + max_new_tokens,
+        shared_tokens=max(receipt.cached_tokens or 0 for receipt in receipts),
+    )
+
+
 def card(bench: BatchBench) -> str:
     """Return the figures for people."""
     each = mean(row.alone_seconds / row.num_alone for row in bench.rows)
@@ -196,7 +222,8 @@ def card(bench: BatchBench) -> str:
             *(
                 f"  {row.title[:32]:<32} {row.prompt_tokens:7,} tokens"
                 f"  batch {row.batch_seconds:8.1f} s for {row.num_questions}"
-                f" ({row.num_prefills} prefilled)"
+                f" ({row.num_prefills} prefilled), {_mib(row.resident_bytes)}"
+                f" of {_mib(row.promised_bytes)} promised"
                 f"  alone {row.alone_seconds / row.num_alone:7.1f} s each"
                 for row in bench.rows
             ),
@@ -206,3 +233,7 @@ def card(bench: BatchBench) -> str:
             f" each, times {bench.num_questions}; {same} of them were answered in the same words",
         ]
     )
+
+
+def _mib(num_bytes: int | None) -> str:
+    return "no limit" if num_bytes is None else f"{num_bytes / MIB:,.0f} MiB"

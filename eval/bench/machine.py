@@ -5,10 +5,14 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
+
+import psutil  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +25,7 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 # Best of so many: a ceiling is what can be reached.
 _TRIES = 6
+_WATCH_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,26 @@ def timed(
     work()
     _wait(device)
     return clock() - begun
+
+
+@contextmanager
+def peak_resident_bytes() -> Iterator[Callable[[], int]]:
+    """Watch this process; what is yielded returns by how much its memory has grown at most."""
+    process, over = psutil.Process(), Event()
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(_WATCH_SECONDS):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: peak - before
+    finally:
+        over.set()
+        watcher.join()
 
 
 def matmul_flops_per_second(

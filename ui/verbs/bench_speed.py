@@ -282,6 +282,7 @@ def bench_batch_verb(
                 forgetful.service(),
                 journal,
                 model=fathom.engine.name,
+                spec=fathom.engine.spec,
                 device=choose_device(settings),
                 max_new_tokens=max_new_tokens,
                 num_alone=alone,
