@@ -150,8 +150,8 @@ def test_a_batch_takes_no_more_memory_than_promised(kv_heads: int, num_rows: int
                 model(input_ids=piece, past_key_values=prefix, use_cache=True, logits_to_keep=1)
         cache = SharedPrefixCache(prefix)
         for begin in range(0, own, step):
-            piece = [tail[begin : begin + step] for tail in tails]
-            forward_shared(model, piece, cache, front_padding=[0] * num_rows)
+            rows = [tail[begin : begin + step] for tail in tails]
+            forward_shared(model, rows, cache, front_padding=[0] * num_rows)
 
     measured = peak_allocated_bytes(batch, "cpu")
     promised = shared_batch_bytes(spec, num_rows, shared + own, shared_tokens=shared)

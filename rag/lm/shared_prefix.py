@@ -64,7 +64,7 @@ class _SharedPrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.prefix_values: Tensor = prefix.values
 
     def get_seq_length(self) -> int:
-        own = super().get_seq_length()  # type: ignore[no-untyped-call]
+        own = super().get_seq_length()
         return int(own) + self.prefix_keys.shape[-2]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
