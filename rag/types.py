@@ -354,7 +354,8 @@ class Receipt:
     route that the person chose, None where the router did; `breadth` how many times the retrieval
     budget was read. `kv_dtype` is the format of the cache, None where it is the model's own.
     `thrift` is what routes were weighed with, where they were: the probability of being right that
-    1,000 prompt tokens were worth; None in receipts older than it.
+    1,000 prompt tokens were worth; None in receipts older than it. `named` says, where the question
+    names documents in words, which were asked and which left out; empty where it names none.
     """
 
     id: str
@@ -381,6 +382,7 @@ class Receipt:
     breadth: int = 1
     kv_dtype: str | None = None
     thrift: float | None = None
+    named: str = ""
 
 
 @dataclass(frozen=True, slots=True)

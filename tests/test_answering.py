@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_json_has_exactly_the_keys_of_the_contract(small_fathom: Fathom) -> None
     assert list(value["receipt"]) == (
         "id route reason question_class gates read prompt_tokens cached_tokens new_tokens kv_bytes"
         " seconds escalations model embedder prompt_sha256 class_reason mode scan"
-        " routes standalone_question asked_for breadth kv_dtype".split()
+        " routes standalone_question asked_for breadth kv_dtype thrift named".split()
     )
     assert list(value["receipt"]["read"]) == "tokens of_tokens chunks of_chunks not_read".split()
     gate_keys = {tuple(gate) for gate in value["receipt"]["gates"]}
@@ -248,3 +249,33 @@ def test_stop_leaves_the_rest_of_the_table_unanswered(small_fathom: Fathom) -> N
 
 def test_no_question_is_no_answer(small_fathom: Fathom) -> None:
     assert list(small_fathom.service().answer_many([])) == []
+
+
+@pytest.mark.parametrize("kind", ["quoted", "scanned", "written"])
+def test_a_table_gets_no_half_answer_after_a_stop(
+    small_fathom: Fathom, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    stop, engine = Event(), small_fathom.engine
+    mode = "quotation" if kind == "quoted" else "free"
+    settings = small_fathom.settings.model_copy(update={"answer_mode": mode})
+    fathom = Fathom(settings, embedder=small_fathom.embedder, engine=engine)
+
+    def stopping(name: str) -> None:
+        original = getattr(engine, name)
+
+        def after_stop(*args: Any, **options: Any) -> Any:  # noqa: ANN401
+            stop.set()
+            return original(*args, **options)
+
+        monkeypatch.setattr(engine, name, after_stop)
+
+    route = {"scanned": Route.SCAN, "written": Route.RETRIEVAL}.get(kind)
+    if kind == "quoted":
+        stopping("score")
+    elif kind == "scanned":
+        stopping("generate_in_strides")
+    else:
+        stopping("generate_many")
+    assert list(fathom.service().answer_many([QUESTION], route=route, stop=stop)) == []
+    assert stop.is_set()
+    assert fathom.receipts.since("1970-01-01T00:00:00+00:00") == []

@@ -98,6 +98,7 @@ def receipt_html(receipt: Receipt) -> str:
         ("Read", f"{read.tokens:,} of {read.of_tokens:,} tokens in {read.chunks:,} of"
          f" {plural(read.of_chunks, 'chunk')}"),
         ("Not read", read.not_read or "nothing was left out"),
+        *([("Asked of", receipt.named)] if receipt.named else []),
         *(("Given up", words) for words in receipt.escalations),
         ("Question", class_words(receipt)),
         *([("Worth", routes_words(receipt.routes, receipt.thrift))] if receipt.routes else []),

@@ -159,6 +159,8 @@ def receipt_text(answer: Answer) -> str:
     lines.append(f"{receipt.route}: {receipt.reason}")
     if receipt.standalone_question:
         lines.append(f"asked as: {receipt.standalone_question}")
+    if receipt.named:
+        lines.append(f"asked of: {receipt.named}")
     lines.append(f"question: {class_words(receipt)}")
     if receipt.routes:
         lines.append(f"worth: {routes_words(receipt.routes, receipt.thrift)}")

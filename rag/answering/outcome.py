@@ -93,6 +93,7 @@ def finished_answer(
     thrift: float,
     asked_for: Route | None,
     standalone_question: str | None,
+    named: str = "",
 ) -> Answer:
     """Return the answer with its receipt.
 
@@ -108,6 +109,7 @@ def finished_answer(
         thrift: what the plan weighed routes with.
         asked_for: the route that the person chose, if he did.
         standalone_question: a follow-up as it was rewritten; None if it was asked as it is.
+        named: what the question's naming of a document did to what was asked, in words.
     """
     receipt = Receipt(
         id=uuid.uuid4().hex[:12],
@@ -136,6 +138,7 @@ def finished_answer(
         scan=outcome.scan,
         routes=decision.routes,
         standalone_question=standalone_question,
+        named=named,
         asked_for=asked_for,
         breadth=breadth,
         kv_dtype=kv_dtype,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from threading import Event
 
 from rag.answering.conversation import Turn, stand_alone
+from rag.answering.naming import Named, named_documents
 from rag.answering.outcome import Outcome, finished_answer, not_found
 from rag.answering.planning import Plan, Planner
 from rag.answering.quoting import quote_answer, quotes_only
@@ -67,14 +68,25 @@ AnswerEvent = QuestionRewritten | RouteChosen | PrefillProgress | TextPiece | An
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """One question on its way: as it was typed, as it stands alone, and when it came."""
+    """One question on its way: as it was typed, as it stands alone, and when it came.
+
+    `about` are all documents that it was asked about, `named` those that it names, if it does.
+    `keeps_half` says whether an answer that a stop cuts short is one.
+    """
 
     typed: str
     question: str
-    documents: Sequence[Document]
+    about: Sequence[Document]
+    named: Named
     started: float
     asked_for: Route | None
     may_read_more: bool
+    keeps_half: bool = True
+
+    @property
+    def documents(self) -> Sequence[Document]:
+        """The documents that are asked."""
+        return self.named.documents
 
 
 class AnsweringService:
@@ -153,7 +165,7 @@ class AnsweringService:
         question = storable(question)
         documents = self.documents(document_ids)
 
-        # 1. make the question stand alone
+        # 1. make the question stand alone; a document that it names is asked alone
         standalone = stand_alone(
             question,
             history,
@@ -163,15 +175,16 @@ class AnsweringService:
         )
         if standalone != question:
             yield QuestionRewritten(standalone)
+        named = named_documents(standalone, documents)
 
         # 2-5. count, classify, retrieve, decide, build the prompt
         plan = self._planner.plan(
-            standalone, documents, route=route, mode=mode, calibrate=True, thrift=thrift
+            standalone, named.documents, route=route, mode=mode, calibrate=True, thrift=thrift
         )
 
         # 6-9. read and answer, resolve citations; read more if need be; store the receipt
         may_read_more = route is None and mode is None
-        asked = _Asked(question, standalone, documents, started, route, may_read_more)
+        asked = _Asked(question, standalone, documents, named, started, route, may_read_more)
         yield from self._answered(asked, plan, stop)
 
     def again(self, question: str, receipt: Receipt, document_ids: Sequence[int]) -> Answer:
@@ -188,10 +201,11 @@ class AnsweringService:
         started = time.perf_counter()
         documents = self.documents(document_ids)
         standalone = receipt.standalone_question or question
+        named = named_documents(standalone, documents)
         is_quoted = receipt.mode is AnswerMode.QUOTED
         plan = self._planner.plan(
             standalone,
-            documents,
+            named.documents,
             route=None if is_quoted else receipt.route,
             mode=receipt.mode if is_quoted else None,
             calibrate=True,
@@ -199,7 +213,7 @@ class AnsweringService:
             kv_dtype=receipt.kv_dtype,
             thrift=receipt.thrift,
         )
-        asked = _Asked(question, standalone, documents, started, receipt.asked_for, False)
+        asked = _Asked(question, standalone, documents, named, started, receipt.asked_for, False)
         return self._last(self._answered(asked, plan, Event()))
 
     def answer_many(
@@ -253,9 +267,10 @@ class AnsweringService:
         thrift: float | None = None,
     ) -> Plan:
         """Return what would be done with a question; see `Planner.plan`."""
+        question = storable(question)
         return self._planner.plan(
-            storable(question),
-            documents,
+            question,
+            named_documents(question, documents).documents,
             route=route,
             mode=mode,
             calibrate=calibrate,
@@ -295,9 +310,11 @@ class AnsweringService:
     ) -> Iterator[AnswerEvent]:
         """Try a plan; where memory runs out a smaller one, where nothing is found a larger one.
 
-        `outcome` is what the plan came to if it has been tried already.
+        `outcome` is what the plan came to if it has been tried already. AnswerReady is missing
+        where a stop came before a whole answer that was asked for.
         """
         given_up: list[str] = []
+        is_half = False
         num_further, may_read_more = 0, asked.may_read_more
         while True:
             problem = ""
@@ -306,7 +323,7 @@ class AnsweringService:
                 try:
                     for event in self._tried(asked, plan, stop):
                         if isinstance(event, Outcome):
-                            outcome = event
+                            outcome, is_half = event, stop.is_set()
                         else:
                             yield event
                 except OutOfMemoryError as error:
@@ -319,7 +336,10 @@ class AnsweringService:
                 )
                 logger.warning("%s", words)
                 may_read_more = False
-            elif outcome.is_answer or stop.is_set() or asked.asked_for is not None:
+            elif outcome.is_answer or asked.asked_for is not None:
+                break
+            elif stop.is_set():  # more would have been read
+                is_half = True
                 break
             else:
                 outcome = not_found(outcome)
@@ -332,7 +352,8 @@ class AnsweringService:
                 num_further += 1
             given_up.append(words)
             plan, outcome = next_plan, None
-        yield AnswerReady(self._stored(asked, plan, outcome, given_up))
+        if asked.keeps_half or not is_half:
+            yield AnswerReady(self._stored(asked, plan, outcome, given_up))
 
     def _tried(
         self, asked: _Asked, plan: Plan, stop: Event
@@ -394,10 +415,11 @@ class AnsweringService:
 
     def _what_is_read(self, asked: _Asked, plan: Plan) -> str:
         """Return what is about to be read, in words."""
+        named = f"; {asked.named.words}" if asked.named.words else ""
         if plan.decision.mode is AnswerMode.QUOTED:
-            return "the sentences found"
+            return f"the sentences found{named}"
         read = self._planner.read_extent(plan, asked.documents)
-        words = f"{read.tokens:,} of {read.of_tokens:,} tokens"
+        words = f"{read.tokens:,} of {read.of_tokens:,} tokens{named}"
         if plan.decision.route is not Route.SCAN or plan.counted:
             return words
         seconds = predicted_scan_seconds(plan.decision)
@@ -419,8 +441,9 @@ class AnsweringService:
             thrift=plan.thrift,
             asked_for=asked.asked_for,
             standalone_question=None if asked.question == asked.typed else asked.question,
+            named=asked.named.words,
         )
-        self._receipts.save(asked.typed, answer, [document.id for document in asked.documents])
+        self._receipts.save(asked.typed, answer, [document.id for document in asked.about])
         logger.info(
             "answered by %s: %d prompt tokens, %d new, %.1f s",
             answer.receipt.route,
@@ -447,11 +470,21 @@ class AnsweringService:
                 return
             question = questions[number]
             started = time.perf_counter()
-            asked = _Asked(question, question, documents, started, route, route is None)
+            named = named_documents(question, documents)
+            asked = _Asked(
+                question,
+                question,
+                documents,
+                named,
+                started,
+                route,
+                route is None,
+                keeps_half=False,
+            )
             try:
-                plan = self._planner.plan(question, documents, route=route, calibrate=True)
+                plan = self._planner.plan(question, named.documents, route=route, calibrate=True)
                 if not plan.is_written:  # nothing to share with others
-                    yield number, self._last(self._answered(asked, plan, stop))
+                    yield from self._numbered(number, self._answered(asked, plan, stop))
                     continue
             except FathomError as error:
                 yield number, error
@@ -465,7 +498,8 @@ class AnsweringService:
                     tried[number] = outcome
                     if outcome.is_answer:
                         asked, plan = left.pop(number)
-                        yield number, self._last(self._answered(asked, plan, stop, outcome))
+                        events = self._answered(asked, plan, stop, outcome)
+                        yield from self._numbered(number, events)
             except ModelError as error:
                 logger.warning("questions asked together are asked one by one: %s", error.message)
             # More is read for the others once the engine is free again.
@@ -474,7 +508,7 @@ class AnsweringService:
                     return
                 try:
                     events = self._answered(asked, plan, stop, tried.get(number))
-                    yield number, self._last(events)
+                    yield from self._numbered(number, events)
                 except FathomError as error:
                     yield number, error
 
@@ -511,6 +545,13 @@ class AnsweringService:
                     store=self._store,
                 )
                 yield numbers[index], outcome
+
+    @staticmethod
+    def _numbered(number: int, events: Iterator[AnswerEvent]) -> Iterator[tuple[int, Answer]]:
+        """Yield the answer with its number, nothing where a stop left none."""
+        for event in events:
+            if isinstance(event, AnswerReady):
+                yield number, event.answer
 
     @staticmethod
     def _last(events: Iterator[AnswerEvent]) -> Answer:
