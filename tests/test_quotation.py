@@ -371,3 +371,29 @@ def test_a_small_model_quotes_the_fee(settings: Settings, handbook: Path) -> Non
     check_verbatim(fathom, stored.id, declined)
     assert declined.abstained
     assert "is not asked to write" in declined.receipt.reason
+
+
+def test_a_heading_is_no_sentence(library: Fathom, tmp_path: Path) -> None:
+    path = tmp_path / "fees.md"
+    path.write_text(
+        "# 2. The harbour fee\n\nThe harbour fee is 35 crowns.\n\n## Who pays the harbour fee?\n\n"
+        "Each guest pays. The harbour fee\n\n### The harbour fee\n\nPayment is at the gate.\n"
+    )
+    report = library.ingest(path)
+    hits = library.retriever.retrieve(
+        "What is the harbour fee?", [report.document], num_candidates=9
+    )
+    ranked = rank_sentences(
+        "What is the harbour fee?",
+        hits,
+        [report.document],
+        store=library.store,
+        similarities=library.retriever.similarities,
+    )
+    # Words that are a heading elsewhere are a sentence where they stand in the text.
+    assert sorted(sentence.text for sentence in ranked) == [
+        "Each guest pays.",
+        "Payment is at the gate.",
+        "The harbour fee",
+        "The harbour fee is 35 crowns.",
+    ]

@@ -8,6 +8,7 @@ splits have taught: docs/decisions/0024.
 import json
 import math
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rag.answering.sentences import LONGEST_SENTENCE_CHARS, Span, sentence_spans
 from rag.retrieval.lexical_score import question_words, stems
 from rag.retrieval.retriever import Hit
 from rag.store.documents import DocumentStore
-from rag.types import Document
+from rag.types import Document, Section
 
 Similarities = Callable[[str, Sequence[str]], list[float]]
 
@@ -41,6 +42,8 @@ FEATURES = (
 
 _WEIGHTS_PATH = Path(__file__).with_name("quotation_weights.json")
 _WORD = re.compile(r"[\w'-]+")
+# Signs and white space that may stand around the words of a heading: "## ", "1.2  ".
+_MARK_CHARS = 8
 _NUMBER = re.compile(
     r"\d|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty"
     r"|fifty|hundred|thousand|million|billion|half|third|quarter|dozen|twice)\b",
@@ -231,18 +234,24 @@ def weights() -> Mapping[str, Any]:
 
 
 def _sentences_of(hits: Sequence[Hit], store: DocumentStore) -> list[Candidate]:
-    """Return each sentence whose middle lies in a chunk, with the sentences beside it."""
+    """Return each sentence whose middle lies in a chunk, with the sentences beside it.
+
+    A heading is none, though it may stand beside one.
+    """
     chunks_of: dict[int, list[Hit]] = {}
     for hit in hits:
         chunks_of.setdefault(hit.chunk.document_id, []).append(hit)
     found = []
     for document_id, own in chunks_of.items():
         own.sort(key=lambda hit: hit.chunk.chunk.start)
+        sections = store.sections(document_id)
         for start, end in _windows([(h.chunk.chunk.start, h.chunk.chunk.end) for h in own]):
             text = store.text(document_id, start, end)
             spans = sentence_spans(text)
             texts = ["", *(text[a:b] for a, b in spans), ""]
             for number, (a, b) in enumerate(spans, start=1):
+                if _is_heading(start + a, texts[number], sections):
+                    continue
                 middle = start + (a + b) // 2
                 for hit in own:
                     if hit.chunk.chunk.start <= middle < hit.chunk.chunk.end:
@@ -260,6 +269,17 @@ def _sentences_of(hits: Sequence[Hit], store: DocumentStore) -> list[Candidate]:
                         )
                         break
     return [sentence for sentence in found if _WORD.search(sentence.text)]
+
+
+def _is_heading(start: int, text: str, sections: Sequence[Section]) -> bool:
+    """Say whether a stretch that begins at `start` is the heading of a section, or a part of it."""
+    at = bisect_right(sections, start + _MARK_CHARS, key=lambda section: section.start) - 1
+    if at < 0:
+        return False
+    title, offset = sections[at].title, start - sections[at].start
+    words = _WORD.findall(text.casefold())
+    in_title = " ".join(words) in " ".join(_WORD.findall(title.casefold()))
+    return bool(words) and in_title and offset + len(text) <= len(title) + 2 * _MARK_CHARS
 
 
 def _windows(chunks: Sequence[Span]) -> list[Span]:
