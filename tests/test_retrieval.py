@@ -3,16 +3,15 @@
 import math
 import threading
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hash_embedder import HashEmbedder
 from ingest.chunking import embedded_text
 from rag.answering.context import nearest_passages
 from rag.errors import ModelError
-from rag.retrieval.embedding import SentenceTransformerEmbedder
 from rag.retrieval.lexical_score import (
     K1,
     NEIGHBOUR_WEIGHT,
@@ -24,8 +23,11 @@ from rag.retrieval.lexical_score import (
     words_in,
 )
 from rag.retrieval.reranker import CrossEncoderReranker
-from rag.retrieval.retriever import NEIGHBOUR_COSINE, Hit
+from rag.retrieval.retriever import NEIGHBOUR_COSINE, SAME_WORDS, Hit, _without_repeats
 from rag.retrieval.vector_index import VectorIndex
+from rag.store.documents import StoredChunk
+from rag.types import Chunk
+from tiny_bert import save_bert
 from ui.assembly import Fathom
 
 EMBEDDER = HashEmbedder()
@@ -170,46 +172,7 @@ def test_the_nearest_passages_show_each_chunk_once(small_fathom: Fathom) -> None
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a random cross-encoder."""
-    return _save_bert(tmp_path_factory.mktemp("bert"), num_labels=1)
-
-
-def _save_bert(folder: Path, *, num_labels: int) -> Path:
-    """Save a seeded random BERT classifier and a tokenizer of bytes."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    alphabet = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={s: n for n, s in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=128,
-    )
-    torch.manual_seed(7)
-    config = BertConfig(
-        vocab_size=len(alphabet),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    )
-    config.num_labels = num_labels
-    model: Any = BertForSequenceClassification(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_bert(tmp_path_factory.mktemp("bert"), num_labels=1)
 
 
 def test_a_reranker_orders_the_hits_by_its_own_scores(
@@ -236,21 +199,9 @@ def test_a_reranker_orders_the_hits_by_its_own_scores(
 def test_a_folder_that_is_no_reranker_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no-model"):
         CrossEncoderReranker(tmp_path / "nothing", name="no-model")
-    classifier = _save_bert(tmp_path, num_labels=3)
+    classifier = save_bert(tmp_path, num_labels=3)
     with pytest.raises(ModelError, match="3 labels"):
         CrossEncoderReranker(classifier, name="classifier")
-
-
-def test_a_text_has_the_same_vector_in_any_batch(tiny_bert: Path, tmp_path: Path) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    SentenceTransformer(str(tiny_bert), device="cpu", local_files_only=True).save(str(tmp_path))
-    embedder = SentenceTransformerEmbedder(tmp_path, name="tiny")
-    texts = ["The fee is 35 crowns a night." * n for n in (1, 2, 3)] + ["Berth seven"] * 40
-    together = embedder.embed(texts)
-    alone = np.concatenate([embedder.embed([text]) for text in texts])
-    assert np.linalg.norm(together, axis=1) == pytest.approx(np.ones(len(texts)), abs=1e-3)
-    assert float((together * alone).sum(axis=1).min()) >= 0.9999
 
 
 def test_search_stays_within_the_documents_asked(small_fathom: Fathom, tmp_path: Path) -> None:
@@ -259,6 +210,34 @@ def test_search_stays_within_the_documents_asked(small_fathom: Fathom, tmp_path:
     documents = service.documents([other])
     hits = service._retriever.retrieve("harbour fee", documents, num_candidates=10)
     assert {hit.chunk.document_id for hit in hits} == {other}
+
+
+_RARE = st.sampled_from("quay berth fee ship 1 2 x² crane rope".split())
+
+
+@given(st.lists(st.lists(_RARE, max_size=9), max_size=12), st.integers(0, 40))
+def test_repeats_are_those_that_comparing_every_pair_finds(
+    texts: list[list[str]], num_common: int
+) -> None:
+    """Common words make long chunks alike, so that a rare one more or less decides."""
+    common = [f"w{chr(97 + n % 26)}{'y' * (n // 26)}" for n in range(num_common)]
+    words_of = {number: common + text for number, text in enumerate(texts)}
+    hits = [
+        Hit(StoredChunk(n, 1, Chunk(n, 0, 1, "", 1)), score=1.0, cosine=1.0, lexical=1.0)
+        for n in words_of
+    ]
+    kept: list[int] = []
+    for number, text in words_of.items():
+        words = set(text)
+        digits = {w for w in words if any(sign.isdigit() for sign in w)}
+        alike = (set(words_of[other]) for other in kept)
+        if not any(
+            len(words & o) >= SAME_WORDS * len(words | o)
+            and digits == {w for w in o if any(sign.isdigit() for sign in w)}
+            for o in alike
+        ):
+            kept.append(number)
+    assert [hit.chunk.id for hit in _without_repeats(hits, words_of)] == kept
 
 
 def test_fts_syntax_in_a_question_is_only_words(small_fathom: Fathom) -> None:

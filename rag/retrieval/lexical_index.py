@@ -189,7 +189,8 @@ class Fts5Index:
             return dict.fromkeys(words, 0)
         if not words:
             return {}
-        counts, values = [], {}
+        counts: list[str] = []
+        values: dict[str, str] = {}
         for number, word in enumerate(words):
             of_word, among = _match([word], document_ids)
             values |= of_word | {f"match{number}": of_word["match"]}

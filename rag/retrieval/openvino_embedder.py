@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -61,9 +62,13 @@ class OpenVinoEmbedder:
         """
         converted = converted or _converted(folder)
         facts = json.loads((converted / "facts.json").read_text())
-        if not facts["agrees"]:
-            raise NotConvertibleError("OpenVINO gave other vectors than sentence-transformers")
-        self._compiled = _compiled(converted / "model.xml", num_threads)
+        if facts["unfit"]:
+            raise NotConvertibleError(facts["unfit"])
+        try:
+            self._compiled = _compiled(converted / "model.xml", num_threads)
+        except RuntimeError as error:  # damaged: made anew at the next start
+            shutil.rmtree(converted, ignore_errors=True)
+            raise NotConvertibleError(f"the graph in {converted} was damaged") from error
         self._requests = threading.local()
         self._tokenizer = tokenizer_of(folder)
         self._pad_id = int(facts["pad_id"])
@@ -169,29 +174,41 @@ def _compiled(graph: Path, num_threads: int | None) -> Any:  # noqa: ANN401 - a 
 
 
 def _converted(folder: Path) -> Path:
-    """Return the folder with this model's graph and facts, made if it is not there."""
-    weights = folder / "model.safetensors"
-    target = folder / f"openvino-{weights.stat().st_mtime_ns}"
+    """Return the folder with this model's graph and facts, made if it is not there.
+
+    Raises:
+        NotConvertibleError: if it cannot be kept.
+    """
+    changed = (folder / "model.safetensors").stat().st_mtime_ns
+    target = folder / f"openvino-{version('openvino')}-{changed}"
     if (target / "facts.json").is_file():
         return target
-    made = None
     try:
         made = Path(mkdtemp(prefix="openvino-new-", dir=folder))
-        _convert(folder, made)
+    except OSError as error:
+        raise NotConvertibleError(f"{folder} cannot be written: {error.strerror}") from error
+    try:
+        made.chmod(0o755)  # mkdtemp's is for its owner alone
+        try:
+            facts = _convert(folder, made)
+        except OSError:
+            raise
+        except Exception as error:  # whatever torch or OpenVINO says of a model they do not know
+            facts = {"unfit": f"{type(error).__name__}: {error}"}
+        (made / "facts.json").write_text(json.dumps(facts))
         made.rename(target)  # whole or absent; of two processes that make it, one is the first
-    except Exception as error:  # whatever torch or OpenVINO says of a model they do not know
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(made, ignore_errors=True)
         if not (target / "facts.json").is_file():
-            raise NotConvertibleError(f"{type(error).__name__}: {error}") from error
+            raise NotConvertibleError(f"the graph cannot be kept: {error.strerror}") from error
     return target
 
 
-def _convert(folder: Path, target: Path) -> None:
-    """Write model.xml, model.bin and facts.json: the graph from token ids to unit vectors.
+def _convert(folder: Path, target: Path) -> dict[str, Any]:
+    """Write model.xml and model.bin, the graph from token ids to unit vectors; return its facts.
 
-    facts.json says whether the graph's vectors agree with those of sentence-transformers here, so
-    that one whose vectors do not is not converted again at each start.
+    `unfit` says what is wrong with the vectors it gives here, None where they agree with those of
+    sentence-transformers: it is kept, so that such a model is not converted at each start.
     """
     import torch
     from sentence_transformers import SentenceTransformer
@@ -215,8 +232,8 @@ def _convert(folder: Path, target: Path) -> None:
         warnings.simplefilter("ignore")  # of branches taken while tracing: compared below
         graph = _openvino().convert_model(Graph(), example_input=example)
     _openvino().save_model(graph, str(target / "model.xml"), compress_to_fp16=False)
-    facts = {
-        "agrees": True,
+    facts: dict[str, Any] = {
+        "unfit": None,
         "dim": int(model.get_embedding_dimension() or 0),
         "max_seq_length": int(model.max_seq_length or 512),
         "pad_id": int(model.tokenizer.pad_token_id or 0),
@@ -224,5 +241,7 @@ def _convert(folder: Path, target: Path) -> None:
     (target / "facts.json").write_text(json.dumps(facts))
     ours = OpenVinoEmbedder(folder, name="", converted=target).embed(_PROBES)
     theirs = model.encode(list(_PROBES), normalize_embeddings=True, show_progress_bar=False)
-    facts["agrees"] = bool(np.min(np.sum(ours * theirs, axis=1)) >= MIN_AGREEMENT)
-    (target / "facts.json").write_text(json.dumps(facts))
+    cosine = float(np.min(np.sum(ours * theirs, axis=1)))
+    if cosine < MIN_AGREEMENT:
+        facts["unfit"] = f"its vectors have a cosine of {cosine:.5f} to sentence-transformers'"
+    return facts

@@ -619,7 +619,8 @@ def _inserted_id(result: CursorResult[Any]) -> int:
 
 def _stored_chunk(row: Row[Any]) -> StoredChunk:
     """Return a row of `select(chunk)` as a record; by place, since questions need hundreds."""
-    chunk_id, document_id, ordinal, start, end, first, last, heading, num_tokens, text, _ = row
+    values: tuple[Any, ...] = tuple(row)
+    chunk_id, document_id, ordinal, start, end, first, last, heading, num_tokens, text, _ = values
     path = tuple(heading.split(HEADING_SEPARATOR)) if heading else ()
     return StoredChunk(
         id=chunk_id,
