@@ -279,3 +279,41 @@ def test_a_table_gets_no_half_answer_after_a_stop(
     assert list(fathom.service().answer_many([QUESTION], route=route, stop=stop)) == []
     assert stop.is_set()
     assert fathom.receipts.since("1970-01-01T00:00:00+00:00") == []
+
+
+# ---- a budget above a small context -------------------------------------------------------------
+
+
+def small_context(fathom: Fathom, context: int, **settings: int) -> Fathom:
+    changed = fathom.settings.model_copy(update={"max_context_tokens": context, **settings})
+    return Fathom(changed, embedder=fathom.embedder, engine=fathom.engine)
+
+
+@pytest.fixture
+def ships(small_fathom: Fathom, tmp_path: Path) -> Fathom:
+    path = tmp_path / "ships.txt"
+    path.write_text("\n\n".join(f"Paragraph {n} is about ship {n * 7}." for n in range(600)))
+    small_fathom.ingest(path)
+    return small_fathom
+
+
+def test_a_budget_that_does_not_fit_is_lowered_to_what_does(ships: Fathom) -> None:
+    answer = small_context(ships, 1500, retrieval_tokens=3000).service().answer("ship 77")
+    receipt = answer.receipt
+    assert receipt.route is Route.RETRIEVAL
+    assert "the retrieval budget of 3,000 tokens does not fit (tokens" in receipt.reason
+    assert f"so {receipt.read.tokens:,} tokens were retrieved" in receipt.reason
+    assert receipt.prompt_tokens + ships.settings.max_new_tokens <= 1500
+    assert receipt.read.tokens > 0
+    assert all(gate.passed for gate in receipt.gates if gate.route is Route.RETRIEVAL)
+    # No chunk more would have fitted.
+    roomy = small_context(ships, 4000, retrieval_tokens=receipt.read.tokens).service()
+    same = roomy.answer("ship 77", route=Route.RETRIEVAL)
+    assert same.receipt.read == receipt.read
+    assert "does not fit" not in same.receipt.reason
+
+
+def test_a_context_without_room_for_one_passage_is_an_error(ships: Fathom) -> None:
+    with pytest.raises(ModelError, match="even the retrieved passages do not fit") as raised:
+        small_context(ships, 560, retrieval_tokens=3000).service().answer("ship 77")
+    assert "FATHOM_MAX_NEW_TOKENS" in (raised.value.hint or "")

@@ -397,3 +397,26 @@ def test_a_heading_is_no_sentence(library: Fathom, tmp_path: Path) -> None:
         "The harbour fee",
         "The harbour fee is 35 crowns.",
     ]
+
+
+def test_a_quotations_receipt_predicts_its_seconds(small_fathom: Fathom) -> None:
+    engine = small_fathom.engine
+    asked: list[tuple[int, int]] = []
+    predict = engine.predicted_prefill_seconds
+
+    def noted(num_tokens: int, *, cached_tokens: int = 0) -> float | None:
+        asked.append((num_tokens, cached_tokens))
+        return predict(num_tokens, cached_tokens=cached_tokens)
+
+    engine.predicted_prefill_seconds = noted  # type: ignore[method-assign]
+    receipt = small_fathom.service().answer(QUESTION, mode=AnswerMode.QUOTED).receipt
+    seconds = receipt.seconds
+    assert seconds.prefill_predicted is not None
+    assert seconds.prefill_predicted > 0
+    # Every token that the model reads is in one of the three prefills, the prompt's once.
+    prompt = receipt.prompt_tokens
+    assert asked[-3:-1] == [(prompt - 1, 0), (prompt, prompt - 1)]
+    assert asked[-1][0] > prompt
+    assert asked[-1][1] == prompt - 1
+    expected = sum(predict(n, cached_tokens=cached) or 0 for n, cached in asked[-3:])
+    assert seconds.prefill_predicted == pytest.approx(expected, rel=1e-3, abs=1e-4)

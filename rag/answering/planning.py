@@ -151,17 +151,12 @@ class Planner:
 
         retrieve_started = time.perf_counter()
         hits = self._retriever.retrieve(question, documents, num_candidates=settings.num_candidates)
-        passages = retrieved_context(
-            hits,
-            documents,
-            store=self._store,
-            count_tokens=engine.count_tokens,
-            token_budget=retrieval_tokens,
+        limits = self.limits()
+        passages, retrieval_prompt, lowered = self._retrieved(
+            question, hits, documents, retrieval_tokens, limits
         )
         retrieve_seconds = time.perf_counter() - retrieve_started
-        retrieval_prompt = engine.encode_chat(build_messages(question, passages.passages))
 
-        limits = self.limits()
         context_tokens = limits.context_tokens or document_tokens
         everything: Context | None = None
         full_prompt = retrieval_prompt
@@ -217,6 +212,7 @@ class Planner:
             prompt, context, prefix, reader = Prompt((), 0), Context((), 0, 0), None, engine
         else:
             prompt, context, prefix, reader = retrieval_prompt, passages, None, engine
+            decision = replace(decision, reason=decision.reason + lowered)
         return Plan(
             decision,
             context,
@@ -228,6 +224,49 @@ class Planner:
             thrift,
             breadth,
         )
+
+    def _retrieved(
+        self,
+        question: str,
+        hits: Sequence[Hit],
+        documents: Sequence[Document],
+        token_budget: int,
+        limits: Limits,
+    ) -> tuple[Context, Prompt, str]:
+        """Return the passages within a budget, the prompt that shows them, and what was lowered.
+
+        Where the model, or its memory, does not hold so many beside the template and an answer, it
+        is as many as it holds; not even one, and those of the budget are returned: the gates then
+        say why they do not fit.
+        """
+
+        def within(tokens: int) -> tuple[Context, Prompt, list[Gate]]:
+            passages = retrieved_context(
+                hits,
+                documents,
+                store=self._store,
+                count_tokens=self._engine.count_tokens,
+                token_budget=tokens,
+            )
+            prompt = self._engine.encode_chat(build_messages(question, passages.passages))
+            need = Need(Route.RETRIEVAL, prompt.num_tokens, self._settings.max_new_tokens)
+            gates = check_gates(need, self._engine.spec, limits, predicted_prefill_seconds=None)
+            return passages, prompt, failed(gates, Route.RETRIEVAL)
+
+        passages, prompt, against = within(token_budget)
+        fitting, fitting_prompt, still = passages, prompt, against
+        while still and fitting.num_chunks:
+            beyond = fitting.num_tokens // 4  # bytes are not tokens: in steps
+            if still[0].unit != "bytes" and still[0].limit is not None:
+                beyond = int(still[0].value - still[0].limit)
+            fitting, fitting_prompt, still = within(fitting.num_tokens - max(1, beyond))
+        if not against or not fitting.num_chunks:
+            return passages, prompt, ""
+        lowered = (
+            f"; the retrieval budget of {token_budget:,} tokens does not fit"
+            f" ({describe(against[0])}), so {fitting.num_tokens:,} tokens were retrieved"
+        )
+        return fitting, fitting_prompt, lowered
 
     def _reader(
         self,
@@ -500,6 +539,8 @@ class Planner:
         The first leaves out the template: it only tells what was not done.
         """
         whole = document_tokens + self._engine.count_tokens(question)
+        caps = (retrieval_tokens, self.limits().context_tokens)
+        retrieval_tokens = min(cap for cap in caps if cap is not None)
         needs = (
             Need(Route.FULL, whole, self._settings.max_new_tokens),
             Need(Route.RETRIEVAL, retrieval_tokens, 0),

@@ -63,8 +63,9 @@ class Quotation:
     """An answer that is `[start, end)` of a document's text, inside a sentence of it.
 
     `beside` is another sentence, where that may as well hold the answer. `probability` is that the
-    documents hold an answer; `prompt_ids` is what the model read, empty where no prompt fits, and
-    `kv_bytes` the widest cache that it took.
+    documents hold an answer; `prompt_ids` is what the model read, empty where no prompt fits,
+    `kv_bytes` the widest cache that it took, and `predicted_seconds` how long that was to take,
+    None where no rate is known.
     """
 
     sentence: Sentence
@@ -74,6 +75,7 @@ class Quotation:
     probability: float
     prompt_ids: tuple[int, ...]
     kv_bytes: KVBytes
+    predicted_seconds: float | None = None
 
     @property
     def text(self) -> str:
@@ -115,11 +117,15 @@ class _Option:
 
 @dataclass(frozen=True, slots=True)
 class SpansRead:
-    """The stretches of the sentences that the model read, its prompt, and the widest cache."""
+    """The stretches of the sentences that the model read, its prompt, and the widest cache.
+
+    `predicted_seconds` is how long the reading was to take, None where no rate is known.
+    """
 
     spans: list[Span]
     prompt_ids: tuple[int, ...]
     kv_bytes: KVBytes
+    predicted_seconds: float | None
 
 
 def quote(
@@ -152,7 +158,16 @@ def quote(
         span = max(read.spans, key=span_score)
         best, start, end = span.sentence, span.start, span.end
         beside = sentence_beside(best, ranked)
-    return Quotation(best, start, end, beside, probability, read.prompt_ids, read.kv_bytes)
+    return Quotation(
+        best,
+        start,
+        end,
+        beside,
+        probability,
+        read.prompt_ids,
+        read.kv_bytes,
+        read.predicted_seconds,
+    )
 
 
 def unread_quotation(ranked: Sequence[Sentence]) -> Quotation:
@@ -185,7 +200,7 @@ def candidate_spans(
         if len(prompt_ids) + MAX_SPAN_TOKENS <= max_prompt_tokens:
             break
     else:
-        return SpansRead([], (), KVBytes(0, 0))
+        return SpansRead([], (), KVBytes(0, 0), None)
     starts = [start for sentence in shown for start in _starts_in(sentence, engine)]
     firsts = list(dict.fromkeys(start.token_ids[:1] for start in starts))
     first_scores = engine.score([ScoreRequest(prompt_ids, first) for first in firsts], stop=stop)
@@ -193,6 +208,7 @@ def candidate_spans(
         return None
     likelihood = dict(zip(firsts, (scores[0] for scores in first_scores), strict=True))
     options = _options(_likeliest(starts, likelihood), engine)
+    seconds = _predicted_seconds(engine, len(prompt_ids), options)
     scores = engine.score([ScoreRequest(prompt_ids, o.token_ids) for o in options], stop=stop)
     if scores is None:
         return None
@@ -201,7 +217,7 @@ def candidate_spans(
     if engine.spec is not None:
         predicted = widest.kv_rows * kv_cache_bytes(engine.spec, widest.kv_tokens)
     return SpansRead(
-        _spans(question, options, scores), prompt_ids, KVBytes(predicted, widest.kv_bytes)
+        _spans(question, options, scores), prompt_ids, KVBytes(predicted, widest.kv_bytes), seconds
     )
 
 
@@ -299,6 +315,26 @@ def _options(starts: Sequence[_Start], engine: Engine) -> list[_Option]:
         for end, num_tokens in start.ends
         for end_id in closing
     ]
+
+
+def _predicted_seconds(
+    engine: Engine, prompt_tokens: int, options: Sequence[_Option]
+) -> float | None:
+    """Return the seconds that scoring takes: prefills of known lengths, None without a rate.
+
+    The prompt but for its last token, that token, and behind the prompt a row for each start, all
+    as long as the longest.
+    """
+    shared = prompt_tokens - 1
+    rows = len({option.start.start for option in options})
+    tails = rows * max((len(option.token_ids) for option in options), default=0)
+    parts = [
+        engine.predicted_prefill_seconds(shared),
+        engine.predicted_prefill_seconds(shared + 1, cached_tokens=shared),
+        engine.predicted_prefill_seconds(shared + tails, cached_tokens=shared),
+    ]
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def _spans(question: str, options: Sequence[_Option], scores: Scores) -> list[Span]:

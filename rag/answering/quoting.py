@@ -130,6 +130,8 @@ def quote_answer(
         similarities=retriever.similarities,
         num_chunks=len(compared),
     )
+    retrieve_seconds = time.perf_counter() - started
+    engine.predicted_prefill_seconds(1)  # a rate that is still to be measured is no reading
     found = time.perf_counter()
 
     # 2. let the model choose the span
@@ -175,8 +177,9 @@ def quote_answer(
         prompt_sha256=sha256_of(prompt_ids),
         prompt_tokens=len(prompt_ids),
         kv_bytes=quotation.kv_bytes if quotation else KVBytes(0, 0),
-        retrieve_seconds=found - started,
+        retrieve_seconds=retrieve_seconds,
         prefill_seconds=chosen - found,
+        prefill_predicted_seconds=quotation.predicted_seconds if quotation else None,
         escalations=escalations,
     )
 
