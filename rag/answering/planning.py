@@ -257,8 +257,9 @@ class Planner:
         fitting, fitting_prompt, still = passages, prompt, against
         while still and fitting.num_chunks:
             beyond = fitting.num_tokens // 4  # bytes are not tokens: in steps
-            if still[0].unit != "bytes" and still[0].limit is not None:
-                beyond = int(still[0].value - still[0].limit)
+            first = still[0]
+            if first.unit != "bytes" and first.value is not None and first.limit is not None:
+                beyond = int(first.value - first.limit)
             fitting, fitting_prompt, still = within(fitting.num_tokens - max(1, beyond))
         if not against or not fitting.num_chunks:
             return passages, prompt, ""
