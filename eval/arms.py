@@ -1,8 +1,8 @@
 """The ways to answer that are compared: what each shows the model of a document.
 
-All but two (closed book, windowed) differ only in which chunks they show, so they are the product's
-own service over a retriever that ranks otherwise: the same prompt with the question last, the same
-budget, greedy.
+All but three (closed book, windowed, question first) differ only in which chunks they show, so they
+are the product's own service over a retriever that ranks otherwise: the same prompt with the
+question last, the same budget, greedy.
 Nothing is cut: where a document does not fit, there is no answer.
 """
 
@@ -47,6 +47,7 @@ class Arm(StrEnum):
     LEXICAL = "lexical"
     DENSE = "dense"
     HYBRID = "hybrid"
+    QUESTION_FIRST = "question_first"
     LAST = "last"
     ORACLE = "oracle"
     WINDOWED = "windowed"
@@ -60,6 +61,7 @@ ABOUT: Mapping[str, str] = {
     Arm.LEXICAL: "chunks by the words of the question alone",
     Arm.DENSE: "chunks by meaning alone",
     Arm.HYBRID: "chunks by both: the retrieval of the product",
+    Arm.QUESTION_FIRST: "hybrid's chunks, with the question before them: what the order does",
     Arm.LAST: "the last chunks of the document, up to the retrieval budget",
     Arm.ORACLE: "the chunks that hold the evidence, and those beside them",
     Arm.WINDOWED: "everything, through a sliding window of the retrieval budget with sinks",
@@ -214,6 +216,9 @@ class _Asking:
         if self._arm is Arm.CLOSED:
             words = [Message("system", _CLOSED_BOOK), Message("user", f"Question: {example.asked}")]
             return replace(plan, prompt=self._place.engine.encode_chat(words))
+        if self._arm is Arm.QUESTION_FIRST:
+            words = _question_first(plan.prompt.messages, f"Question: {example.asked.strip()}")
+            return replace(plan, prompt=self._place.engine.encode_chat(words))
         return plan
 
     def _planned(self, asked: str) -> tuple[Plan, list[Hit]]:
@@ -228,7 +233,7 @@ class _Asking:
         self, numbers: Sequence[int], plans: Sequence[Plan | tuple[str, str]]
     ) -> Iterator[tuple[int, Answer | FathomError]]:
         """Yield the number and the answer of each of these examples, as they come."""
-        if self._arm in (Arm.CLOSED, Arm.WINDOWED):
+        if self._arm in (Arm.CLOSED, Arm.WINDOWED, Arm.QUESTION_FIRST):
             yield from self._written(
                 {n: plan for n in numbers if isinstance(plan := plans[n], Plan)}
             )
@@ -321,7 +326,7 @@ class _Asking:
         prompts = [plan.prompt for plan in plans]
         if not plans:
             return
-        if self._arm is Arm.CLOSED:
+        if self._arm is not Arm.WINDOWED:
             yield from engine.generate_many(
                 prompts, max_new_tokens=settings.max_new_tokens, stop=Event()
             )
@@ -342,6 +347,10 @@ class _Asking:
         if self._arm is Arm.CLOSED:
             read = ReadExtent(0, plan.document_tokens, 0, of.num_chunks, "nothing was read")
             decision = replace(plan.decision, reason="nothing is to be read")
+        elif self._arm is Arm.QUESTION_FIRST:
+            tokens, chunks = plan.context.num_tokens, plan.context.num_chunks
+            read = ReadExtent(tokens, plan.document_tokens, chunks, of.num_chunks, "")
+            decision = replace(plan.decision, reason="the question before the passages")
         else:
             tokens = plan.document_tokens
             read = ReadExtent(tokens, tokens, of.num_chunks, of.num_chunks, "")
@@ -369,6 +378,13 @@ class _Asking:
             asked_for=None,
             standalone_question=None,
         )
+
+
+def _question_first(messages: Sequence[Message], question: str) -> list[Message]:
+    """Return a chat with the question before the passages that it stands behind."""
+    *before, last = messages
+    passages = last.content.removesuffix(question).rstrip()
+    return [*before, Message(last.role, f"{question}\n\n{passages}")]
 
 
 def spans_of(example: EvalExample, document: Document, store: DocumentStore) -> tuple[Span, ...]:

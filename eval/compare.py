@@ -76,8 +76,11 @@ def check_evidence(
         )
 
 
-def keep_examples(examples: Sequence[EvalExample], folder: Path) -> None:
+def keep_examples(examples: Sequence[EvalExample], folder: Path) -> bool:
     """Write the examples into the folder of the comparison, or see that they are those there.
+
+    Returns:
+        Whether the comparison begins with this; else it goes on.
 
     Raises:
         ReadError: if the folder holds others.
@@ -89,12 +92,13 @@ def keep_examples(examples: Sequence[EvalExample], folder: Path) -> None:
                 f"{path} holds other examples than those asked for",
                 hint="give another folder with -o, or the same examples, --limit and --seed",
             )
-        return
+        return False
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     lines = (json.dumps(example.to_json(), ensure_ascii=False) for example in examples)
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     temporary.replace(path)
+    return True
 
 
 def load_comparison(folder: Path) -> tuple[list[EvalExample], Journal]:

@@ -31,7 +31,9 @@ class Run:
 
     `documents` gives the SHA-256 of each document asked about, `model_sha256` that of the weights,
     "" where a server holds them; `settings` are those that can change an answer. `effective_tokens`
-    is how long a prompt the model was measured to use well, None where it was not.
+    is how long a prompt the model was measured to use well, None where it was not. `held_out_looks`
+    counts the comparisons on these held-out questions on this machine, this one included; 0 where
+    they are not held out.
     """
 
     command: str
@@ -50,6 +52,7 @@ class Run:
     versions: Mapping[str, str]
     started: str
     effective_tokens: int | None = None
+    held_out_looks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

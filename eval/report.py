@@ -11,7 +11,7 @@ from typing import Any
 
 from eval.analysis import Analysis, ArmResult, Pair
 from eval.examples import EvalExample
-from eval.journal import Journal, Row
+from eval.journal import Journal, Row, Run
 from eval.pictures import draw_all
 from eval.scoring import answer_words, score_row
 from eval.statistics import Interval
@@ -256,10 +256,17 @@ def _sources(analysis: Analysis) -> str:
             f" {escape(versions)}<br>model {escape(run.model)}, weights"
             f" <code>{escape(run.model_sha256 or 'held by a server')}</code>; embedder"
             f" {escape(run.embedder)}<br>examples <code>{run.examples_sha256}</code>, seed"
-            f" {run.seed}; {escape(settings)}</p><details><summary>documents</summary>"
+            f" {run.seed}; {escape(settings)}{_looks(run)}</p><details><summary>documents</summary>"
             f"<ul>{documents}</ul></details>"
         )
     return "".join(parts)
+
+
+def _looks(run: Run) -> str:
+    """Return how often these questions were looked at, where they are held out."""
+    if not run.held_out_looks:
+        return ""
+    return f"<br>comparison {run.held_out_looks:,} on these held-out questions on this machine"
 
 
 # ---- the failures page --------------------------------------------------------------------------

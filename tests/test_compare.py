@@ -1,5 +1,6 @@
 """The same questions by every arm: what each shows, what is written down, what is said of it."""
 
+import gzip
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from eval.analysis import Analysis, analyse
 from eval.arms import Arm, Workplace
 from eval.compare import check_evidence, compare, find_documents, keep_examples, load_comparison
 from eval.examples import EvalExample
+from eval.held_out import LOG, looks_at
 from eval.journal import (
     ANSWERED,
     DOES_NOT_FIT,
@@ -45,6 +47,7 @@ from rag.settings import Settings
 from rag.types import Answer, Route
 from ui.assembly import Fathom
 from ui.cli import app
+from ui.verbs.comparison import _look, _sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -207,6 +210,21 @@ def test_one_template_with_the_question_last(
         for name, other in found.items():
             row = rows[arm][name]
             assert (row.answer and row.answer.answer) == (other.answer and other.answer.answer)
+
+
+def test_the_order_of_the_prompt_is_an_arm(every_arm: Path) -> None:
+    """C0.1: order is a factor of its own; all else is hybrid's."""
+    rows = _by_arm(read_journals(every_arm))
+    for example in EXAMPLES:
+        row, hybrid = rows["question_first"][example.id], rows["hybrid"][example.id]
+        question = f"Question: {example.question}"
+        assert hybrid.prompt.endswith(f"\n\n{question}")
+        assert row.prompt == f"{question}\n\n{hybrid.prompt.removesuffix(question).rstrip()}"
+        assert (row.shown, row.ranked) == (hybrid.shown, hybrid.ranked)
+        assert row.answer is not None
+        assert hybrid.answer is not None
+        assert row.answer.receipt.prompt_sha256 != hybrid.answer.receipt.prompt_sha256
+        assert row.answer.receipt.read.tokens == hybrid.answer.receipt.read.tokens
 
 
 def test_a_document_is_read_once_for_all_its_questions(place: Workplace, tmp_path: Path) -> None:
@@ -665,6 +683,30 @@ def test_rows_carry_what_an_audit_asks_for(place: Workplace, tmp_path: Path) -> 
         assert row.document_tokens == place.engine.count_tokens(text) == len(text)
         assert row.verbatim
         assert row.gold == tuple(next(e for e in EXAMPLES if e.id == row.example_id).evidence)
+
+
+def test_looks_at_held_out_questions_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """C0.12: a comparison on `test` is written down, and says how often that was done."""
+    home, one, other = tmp_path / "home", tmp_path / "one", tmp_path / "other"
+    for number, folder in enumerate((one, other)):
+        folder.mkdir()
+        (folder / "questions.jsonl.gz").write_bytes(gzip.compress(b"%d" % number))
+    begins = [keep_examples(EXAMPLES, tmp_path / "report") for _ in range(2)]
+    assert begins == [True, False]
+    assert [_look(home, one, "test", is_new=is_new) for is_new in begins] == [1, 1]
+    assert "one test: looked at for the first time here" in capsys.readouterr().err
+    with (home / LOG).open("ab") as log:
+        log.write(b'{"data": "one te')  # as a process that was killed leaves it
+    assert _look(home, one, "test", is_new=True) == 2
+    assert "look 2 at these held-out questions" in " ".join(capsys.readouterr().err.split())
+    assert _look(home, other, "test", is_new=True) == 1
+    looks = looks_at(home, _sha256(one))
+    assert [look.data for look in looks] == ["one test"] * 2
+    analysis = analyse(EXAMPLES, Journal((_run(held_out_looks=2),), ()))
+    page = write_report(analysis, EXAMPLES, Journal((), ()), tmp_path / "page").read_text()
+    assert "comparison 2 on these held-out questions" in page
 
 
 def test_a_table_of_no_rows_says_so() -> None:

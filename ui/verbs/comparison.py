@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rag.settings import Settings, load_settings
-from ui.console import Home, Json, Model, open_fathom, out, print_json, stages_bar
+from ui.console import Home, Json, Model, err, open_fathom, out, print_json, stages_bar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,6 +123,7 @@ def _ask(
     from eval.compare import check_evidence, compare, find_documents, keep_examples
     from eval.evidence_sets import ingest_set, is_example_set, load_example_set
     from eval.examples import choose, load_examples
+    from eval.held_out import HELD_OUT
 
     is_set = examples.is_dir() and is_example_set(examples)
     found = load_example_set(examples, split) if is_set else None
@@ -132,7 +133,10 @@ def _ask(
         limit=limit,
         seed=seed,
     )
-    keep_examples(asked, folder)
+    is_new = keep_examples(asked, folder)
+    looks = 0
+    if found and split == HELD_OUT:
+        looks = _look(settings.home, examples, split, is_new=is_new)
     calibrations = open_fathom(settings).calibrations  # the person's own, whatever the library
     if found is not None:
         own = {"home": folder / "library", "database_url": None, "document_kv_disk_bytes": 0}
@@ -164,7 +168,7 @@ def _ask(
             by_name,
             arms,
             place,
-            _run(examples, split if found else "", asked, by_name, fathom, place, seed),
+            _run(examples, split if found else "", asked, by_name, fathom, place, seed, looks),
             folder,
             shard=shard,
             on_progress=lambda arm, done, total: on_progress("answers", done, total),
@@ -179,6 +183,7 @@ def _run(
     fathom: Any,  # noqa: ANN401
     place: "Workplace",
     seed: int,
+    looks: int,
 ) -> "Run":
     """Return what the rows are made with."""
     from eval.bench.machine import this_machine
@@ -205,8 +210,27 @@ def _run(
         device=machine.device if settings.remote_url is None else "a server",
         num_threads=machine.num_threads,
         versions=machine.versions,
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        started=_now(),
+        held_out_looks=looks,
     )
+
+
+def _look(home: Path, examples: Path, split: str, *, is_new: bool) -> int:
+    """Write down that held-out questions are looked at, and say how often that has been done."""
+    from eval.held_out import Look, in_words, looks_at, write_down
+
+    sha256 = _sha256(examples)
+    if is_new:  # one that goes on looks no second time
+        command = shlex.join(["fathom", *sys.argv[1:]])
+        write_down(home, Look(f"{examples.name} {split}", sha256, _now(), command))
+    looks = looks_at(home, sha256)
+    if looks:
+        err.print(in_words(looks), markup=False)
+    return len(looks)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _weights_sha256(settings: Settings) -> str:
