@@ -5,7 +5,7 @@ Only what cannot well be meant otherwise narrows what is asked: a file's name; a
 and the like. It has to fit one document of those asked about. Where it fits several, or the
 question says "not" or "other than", all are asked, and the receipt says so.
 
-Rules on English wording, as those of the question classes. Source: docs/decisions/0037.
+Rules on English wording, as those of the question classes. Source: docs/decisions/0031.
 """
 
 import re
