@@ -425,7 +425,8 @@ def _with_verdict(analysis: Analysis) -> Analysis:
         lines.append(
             f"{words[0].upper()}{words[1:]}: {100 * pair.difference.mean:+.1f} points"
             f" [{100 * pair.difference.low:+.1f}, {100 * pair.difference.high:+.1f}] on"
-            f" {pair.num_pairs:,} questions of {pair.num_documents:,} documents, {_can_show(pair)}."
+            f" {pair.num_pairs:,} questions of {pair.num_documents:,}"
+            f" document{'s' * (pair.num_documents != 1)}, {_can_show(pair)}."
         )
     for result in analysis.arms:
         if result.does_not_fit:

@@ -76,6 +76,7 @@ NUM_SINKS = 64
 _CLOSED_BOOK = (
     "You answer questions from what you know. Answer in one or two short, complete sentences."
 )
+_STOPPED = (FAILED, "stopped before it was asked")
 # Chunks of a ranking that a row keeps.
 _KEPT_HITS = 50
 
@@ -120,12 +121,10 @@ def answer_by(
     place: Workplace,
     *,
     seed: int,
+    stop: Event | None = None,
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[Row]:
     """Ask one document's questions by one arm, and return their rows in order.
-
-    What is kept of the document from another arm is dropped first, so that none reads for free
-    what another paid for.
 
     Args:
         arm: the way to answer.
@@ -133,13 +132,12 @@ def answer_by(
         document: what they are asked of.
         place: store, retriever and model.
         seed: of the random chunks.
+        stop: set it to end; the rows then say of some that no answer came, and are none.
         on_answer: called after each.
     """
-    place.forget(document)
-    begun = time.perf_counter()
-    asking = _Asking(arm, examples, document, place, seed)
+    asking = _Asking(arm, examples, document, place, seed, stop or Event())
     # Planned before anything is timed: it is only to tell what will be shown.
-    plans = [asking.plan(example) for example in examples]
+    plans = [_STOPPED if asking.stopped else asking.plan(example) for example in examples]
     fits = [isinstance(plan, Plan) for plan in plans]
     begun = time.perf_counter()
     answers: dict[int, Answer | FathomError] = {}
@@ -164,8 +162,9 @@ class _Asking:
         document: Document,
         place: Workplace,
         seed: int,
+        stop: Event,
     ) -> None:
-        self._arm, self._document, self._place = arm, document, place
+        self._arm, self._document, self._place, self._stop = arm, document, place, stop
         self._examples = examples
         self._ranked: dict[str, tuple[Found, ...]] = {}
         self._retriever = ArmRetriever(
@@ -188,6 +187,11 @@ class _Asking:
         self._tokens: dict[int, int] = {}
         self._document_tokens = 0
         self._plans: dict[str, tuple[Plan, list[Hit]]] = {}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no more is to be asked."""
+        return self._stop.is_set()
 
     @property
     def _route(self) -> Route | None:
@@ -242,6 +246,7 @@ class _Asking:
             [self._examples[number].asked for number in numbers],
             document_ids=[self._document.id],
             route=self._route,
+            stop=self._stop,
         )
         for place, outcome in outcomes:
             yield numbers[place], outcome
@@ -328,7 +333,7 @@ class _Asking:
             return
         if self._arm is not Arm.WINDOWED:
             yield from engine.generate_many(
-                prompts, max_new_tokens=settings.max_new_tokens, stop=Event()
+                prompts, max_new_tokens=settings.max_new_tokens, stop=self._stop
             )
             return
         assert isinstance(engine, ReadsThroughWindow)
@@ -339,7 +344,7 @@ class _Asking:
             num_sinks=NUM_SINKS,
             window=settings.retrieval_tokens,
             max_new_tokens=settings.max_new_tokens,
-            stop=Event(),
+            stop=self._stop,
         )
 
     def _answer_of(self, text: str, plan: Plan, done: GenerationDone, number: int) -> Answer:

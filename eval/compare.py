@@ -5,12 +5,15 @@ What comes of it is rows (`eval.journal`); what they say is `eval.analysis`.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from threading import Event
 
 from eval.arms import Arm, Workplace, answer_by, spans_of
 from eval.examples import EvalExample, load_examples
 from eval.journal import Journal, Run, appending, check_same, read_journals
 from rag.errors import DocumentNotFoundError, ReadError
+from rag.store.documents import DocumentStore
 from rag.types import Document
 
 EXAMPLES = "examples.jsonl"
@@ -50,7 +53,7 @@ def find_documents(
 
 
 def check_evidence(
-    examples: Sequence[EvalExample], documents: Mapping[str, Document], place: Workplace
+    examples: Sequence[EvalExample], documents: Mapping[str, Document], store: DocumentStore
 ) -> None:
     """Refuse evidence that lies outside its document.
 
@@ -66,7 +69,7 @@ def check_evidence(
             for start, end in example.evidence
             if end > document.num_chars
         ]
-        if example.pages and not spans_of(example, document, place.store):
+        if example.pages and not spans_of(example, document, store):
             pages = ", ".join(map(str, example.pages))
             faults.append(f"example {example.id}: {document.title} has no page {pages}")
     if faults:
@@ -124,12 +127,16 @@ def compare(
     folder: Path,
     *,
     shard: tuple[int, int] = (1, 1),
+    at_once: int | None = None,
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+    stop: Event | None = None,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Journal:
     """Ask what has not been asked yet, document by document; return all rows that there are.
 
     The rows of a document by an arm are on the disk together once they are answered: a process that
-    is killed loses at most those it was at.
+    is killed loses at most those it was at. What is kept of the document from another arm is
+    dropped first, so that none reads for free what another paid for.
 
     Args:
         examples: the questions, those of `keep_examples`.
@@ -139,12 +146,16 @@ def compare(
         run: what the rows are made with.
         folder: of the journals.
         shard: (i, n) takes every n-th document, from the i-th; each shard writes its own journal.
+        at_once: questions of a document that are asked together, and written together; None: all.
+        turn: entered for the time in which those have the model, and left before the next.
+        stop: set it to end; what was being asked then is not written, and asked again another time.
         on_progress: called with the arm, the rows done by this shard, and all of them.
 
     Raises:
         SettingsError: if rows there were made with other things, or are being written.
     """
     number, of = shard
+    stop = stop or Event()
     before = read_journals(folder)
     if before.runs:
         check_same(before.runs[0], run)
@@ -170,10 +181,23 @@ def compare(
 
                 on_progress(arm, num_done, total)
                 if left:
-                    rows = answer_by(
-                        arm, left, documents[document], place, seed=run.seed, on_answer=on_answer
-                    )
+                    place.forget(documents[document])
+                size = at_once or max(1, len(left))
+                for begin in range(0, len(left), size):
+                    part = left[begin : begin + size]
+                    with turn():
+                        rows = answer_by(
+                            arm,
+                            part,
+                            documents[document],
+                            place,
+                            seed=run.seed,
+                            stop=stop,
+                            on_answer=on_answer,
+                        )
+                    if stop.is_set():
+                        return read_journals(folder)
                     journal.append([row.to_json() for row in rows])
-                num_done += len(left)
+                    num_done += len(part)
                 on_progress(arm, num_done, total)
     return read_journals(folder)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -15,6 +16,7 @@ from eval.journal import Journal, Row, Run
 from eval.pictures import draw_all
 from eval.scoring import answer_words, score_row
 from eval.statistics import Interval
+from rag.errors import ReadError
 
 PAGE, FAILURES, NUMBERS = "report.html", "failures.html", "report.json"
 _MOST_FAILURES = 30
@@ -54,6 +56,26 @@ def write_report(
         _put(folder / FAILURES, _failures_page(examples, journal))
     _put(folder / PAGE, _page(analysis, pictures, with_failures=with_failures))
     return folder / PAGE
+
+
+def read_report(folder: Path, pictures: str) -> str:
+    """Return what stands on the page of a report, to be shown within another page.
+
+    Args:
+        folder: of the report.
+        pictures: what the addresses of its pictures begin with there.
+
+    Raises:
+        ReadError: if there is no report.
+    """
+    try:
+        page = (folder / PAGE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ReadError(
+            f"{folder.name} has no report yet", hint="it is written when the comparison ends"
+        ) from None
+    body = page[page.index("<body>") + len("<body>") : page.rindex("</body>")]
+    return re.sub(r'<img src="(?=[a-z]+\.png")', f'<img src="{escape(pictures)}', body)
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
@@ -338,8 +360,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str =
     )
     about = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="wide"><table>{about}<thead><tr>{cells}</tr></thead><tbody>{body}</tbody>'
-        "</table></div>"
+        '<div class="wide" tabindex="0" role="group" aria-label="Table">'
+        f"<table>{about}<thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

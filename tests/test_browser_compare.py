@@ -1,6 +1,8 @@
 """Limits and thrift, comparisons of tables and their reports, in a real browser."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,3 +119,97 @@ def test_a_calibration_is_shown_by_length_and_depth(
         model.press("Enter")
         page.get_by_text(said).wait_for(timeout=60_000)
         assert complaints(page) == []
+
+
+def test_a_table_of_questions_is_compared_stopped_and_its_report_opens(
+    pages: Watched, tmp_path: Path
+) -> None:
+    page = pages.open(DESK)
+    _to_the_table(page)
+    page.locator(".comparisons .empty").wait_for()
+    assert complaints(page) == []
+    shoot(page, "compare-table-empty")
+    with page.expect_download() as saving:
+        page.get_by_role("button", name="Save a template").click()
+    template = Path(saving.value.path()).read_text()
+    assert template.startswith("id,question,document,answers,answerable")
+    assert "handbook.md" in template
+
+    # every fault is named, and nothing begins
+    upload = page.locator("#questions input[type=file]")
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("id,question,document\na,,x\na,Who?,x\n")
+    upload.set_input_files(wrong)
+    page.locator(".faults").get_by_text("line 3: id").wait_for()
+    assert page.get_by_role("button", name="Compare them all").is_disabled()
+    assert complaints(page) == []
+    shoot(page, "compare-table-faults")
+
+    # a long one: stopped, gone on with, deleted
+    upload.set_input_files(_table(tmp_path / "long.csv", 120))
+    page.get_by_text("120 questions about 1 document").wait_for()
+    go = page.get_by_role("button", name="Compare them all")
+    go.focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("progressbar").wait_for()
+    shoot(page, "compare-table-running")
+    assert complaints(page) == []
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("stopped after").wait_for(timeout=60_000)
+    go.wait_for()
+    page.get_by_role("button", name="Go on with long.csv").click()
+    page.get_by_role("progressbar").wait_for()
+    page.reload()  # it goes on without the page
+    _to_the_table(page)
+    page.get_by_role("progressbar").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("stopped after").wait_for(timeout=60_000)
+    page.get_by_label("Delete long.csv").click()
+    page.get_by_role("button", name="Delete for good").click()
+    page.get_by_text("The comparison is deleted.").wait_for()
+
+    # a short one, to its report
+    upload.set_input_files(_table(tmp_path / "short.csv", 2))
+    page.get_by_text("2 questions about 1 document").wait_for()
+    go.click()
+    page.get_by_role("progressbar").wait_for()
+    opening = page.get_by_role("button", name="Open the report of short.csv")
+    page.get_by_role("progressbar").wait_for(state="detached", timeout=120_000)
+    opening.focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name="Verdict").wait_for()
+    assert page.evaluate("document.activeElement.textContent") == "Close"
+    page.wait_for_function(
+        "[...document.querySelectorAll('.report img')].every(i => i.naturalWidth > 300)"
+    )
+    assert page.locator(".report img").count() >= 1
+    assert page.locator(".report a").count() == 0
+    assert complaints(page) == []
+    shoot(page, "compare-report")
+    with page.expect_download() as saving:
+        page.get_by_role("button", name="Save as JSON").click()
+    assert json.loads(Path(saving.value.path()).read_text())["num_examples"] == 2
+    page.keyboard.press("Escape")
+    page.locator(".report").wait_for(state="detached")
+    assert opening.evaluate("button => button === document.activeElement")
+
+    phone = pages.open(PHONE, dark=True)
+    _to_the_table(phone)
+    phone.get_by_role("button", name="Open the report of short.csv").click()
+    phone.get_by_role("heading", name="Verdict").wait_for()
+    assert complaints(phone) == []
+    assert phone.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    shoot(phone, "phone-dark-report")
+
+
+def _to_the_table(page: Any) -> None:  # noqa: ANN401 - a Playwright page
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("tab", name="A table of questions").click()
+
+
+def _table(path: Path, num_questions: int) -> Path:
+    rows = [
+        f"q{n},What is fee {n} of the harbour?,handbook.md,35 crowns" for n in range(num_questions)
+    ]
+    path.write_text("\n".join(["id,question,document,answers", *rows]))
+    return path

@@ -143,6 +143,13 @@ def add_api(app: FastAPI, fathom: Fathom) -> None:
         """
         return {"boxes": own.page_boxes(number, page, start, end)}
 
+    @router.get("/comparisons/{name}/{file}", include_in_schema=False)
+    def picture(own: Own, name: str, file: str) -> Response:
+        """Return a picture of a report in the page."""
+        return Response(
+            own.comparisons.picture(name, file), media_type="image/png", headers=_PRIVATE
+        )
+
     @router.get("/v1/collections", tags=["documents"])
     def collections(own: Own) -> list[dict[str, Any]]:
         """List the collections, those that others share included."""

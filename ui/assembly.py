@@ -22,6 +22,7 @@ from rag.store.database import Database
 from rag.store.documents import DocumentStore
 from rag.store.oplog import OpLog
 from rag.types import Document
+from ui.comparing import forget_deleted
 from ui.fair_queue import FairQueue
 from ui.library import Library, PageCache
 from ui.metrics import Metrics
@@ -199,7 +200,8 @@ class Fathom(Library):
             return False
 
     def erase_deleted(self, documents: Sequence[Document]) -> None:
-        """Take what was kept of deleted documents out of the caches and indexes."""
+        """Take what was kept of deleted documents out of caches, indexes and comparisons."""
+        forget_deleted(self, documents)
         self.document_kv.forget({document.version_key for document in documents})
         if self._given_engine is not None:
             self._given_engine.forget()

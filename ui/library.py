@@ -29,6 +29,7 @@ from rag.store.conversations import ConversationStore
 from rag.store.documents import DocumentStore
 from rag.store.receipts import ReceiptStore
 from rag.types import AnswerMode, Document, IngestProgress, Page, Route
+from ui.comparing import Comparisons
 from ui.fair_queue import Waiting
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Library:
         self._fathom = fathom
         self.settings: Settings = fathom.settings
         self.owner = owner
+        self.comparisons = Comparisons(fathom, self)
 
     @cached_property
     def store(self) -> DocumentStore:
@@ -249,7 +251,8 @@ class Library:
         return documents
 
     def delete_everything(self) -> None:
-        """Delete every document, every conversation and every answer of the owner."""
+        """Delete every document, conversation, comparison and answer of the owner."""
+        self.comparisons.delete_all()
         mine = [
             document.id
             for document in self.store.all(include_superseded=True)

@@ -4,7 +4,7 @@
 window.fathom ??= (() => {
   // A second line behind the escaping in Python: what is not listed here never reaches the page.
   const TAGS = new Set(
-    ("article aside b blockquote br button cite code dd details div dl dt em figcaption figure form" +
+    ("article aside b blockquote br button caption cite code dd details div dl dt em figcaption figure form" +
       " h2 h3 h4 i img input label li mark nav ol option p path pre progress section select span" +
       " strong sub summary sup svg table tbody td th thead tr ul line rect g text use defs clipPath" +
       " polyline polygon circle title desc").toLowerCase().split(" ")

@@ -1,4 +1,4 @@
-"""One question through every route, the answers and their receipts side by side."""
+"""One question through every route, side by side; a table of them is in `compare_table`."""
 
 import threading
 import uuid
@@ -13,6 +13,7 @@ from rag.types import Route
 from ui.answer_html import ROUTE_NAMES, answer_card, gates_html
 from ui.formatting import error_html, plain_html, sentence
 from ui.library import Library
+from ui.tabs.compare_table import build_compare_table
 from ui.tabs.conversations import View, document_lengths
 from ui.tabs.evidence import build_evidence
 from ui.tabs.parts import LibraryOf, html_view, unexpected
@@ -29,25 +30,28 @@ def build_compare(library_of: LibraryOf, tab: gr.Tab) -> None:
     """Lay out the tab inside the running Blocks and wire it."""
     stops: dict[str, threading.Event] = {}
     running = gr.State("")
-    with gr.Row(elem_id="compare"):
-        with gr.Column(elem_id="compared", min_width=0):
-            with gr.Row(elem_id="compare-form"):
-                question = gr.Textbox(
-                    label="Question", max_lines=4, max_length=20_000, elem_id="compare-question"
+    with gr.Tabs(elem_id="compare-kinds"):
+        with gr.Tab("One question"), gr.Row(elem_id="compare"):
+            with gr.Column(elem_id="compared", min_width=0):
+                with gr.Row(elem_id="compare-form"):
+                    question = gr.Textbox(
+                        label="Question", max_lines=4, max_length=20_000, elem_id="compare-question"
+                    )
+                    documents = gr.Dropdown(
+                        [], label="Documents", info="None chosen: all", multiselect=True, value=[]
+                    )
+                    go = gr.Button("Compare", variant="primary", min_width=110, elem_id="go")
+                    stop = gr.Button("Stop", min_width=110, visible=False, elem_id="compare-stop")
+                view = html_view(
+                    ("cite",),
+                    kind="conversation",
+                    elem_id="comparison",
+                    value={"turns": [], "busy": False, "empty": _EMPTY},
                 )
-                documents = gr.Dropdown(
-                    [], label="Documents", info="None chosen: all", multiselect=True, value=[]
-                )
-                go = gr.Button("Compare", variant="primary", min_width=110, elem_id="go")
-                stop = gr.Button("Stop", min_width=110, visible=False, elem_id="compare-stop")
-            view = html_view(
-                ("cite",),
-                kind="conversation",
-                elem_id="comparison",
-                value={"turns": [], "busy": False, "empty": _EMPTY},
-            )
-        with gr.Column(elem_id="compare-beside", min_width=0):
-            build_evidence(library_of, view)
+            with gr.Column(elem_id="compare-beside", min_width=0):
+                build_evidence(library_of, view)
+        with gr.Tab("A table of questions") as inner:
+            build_compare_table(library_of, tab, inner)
 
     def known(chosen: list[int], request: gr.Request) -> Any:  # noqa: ANN401 - a Gradio update
         there = library_of(request).documents()

@@ -1,6 +1,5 @@
 """fathom compare: the same questions by every way to answer, paired, as a report."""
 
-import hashlib
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -14,20 +13,9 @@ from rag.settings import Settings, load_settings
 from ui.console import Home, Json, Model, err, open_fathom, out, print_json, stages_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from eval.arms import Workplace
-    from eval.examples import EvalExample
-    from eval.journal import Run
-    from rag.types import Document
+    from collections.abc import Sequence
 
 app = typer.Typer()
-
-# The settings that can change an answer.
-_SETTINGS = (
-    "chunk_tokens", "retrieval_tokens", "max_new_tokens", "num_candidates", "answer_mode",
-    "max_context_tokens", "prefill_deadline_seconds", "reranker", "device", "thrift", "escalations",
-)  # fmt: skip
 
 
 @app.command(
@@ -41,7 +29,12 @@ def compare(
         typer.Argument(help="Table of questions (JSONL, CSV, XLSX), or the folder of a set."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the report; goes on there.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder of the report; goes on there. Default: among those that the page shows.",
+        ),
     ] = None,
     arms: Annotated[
         str, typer.Option(help="Ways to answer, by commas; all of them: `all`.")
@@ -76,13 +69,14 @@ def compare(
     from eval.compare import load_comparison
     from eval.report import summary, to_json, write_report
     from rag.routing.utility import load_weights
+    from ui.comparing import comparisons_dir, folder_name
 
     if (rescore is None) == (examples is None):
         raise typer.BadParameter("give a table of questions, or --rescore with a folder")
     if rescore is None:
-        if output is None:
-            raise typer.BadParameter("say where the report goes: -o DIR")
         assert examples is not None
+        settings = load_settings(home=home, model=model, max_new_tokens=max_new_tokens)
+        output = output or comparisons_dir(settings, settings.user) / folder_name(examples.name)
         _ask(
             examples,
             output,
@@ -92,7 +86,7 @@ def compare(
             documents=documents,
             seed=seed,
             shard=_shard(shard),
-            settings=load_settings(home=home, model=model, max_new_tokens=max_new_tokens),
+            settings=settings,
         )
     folder = rescore or output
     assert folder is not None
@@ -124,6 +118,7 @@ def _ask(
     from eval.evidence_sets import ingest_set, is_example_set, load_example_set
     from eval.examples import choose, load_examples
     from eval.held_out import HELD_OUT
+    from eval.provenance import made_with, sha256_of_files
 
     is_set = examples.is_dir() and is_example_set(examples)
     found = load_example_set(examples, split) if is_set else None
@@ -162,97 +157,49 @@ def _ask(
             calibrations=calibrations,
             forget=lambda document: fathom.document_kv.forget({document.version_key}),
         )
-        check_evidence(asked, by_name, place)
+        check_evidence(asked, by_name, fathom.store)
         compare(
             asked,
             by_name,
             arms,
             place,
-            _run(examples, split if found else "", asked, by_name, fathom, place, seed, looks),
+            made_with(
+                place,
+                by_name,
+                command=shlex.join(["fathom", *sys.argv[1:]]),
+                data=f"{examples.name} {split if found else ''}".strip(),
+                examples_sha256=sha256_of_files(examples),
+                seed=seed,
+                held_out_looks=looks,
+            ),
             folder,
             shard=shard,
             on_progress=lambda arm, done, total: on_progress("answers", done, total),
         )
 
 
-def _run(
-    examples: Path,
-    split: str,
-    asked: "Sequence[EvalExample]",
-    documents: "Mapping[str, Document]",
-    fathom: Any,  # noqa: ANN401
-    place: "Workplace",
-    seed: int,
-    looks: int,
-) -> "Run":
-    """Return what the rows are made with."""
-    from eval.bench.machine import this_machine
-    from eval.journal import Run
-    from rag.lm.device import choose_device
-
-    settings = place.settings
-    effective = place.calibrations and place.calibrations.effective_length(place.engine.model_id)
-    machine = this_machine(choose_device(settings))
-    names = sorted({example.document for example in asked})
-    return Run(
-        command=shlex.join(["fathom", *sys.argv[1:]]),
-        data=f"{examples.name} {split}".strip(),
-        examples_sha256=_sha256(examples),
-        documents={name: documents[name].content_sha256 for name in names},
-        model=fathom.engine.name,
-        model_sha256=_weights_sha256(settings),
-        context_tokens=fathom.engine.context_tokens,
-        effective_tokens=effective.tokens if effective else None,
-        embedder=fathom.embedder.fingerprint,
-        settings={name: getattr(settings, name) for name in _SETTINGS},
-        seed=seed,
-        commit=machine.commit,
-        device=machine.device if settings.remote_url is None else "a server",
-        num_threads=machine.num_threads,
-        versions=machine.versions,
-        started=_now(),
-        held_out_looks=looks,
-    )
-
-
 def _look(home: Path, examples: Path, split: str, *, is_new: bool) -> int:
     """Write down that held-out questions are looked at, and say how often that has been done."""
     from eval.held_out import Look, in_words, looks_at, write_down
+    from eval.provenance import sha256_of_files
 
-    sha256 = _sha256(examples)
+    sha256 = sha256_of_files(examples)
     if is_new:  # one that goes on looks no second time
         command = shlex.join(["fathom", *sys.argv[1:]])
-        write_down(home, Look(f"{examples.name} {split}", sha256, _now(), command))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        write_down(
+            home,
+            Look(
+                f"{examples.name} {split}",
+                sha256,
+                now,
+                command,
+            ),
+        )
     looks = looks_at(home, sha256)
     if looks:
         err.print(in_words(looks), markup=False)
     return len(looks)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _weights_sha256(settings: Settings) -> str:
-    """Return the checksum over the files of weights, "" where a server holds them."""
-    from rag.lm.catalog import is_gguf, resolve_model
-
-    if settings.remote_url is not None:
-        return ""
-    if is_gguf(settings.model):
-        return _sha256(Path(settings.model))
-    folder = resolve_model(settings.model, settings)
-    return _sha256(*sorted(folder.glob("*.safetensors")))
-
-
-def _sha256(*paths: Path) -> str:
-    """Return the checksum over files, and of a folder over the files in it, in order of names."""
-    digest = hashlib.sha256()
-    for path in paths:
-        for file in sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path]:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _arms(names: str) -> "list[Any]":

@@ -1,0 +1,329 @@
+"""A table of questions through every way to answer, and the reports of past ones."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from eval.arms import DEFAULT_ARMS, Arm
+from eval.examples import TABLES, EvalExample, load_examples
+from rag.errors import FathomError, ReadError
+from ui.comparing import Comparison
+from ui.formatting import amount, error_html, plain_html, plural
+from ui.library import Library
+from ui.tabs.parts import MOST_ROWS, LibraryOf, download_view, html_view, unexpected
+
+_SECONDS_BETWEEN = 1.0  # of two looks at what runs
+_LARGEST_TABLE = 32 * 2**20  # bytes
+_KINDS = (*TABLES, ".jsonl", ".json", ".gz")
+_COLUMNS = (
+    '<p class="none">CSV, TSV, XLSX or JSON Lines, a question a row: <code>id</code>,'
+    " <code>question</code>, <code>document</code> (title or number), <code>answers</code>,"
+    " <code>answerable</code>; where it is known also <code>evidence</code>.</p>"
+)
+_EMPTY = (
+    '<div class="empty"><h2>Which way of reading is right more often?</h2><p>A table of questions'
+    " whose answers are known goes through each way to answer. The report pairs the answers, says"
+    " whether a difference is shown, and what each way costs.</p></div>"
+)
+_ABOUT_ARMS = (
+    "closed: what the model knows; hybrid: retrieval; full: everything; router: what Fathom chooses"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that was read and has no fault."""
+
+    title: str
+    examples: tuple[EvalExample, ...]
+
+
+def build_compare_table(library_of: LibraryOf, tab: gr.Tab, inner: gr.Tab) -> None:
+    """Lay out the part inside the running Blocks and wire it.
+
+    Args:
+        library_of: whose comparisons they are.
+        tab: Compare.
+        inner: this part of it.
+    """
+    table = gr.State(None)
+    with gr.Row(elem_id="compare-table"):
+        with gr.Column(elem_id="asking", min_width=0):
+            file = gr.File(label="Table of questions", height=112, elem_id="questions")
+            template = gr.Button("Save a template", size="sm", elem_id="template")
+            arms = gr.CheckboxGroup(
+                [arm.value for arm in Arm],
+                value=[arm.value for arm in DEFAULT_ARMS],
+                label="Ways to answer",
+                info=_ABOUT_ARMS,
+                elem_id="arms",
+            )
+            go = gr.Button(
+                "Compare them all", variant="primary", interactive=False, elem_id="table-go"
+            )
+            stop = gr.Button("Stop", visible=False, elem_id="table-stop")
+        with gr.Column(elem_id="outcomes", min_width=0):
+            note = html_view(elem_classes="compare-note", value=_COLUMNS)
+            now = html_view(elem_classes="compare-now")
+            report = html_view(("save",), kind="evidence", elem_classes="report-panel")
+            past = html_view(("open", "resume", "remove"), elem_classes="comparisons")
+    saving = download_view()
+    clock = gr.Timer(_SECONDS_BETWEEN, active=False)
+    # Gradio's own makes an empty file beside each upload, and leaves it.
+    file._process_single_file = _path_of  # type: ignore[method-assign,assignment]
+
+    def take(given: str | None) -> tuple[Any, ...]:
+        if not given:
+            return None, gr.skip(), gr.update(interactive=False)
+        path = Path(given)
+        try:
+            read = read_questions(path)
+        except FathomError as error:
+            return None, faults_html(path.name, error), gr.update(interactive=False)
+        except Exception:
+            return None, unexpected(), gr.update(interactive=False)
+        finally:
+            path.unlink(missing_ok=True)  # nothing of it stays where Gradio could give it out
+        return read, table_html(read), gr.update(interactive=True)
+
+    def begin(read: Table | None, chosen: list[str], request: gr.Request) -> tuple[Any, ...]:
+        library = library_of(request)
+        if read is None or not chosen:
+            problem = error_html("nothing is to be compared", "give a table and choose a way")
+            return problem, *shown(library)
+        try:
+            library.comparisons.begin(read.title, read.examples, [Arm(arm) for arm in chosen])
+        except FathomError as error:
+            return faults_html(read.title, error), *shown(library)
+        except Exception:
+            return unexpected(), *shown(library)
+        return "", *shown(library)
+
+    def resume(event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
+        library = library_of(request)
+        try:
+            library.comparisons.go_on(str(event.comparison))
+        except FathomError as error:
+            return error_html(error.message, error.hint), *shown(library)
+        return "", *shown(library)
+
+    def remove(event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
+        library = library_of(request)
+        try:
+            library.comparisons.delete(str(event.comparison))
+        except FathomError as error:
+            return error_html(error.message, error.hint), *shown(library)
+        return '<p role="status">The comparison is deleted.</p>', *shown(library)
+
+    def look(request: gr.Request) -> tuple[Any, ...]:
+        return shown(library_of(request))
+
+    def halt(request: gr.Request) -> None:
+        library_of(request).comparisons.stop()
+
+    def open_report(event: gr.EventData, request: gr.Request) -> str:
+        comparisons = library_of(request).comparisons
+        name = str(event.comparison)
+        try:
+            return report_html(name, comparisons.title(name), comparisons.report(name))
+        except FathomError as error:
+            return _panel("Not found", error_html(error.message, error.hint))
+        except Exception:
+            return _panel("Not found", unexpected())
+
+    def save(event: gr.EventData, request: gr.Request) -> str:
+        name = str(event.comparison)
+        text = library_of(request).comparisons.numbers(name)
+        return json.dumps({"name": f"{name}.json", "type": "application/json", "text": text})
+
+    def save_template(request: gr.Request) -> str:
+        text = template_csv([document.title for document in library_of(request).documents()])
+        return json.dumps({"name": "questions.csv", "type": "text/csv", "text": text})
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    state = [now, past, go, stop, clock]
+    file.upload(take, [file], [table, note, go], **quiet).then(
+        None, None, [file], js="() => null", api_visibility="private"
+    )
+    go.click(begin, [table, arms], [note, *state], **quiet)
+    past.resume(resume, None, [note, *state], **quiet)
+    past.remove(remove, None, [note, *state], **quiet)
+    past.open(open_report, None, [report], **quiet)
+    report.save(save, None, [saving], **quiet)
+    template.click(save_template, None, [saving], **quiet)
+    gr.on([tab.select, inner.select, clock.tick], look, None, state, **quiet)
+    stop.click(halt, None, None, queue=False, api_visibility="private")
+
+
+def read_questions(path: Path) -> Table:
+    """Return the questions of an uploaded table.
+
+    Raises:
+        ReadError: naming every faulty row.
+    """
+    if not path.name.lower().endswith(_KINDS):
+        raise ReadError(
+            f"{path.name} is no table of questions",
+            hint=f"expected one of {', '.join(_KINDS)}",
+        )
+    if path.stat().st_size > _LARGEST_TABLE:
+        raise ReadError(
+            f"{path.name} has {path.stat().st_size / 2**20:,.0f} MiB",
+            hint=f"at most {_LARGEST_TABLE / 2**20:,.0f} are taken; fathom compare takes more",
+        )
+    return Table(path.name, tuple(load_examples(path)))
+
+
+def template_csv(titles: Sequence[str]) -> str:
+    """Return a table to begin with: a row for each of the first documents."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["id", "question", "document", "answers", "answerable"])
+    for number, title in enumerate(titles[:3] or ["a title"], start=1):
+        asked = ["What does it say?", "What does it not say?"]
+        writer.writerow([f"q{number}a", asked[0], title, "the words that answer it", "yes"])
+        writer.writerow([f"q{number}b", asked[1], title, "", "no"])
+    return out.getvalue()
+
+
+# ---- drawing ------------------------------------------------------------------------------------
+
+
+def table_html(read: Table) -> str:
+    """Return what a table holds, in a sentence."""
+    names = {example.document for example in read.examples}
+    without = sum(not example.answerable for example in read.examples)
+    more = f", {without:,} of them without an answer there" if without else ""
+    return (
+        f'<p role="status"><b>{plain_html(read.title)}</b>:'
+        f" {plural(len(read.examples), 'question')} about {plural(len(names), 'document')}{more}."
+        " Choose the ways to answer and compare.</p>"
+    )
+
+
+def faults_html(title: str, error: FathomError) -> str:
+    """Return every fault of a table, one a line, and what is expected."""
+    faults = error.message.split("\n")
+    if len(faults) == 1:
+        return error_html(error.message, error.hint)
+    items = "".join(f"<li>{plain_html(fault)}</li>" for fault in faults[:MOST_ROWS])
+    more = len(faults) - MOST_ROWS
+    rest = f'<p class="none">and {more:,} more</p>' if more > 0 else ""
+    return (
+        f'<div class="problem" role="alert"><b>{plain_html(title)} was not taken.</b><br>'
+        f'{plain_html(error.hint or "")}</div><ul class="faults" tabindex="0"'
+        f' aria-label="Faults">{items}</ul>{rest}'
+    )
+
+
+def shown(library: Library) -> tuple[Any, ...]:
+    """Return what runs, the list, the two buttons and whether the clock goes on."""
+    found = library.comparisons.all()
+    running = next((one for one in found if one.state == "running"), None)
+    return (
+        now_html(running) if running else "",
+        list_html(found),
+        gr.update(visible=running is None),
+        gr.update(visible=running is not None),
+        gr.update(active=running is not None),
+    )
+
+
+def now_html(running: Comparison) -> str:
+    """Return how far the comparison that runs has come."""
+    of_rows = running.of_rows or 1
+    share = 100 * running.num_rows / of_rows
+    parts = [f"{running.num_rows:,} of {of_rows:,} answers"]
+    if running.waiting:
+        parts.append(f"waiting for the model, place {running.waiting}")
+    elif running.arm:
+        parts.append(f"now by {running.arm}")
+    if running.seconds_left is not None:
+        parts.append(f"about {_time(running.seconds_left)} left")
+    return (
+        '<div class="ingest" role="progressbar" aria-label="Comparing" aria-valuemin="0"'
+        f' aria-valuemax="100" aria-valuenow="{share:.0f}">'
+        f'<span class="now">{plain_html(running.title)}</span>'
+        f'<span class="bar" aria-hidden="true"><i data-width="{share:.1f}"></i></span>'
+        f'<span class="words">{plain_html("; ".join(parts))}</span></div>'
+    )
+
+
+def list_html(found: Sequence[Comparison]) -> str:
+    """Return the comparisons that there are, each with what can be done with it."""
+    if not found:
+        return _EMPTY
+    items = "".join(_item(one) for one in found[:MOST_ROWS])
+    more = len(found) - MOST_ROWS
+    rest = f'<p class="none">and {more:,} more</p>' if more > 0 else ""
+    return f'<h2>Comparisons</h2><ul class="past-comparisons">{items}</ul>{rest}'
+
+
+def _item(one: Comparison) -> str:
+    answers = f"{one.num_rows:,} answers"
+    if one.state == "stopped" and one.of_rows is not None:
+        answers = f"stopped after {one.num_rows:,} of {one.of_rows:,} answers"
+    elif one.state == "running":
+        answers = "running"
+    words = " · ".join(filter(None, [one.started[:10], ", ".join(one.arms), answers]))
+    name = f'data-comparison="{one.name}"'
+    buttons = ""
+    if one.has_report:
+        buttons += _button("open", name, "Open", f"Open the report of {one.title}")
+    if one.state == "stopped":
+        buttons += _button("resume", name, "Go on", f"Go on with {one.title}")
+    if one.state != "running":
+        buttons += (
+            f'<details class="sure"><summary aria-label="Delete {plain_html(one.title)}">Delete'
+            f'</summary><button type="button" class="quiet danger" data-event="remove" {name}>'
+            "Delete for good</button></details>"
+        )
+    problem = error_html(one.problem, "go on with it when that is mended") if one.problem else ""
+    return (
+        f'<li><span class="title">{plain_html(one.title)}</span>'
+        f'<span class="what">{plain_html(words)}</span>'
+        f'<span class="row">{buttons}</span>{problem}</li>'
+    )
+
+
+def _button(event: str, data: str, words: str, label: str) -> str:
+    return (
+        f'<button type="button" class="quiet" data-event="{event}" {data}'
+        f' aria-label="{plain_html(label)}">{words}</button>'
+    )
+
+
+def report_html(name: str, title: str, body: str) -> str:
+    """Return a report; `body` is what `eval.report` made of numbers and escaped names."""
+    return _panel(
+        title,
+        body,
+        f'<button type="button" class="quiet" data-event="save"'
+        f' data-comparison="{name}">Save as JSON</button>',
+    )
+
+
+def _panel(title: str, inside: str, buttons: str = "") -> str:
+    """Return the panel; its button to close it is worked by `page.js`."""
+    return (
+        f'<article class="report"><div class="head"><h2>{plain_html(title)}</h2>'
+        f'<span class="row">{buttons}'
+        '<button type="button" class="quiet" data-close>Close</button></span></div>'
+        f'<div class="inside">{inside}</div></article>'
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return amount(round(seconds), "seconds").replace(".0 s", " s")
+    return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def _path_of(file: Any) -> str:  # noqa: ANN401 - Gradio's FileData
+    return str(file.path)
