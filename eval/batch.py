@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from threading import Event
-from typing import Any
+from typing import Any, Protocol
 
 from eval.batch_journal import Journal
 from eval.tables import Table
@@ -53,6 +53,15 @@ class PlacedQuestion:
     document_ids: tuple[int, ...]
     route: Route | None
     key: str
+
+
+class OneByOne(Protocol):
+    """Answers one question; each row may wait there for its turn among other people's questions."""
+
+    def stream(
+        self, question: str, *, document_ids: Sequence[int], route: Route | None, stop: Event
+    ) -> Iterator[object]:
+        """Yield the events of an answer, the `AnswerReady` among them."""
 
 
 Outcome = Answer | FathomError
@@ -228,7 +237,7 @@ def _words(cell: Any) -> str:  # noqa: ANN401
 
 def answer_questions(
     questions: Sequence[PlacedQuestion],
-    service: AnsweringService,
+    service: AnsweringService | OneByOne,
     journal: Journal,
     *,
     workers: int | None = None,
@@ -255,10 +264,10 @@ def answer_questions(
         key=lambda question: (question.document_ids, question.route or "", question.number),
     )
     failed_together = 0
-    if workers is None:
+    if workers is None and isinstance(service, AnsweringService):
         outcomes = _in_groups(left, service, stop)
     else:
-        outcomes = _side_by_side(left, service, workers, stop)
+        outcomes = _side_by_side(left, service, workers or 1, stop)
     server_is_gone: ModelServerError | None = None
     with closing(outcomes):
         for question, outcome in outcomes:
@@ -340,7 +349,7 @@ def _in_groups(
 
 
 def _side_by_side(
-    questions: Sequence[PlacedQuestion], service: AnsweringService, workers: int, stop: Event
+    questions: Sequence[PlacedQuestion], service: OneByOne, workers: int, stop: Event
 ) -> Generator[tuple[PlacedQuestion, Outcome]]:
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(_alone, question, service, stop): question for question in questions}
@@ -351,7 +360,7 @@ def _side_by_side(
             pool.shutdown(cancel_futures=True)
 
 
-def _alone(question: PlacedQuestion, service: AnsweringService, stop: Event) -> Outcome:
+def _alone(question: PlacedQuestion, service: OneByOne, stop: Event) -> Outcome:
     """Return the answer to one row, or what went wrong with it, foreseen or not."""
     if stop.is_set():
         return NOT_ASKED

@@ -9,6 +9,8 @@ receipts are no answers of this batch.
 import fcntl
 import json
 import os
+import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,7 @@ from rag.errors import TableError
 from rag.types import Answer, answer_from_json
 
 _FORMAT = "fathom batch 1"
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 
 
 def journal_path(output: Path) -> Path:
@@ -43,8 +46,10 @@ class Journal:
         self.stopped: str | None = None
         self.receipts: set[str] = set()
         self._answers: dict[tuple[str, str], Answer] = {}
+        self._latest: dict[str, Answer] = {}
+        self._writing = threading.RLock()  # a signal's handler may write between two lines
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = os.open(path, _FLAGS, 0o666)
         except OSError as error:
             raise TableError(
                 f"the journal {path} cannot be written: {error.strerror}",
@@ -82,6 +87,10 @@ class Journal:
         """Return the answer of a row that asked the same of the same then, None without one."""
         return self._answers.get((row_id, key))
 
+    def latest(self, row_id: str) -> Answer | None:
+        """Return the answer that a row got last, whatever was asked in it then."""
+        return self._latest.get(row_id)
+
     def begin(self) -> str:
         """Write down that a run begins, and return when: ISO 8601, UTC, in seconds."""
         self.began, self.stopped = _now(), None
@@ -96,7 +105,7 @@ class Journal:
     def add(self, row_id: str, key: str, answer: Answer) -> None:
         """Write an answer down; it is on disk when this returns."""
         self._append({"id": row_id, "key": key, "answer": answer.to_json()})
-        self._answers[row_id, key] = answer
+        self._answers[row_id, key] = self._latest[row_id] = answer
         self.receipts.add(answer.receipt.id)
 
     def drop(self, *receipts: str) -> None:
@@ -104,6 +113,42 @@ class Journal:
         if receipts:
             self._append({"dropped": receipts})
             self.receipts.update(receipts)
+
+    def rewrite(self, current: Callable[[Answer], Answer]) -> None:
+        """Put answers in the place of those written down, in one step: words that must go are gone.
+
+        Args:
+            current: what an answer reads now; the same one where nothing has changed.
+        """
+        with self._writing:
+            changed = {
+                key: new for key, old in self._answers.items() if (new := current(old)) != old
+            }
+            if not changed:
+                return
+            lines = []
+            for line in self.path.read_bytes().splitlines():
+                entry = json.loads(line)
+                if (key := (entry.get("id"), entry.get("key"))) in changed:
+                    entry["answer"] = changed[key].to_json()
+                lines.append(json.dumps(entry).encode() + b"\n")
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            before, self._file = self._file, os.open(temporary, _FLAGS, 0o666)
+            try:
+                self._lock()
+                self._write(b"".join(lines))
+                temporary.replace(self.path)
+            except BaseException:
+                os.close(self._file)
+                self._file = before
+                temporary.unlink(missing_ok=True)
+                raise
+            os.close(before)
+            _sync_folder(self.path.parent)
+            for key, answer in changed.items():
+                if self._latest.get(key[0]) is self._answers[key]:
+                    self._latest[key[0]] = answer
+                self._answers[key] = answer
 
     def _lock(self) -> None:
         try:
@@ -149,13 +194,16 @@ class Journal:
             self.receipts.update(entry["dropped"])
         else:
             answer = answer_from_json(entry["answer"])
-            self._answers[entry["id"], entry["key"]] = answer
+            self._answers[entry["id"], entry["key"]] = self._latest[entry["id"]] = answer
             self.receipts.add(answer.receipt.id)
 
     def _append(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry).encode() + b"\n"
-        while line:
-            line = line[os.write(self._file, line) :]
+        with self._writing:
+            self._write(json.dumps(entry).encode() + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._file, data) :]
         os.fsync(self._file)
 
 

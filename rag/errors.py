@@ -23,6 +23,7 @@
     │   ├── OutOfMemoryError          a request needed more memory than there is; the model goes on
     │   └── ModelServerError          the server that runs the model gave no answer
     ├── TableError                  a table of questions or answers could not be read or written
+    │   └── BatchNotFoundError        no batch of this owner answers to that id
     ├── AccountError                an account could not be made, changed or found
     ├── QuotaError                  somebody asks for more than his share
     ├── TooFewPairsError            nothing can be fitted from so few questions
@@ -135,6 +136,10 @@ class ModelServerError(ModelError):
 
 class TableError(FathomError):
     """A table could not be read or written, or is not what it should be."""
+
+
+class BatchNotFoundError(TableError):
+    """No batch of this owner answers to that id."""
 
 
 class AccountError(FathomError):

@@ -32,4 +32,5 @@ def serving(fathom: Fathom, *, is_public: bool = False) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(30)
+            fathom.batch_runs.close()
             assert not thread.is_alive()

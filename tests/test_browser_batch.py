@@ -1,18 +1,30 @@
 """Files and tables given to the page in a real browser: queued, by folder, dropped, in batches."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from served_page import ARGUMENTS, CHROMIUM, DESK, TINY, Watched, begin, served, shoot
+from served_page import (
+    ARGUMENTS,
+    CHROMIUM,
+    DESK,
+    PHONE,
+    TINY,
+    Watched,
+    begin,
+    complaints,
+    served,
+    shoot,
+)
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed"),
 ]
-REPLY = "The harbour fee is 35 crowns a night." + " and whoever is late pays more" * 20
+REPLY = "The harbour fee is 35 crowns a night." + " and whoever is late pays more" * 10
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +116,72 @@ def test_files_dropped_anywhere_while_an_answer_is_written(pages: Watched) -> No
     page.locator("#documents").get_by_text("ebb.txt").wait_for()
     page.locator("details.receipt").wait_for(timeout=60_000)
     assert "pays more" in page.locator(".answer").inner_text()
+
+
+def test_a_table_is_checked_asked_left_alone_stopped_gone_on_with_saved_and_deleted(
+    pages: Watched, tmp_path: Path
+) -> None:
+    path = tmp_path / "due diligence.csv"
+    path.write_text(
+        "id,question,document\n"
+        "fee,What is the harbour fee?,handbook.md\n"
+        "lost,Where is the log?,no-such-file.pdf\n"
+        + "".join(f"berth-{n},How many berths has quay {n}?,\n" for n in range(40))
+    )
+    page = pages.open(DESK)
+    page.get_by_role("tab", name="Batch").click()
+    page.get_by_role("heading", name="A table of questions").wait_for()
+    assert complaints(page) == []
+    shoot(page, "batch-empty")
+    given = page.locator("#batch-table input[name=table]")
+    given.set_input_files({"name": "x.csv", "mimeType": "text/csv", "buffer": b"a,b\n1,2\n"})
+    page.locator("#batch-table").get_by_text("no column 'question'").wait_for()
+    given.set_input_files(path)
+    shown = page.locator("#batch-shown")
+    shown.get_by_text("Not started; 42 rows; 1 cannot be asked").wait_for(timeout=60_000)
+    shown.get_by_text("No document 'no-such-file.pdf'").wait_for()
+    assert complaints(page) == []
+    shoot(page, "batch-checked")
+    page.get_by_role("button", name="Start").click()
+    answered = shown.get_by_text(re.compile(r"[1-9]\d* of 42 rows answered; .* left"))
+    answered.wait_for(timeout=60_000)
+    assert complaints(page) == []
+    shoot(page, "batch-running")
+
+    page.reload()  # it goes on without a page, and is shown again
+    page.get_by_role("tab", name="Batch").click()
+    for again in (True, False):
+        answered.wait_for(timeout=60_000)
+        page.get_by_role("button", name="Stop", exact=True).click()
+        shown.get_by_text("Stopped; 42 rows; 1 with a fault").wait_for(timeout=60_000)
+        if again:
+            page.get_by_role("button", name="Go on").click()
+    for kind, suffix in (("XLSX, with links", "xlsx"), ("CSV", "csv"), ("JSON Lines", "jsonl")):
+        with page.expect_download() as saving:
+            page.get_by_role("button", name=f"Save as {kind}").click()
+        assert saving.value.suggested_filename == f"due diligence-answers.{suffix}"
+        saved = Path(saving.value.path()).read_bytes()
+        assert saved.startswith(b"PK") if suffix == "xlsx" else b"35 crowns" in saved
+    shown.get_by_text("Delete", exact=True).click()
+    page.get_by_role("button", name="Delete for good").click()
+    page.get_by_role("heading", name="A table of questions").wait_for()
+    assert page.locator("#batch .past button").count() == 0
+
+
+def test_the_batches_fit_a_phone_in_the_dark_and_need_no_mouse(pages: Watched) -> None:
+    page = pages.open(PHONE, dark=True)
+    page.get_by_role("tab", name="Batch").click()
+    page.get_by_role("heading", name="A table of questions").wait_for()
+    lines = "".join(f'{{"question": "What is fee {n}?", "route": "fast"}}\n' for n in range(3))
+    table = {"name": "q.jsonl", "mimeType": "application/jsonl", "buffer": lines.encode()}
+    page.locator("#batch-table input[name=table]").set_input_files(table)
+    page.get_by_text("Not started; 3 rows; 3 cannot be asked").wait_for(timeout=60_000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert complaints(page) == []
+    shoot(page, "phone-dark-batch")
+    page.locator("#batch-table input[name=table]").focus()
+    outline = "getComputedStyle(document.querySelector('#batch-table .drop')).outlineStyle"
+    assert page.evaluate(outline) == "solid"
+    page.get_by_role("button", name="Start").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("Done; 3 rows; 3 with a fault").wait_for(timeout=60_000)

@@ -35,6 +35,7 @@ from eval.journal import (
     read_journals,
 )
 from eval.policies import ORACLE_ROUTER, SELF_ROUTE
+from eval.provenance import sha256_of_files
 from eval.report import summary, to_json, write_report
 from eval.scoring import length_bucket, score_row
 from rag.answering.planning import Planner
@@ -47,7 +48,7 @@ from rag.settings import Settings
 from rag.types import Answer, Route
 from ui.assembly import Fathom
 from ui.cli import app
-from ui.verbs.comparison import _look, _sha256
+from ui.verbs.comparison import _look
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -702,7 +703,7 @@ def test_looks_at_held_out_questions_are_counted(
     assert _look(home, one, "test", is_new=True) == 2
     assert "look 2 at these held-out questions" in " ".join(capsys.readouterr().err.split())
     assert _look(home, other, "test", is_new=True) == 1
-    looks = looks_at(home, _sha256(one))
+    looks = looks_at(home, sha256_of_files(one))
     assert [look.data for look in looks] == ["one test"] * 2
     analysis = analyse(EXAMPLES, Journal((_run(held_out_looks=2),), ()))
     page = write_report(analysis, EXAMPLES, Journal((), ()), tmp_path / "page").read_text()

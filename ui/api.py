@@ -1,4 +1,4 @@
-"""The HTTP API: documents, questions, receipts, pictures of pages, counts.
+"""The HTTP API: documents, questions, receipts, batches, pictures of pages, counts.
 
 Every route answers for whoever the door (`sign_in`) has let in, through `Fathom.for_user`.
 """
@@ -26,6 +26,7 @@ from rag.lm.engine import PrefillProgress, TextPiece
 from rag.types import AnswerMode, Document, Route
 from ui.asking import Thrift, ask_events, document_ids, turn_before, whole_answer
 from ui.assembly import Fathom
+from ui.batches_api import batches_router
 from ui.fair_queue import Waiting
 from ui.http_errors import ERRORS, STREAMED, PlainError, error_json, status_of, unexpected
 from ui.library import MAX_PAGE_SCALE, PAGE_SCALE, Library
@@ -183,6 +184,7 @@ def add_api(app: FastAPI, fathom: Fathom) -> None:
         return own.receipts.load(receipt_id).to_json()
 
     app.include_router(router)
+    app.include_router(batches_router(library))
     app.include_router(openai_router(fathom, library))
     _add_pages(app)
     _add_errors(app)

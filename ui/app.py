@@ -20,6 +20,7 @@ from ui.fair_queue import MAX_WAITING
 from ui.http_errors import FaultsTold
 from ui.look import CSS, theme
 from ui.sign_in import Door, is_loopback
+from ui.tabs.batch import build_batch, tables_router
 from ui.tabs.chat import build_chat
 from ui.tabs.compare import build_compare
 from ui.tabs.library import build_library
@@ -79,6 +80,8 @@ def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
             thrift = build_chat(fathom.for_user, blocks, chat_tab, fathom.settings.thrift)
         with gr.Tab("Library") as library_tab:
             build_library(fathom.for_user, library_tab)
+        with gr.Tab("Batch") as batch_tab:
+            build_batch(fathom.for_user, batch_tab)
         with gr.Tab("Compare") as compare_tab:
             build_compare(fathom.for_user, compare_tab)
         with gr.Tab("Limits") as limits_tab:
@@ -113,6 +116,7 @@ def build_api(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
     api = FastAPI(title="Fathom", docs_url=None, redoc_url=None, openapi_url=None)
     add_api(api, fathom)
     api.include_router(uploads_router(fathom))
+    api.include_router(tables_router(fathom))
     api.add_middleware(FaultsTold)
     api.add_middleware(Door, fathom=fathom, is_public=is_public)
     api.add_middleware(_ContentPolicy)
@@ -161,7 +165,10 @@ def serve(
         listener.listen(config.backlog)  # who connects from here on is waited on
         on_ready()
         threading.Thread(target=_warm_up, args=[fathom], daemon=True).start()
-        uvicorn.Server(config).run(sockets=[listener])
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            fathom.batch_runs.close()
 
 
 def _warm_up(fathom: Fathom) -> None:
@@ -170,6 +177,7 @@ def _warm_up(fathom: Fathom) -> None:
         fathom.warm_up()
     except FathomError as error:  # the first question shows it too
         logger.warning("%s; %s", error.message, error.hint)
+    fathom.batch_runs.go_on()
 
 
 class _ContentPolicy:

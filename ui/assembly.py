@@ -22,6 +22,7 @@ from rag.store.database import Database
 from rag.store.documents import DocumentStore
 from rag.store.oplog import OpLog
 from rag.types import Document
+from ui.batch_runs import BatchRuns
 from ui.comparing import forget_deleted
 from ui.fair_queue import FairQueue
 from ui.library import Library, PageCache
@@ -148,6 +149,11 @@ class Fathom(Library):
         return documents
 
     @cached_property
+    def batch_runs(self) -> BatchRuns:
+        """The batches of all owners that are being answered."""
+        return BatchRuns(self)
+
+    @cached_property
     def index(self) -> VectorIndex:
         """The FAISS index over the library."""
         embedder = self.embedder
@@ -206,5 +212,6 @@ class Fathom(Library):
         if self._given_engine is not None:
             self._given_engine.forget()
         self.pages.forget({document.content_sha256 for document in documents})
+        self.batch_runs.redact()
         self.lexical.erase_deleted()
         self.index.snapshot(keep=1, wait=True)

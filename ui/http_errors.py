@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rag.errors import (
     AccountError,
+    BatchNotFoundError,
     DocumentNotFoundError,
     EmptyLibraryError,
     FathomError,
@@ -18,6 +19,7 @@ from rag.errors import (
     ReadError,
     StorageFullError,
     StoreError,
+    TableError,
 )
 
 logger = logging.getLogger(__name__)
@@ -25,10 +27,12 @@ logger = logging.getLogger(__name__)
 # The most specific first.
 _STATUS: tuple[tuple[type[FathomError], int], ...] = (
     (DocumentNotFoundError, 404),
+    (BatchNotFoundError, 404),
     (EmptyLibraryError, 409),
     (QuotaError, 429),
     (AccountError, 400),
     (ReadError, 422),
+    (TableError, 422),
     (StorageFullError, 507),
     (StoreError, 409),
     (ModelError, 503),

@@ -29,6 +29,7 @@ from rag.store.conversations import ConversationStore
 from rag.store.documents import DocumentStore
 from rag.store.receipts import ReceiptStore
 from rag.types import AnswerMode, Document, IngestProgress, Page, Route
+from ui.batches import OwnBatches
 from ui.comparing import Comparisons
 from ui.fair_queue import Waiting
 
@@ -74,6 +75,11 @@ class Library:
     def conversations(self) -> ConversationStore:
         """The owner's conversations so far."""
         return ConversationStore(self._fathom.database, self.owner)
+
+    @cached_property
+    def batches(self) -> OwnBatches:
+        """The owner's tables of questions, and what they were answered."""
+        return OwnBatches(self._fathom.batch_runs, self)
 
     @property
     def document_kv_held_bytes(self) -> int:
@@ -251,8 +257,9 @@ class Library:
         return documents
 
     def delete_everything(self) -> None:
-        """Delete every document, conversation, comparison and answer of the owner."""
+        """Delete every document, conversation, comparison, batch and answer of the owner."""
         self.comparisons.delete_all()
+        self.batches.delete_all()
         mine = [
             document.id
             for document in self.store.all(include_superseded=True)

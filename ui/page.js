@@ -295,5 +295,34 @@ window.fathom ??= (() => {
     window.addEventListener("beforeunload", (event) => lots.length && event.preventDefault());
   };
 
-  return { show, conversation, evidence, download, drop, takes, post, put };
+  // A component that takes a table of questions; `made` tells of the batch that came of it.
+  const table = (element, made) => {
+    const note = element.querySelector(".note");
+    takes(element, "Drop a table of questions", async ([given]) => {
+      const form = new FormData();
+      form.append("file", given.file, given.file.name);
+      note.textContent = `Reading ${given.file.name}`;
+      try {
+        const answer = await fetch("/uploads/table", { method: "POST", body: form });
+        const { batch, html } = await answer.json();
+        put(note, html);
+        if (batch) made({ batch });
+      } catch {
+        put(note, undefined);
+        note.replaceChildren(fault("The table could not be sent; give it again."));
+      }
+    });
+  };
+
+  // A button that saves what lies at an address of ours.
+  document.addEventListener("click", (event) => {
+    const address = event.target.closest?.("button[data-save]")?.dataset.save;
+    if (!address || !/^\/v1\/batches\//.test(address)) return;
+    const link = document.createElement("a");
+    link.href = address;
+    link.download = "";
+    link.click();
+  });
+
+  return { show, conversation, evidence, download, drop, table };
 })();

@@ -1,7 +1,7 @@
 """Questions, answers and their receipts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, select, true, update
@@ -163,6 +163,13 @@ class ReceiptStore:
                 (row.id, row.question, tuple(asked.get(row.id, ())))
                 for row in connection.execute(rows)
             ]
+
+    def delete(self, receipt_ids: Iterable[str]) -> None:
+        """Delete answers of the owner; those that are none of his stay."""
+        with self._database.write() as connection:
+            for receipt_id in receipt_ids:
+                connection.execute(delete(answer).where(answer.c.id == receipt_id, self._is_own()))
+        self._database.erase_deleted()
 
     def delete_all(self) -> None:
         """Delete every answer of the owner."""

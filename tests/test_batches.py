@@ -1,0 +1,210 @@
+"""Batches on the server: whose they are, how they go on, what is left of them."""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openpyxl import load_workbook
+
+from conftest import HANDBOOK, HashEmbedder
+from rag.lm.local_engine import LocalEngine
+from rag.settings import Settings
+from rag.store.receipts import REDACTED
+from served import serving
+from ui.assembly import Fathom
+from ui.batch_folder import State
+
+pytestmark = pytest.mark.usefixtures("cheap_hashes")
+QUESTIONS = """id,question,document,remark
+fee,What is the harbour fee?,handbook.md,=1+1
+lost,Where is the log?,no-such-file.pdf,
+empty,,,
+berths,How many berths has the quay?,,kept
+"""
+
+
+@pytest.fixture
+def url(library: Fathom) -> Iterator[str]:
+    """Serve a library in which anna and ben have accounts."""
+    for name in ("anna", "ben"):
+        library.accounts.add(name, "correct horse battery")
+    with serving(library) as address:
+        yield address
+
+
+@pytest.fixture
+def client(library: Fathom, url: str) -> Iterator[Callable[[str], httpx.Client]]:
+    """Return a function from a name to an HTTP client with a key."""
+    opened: list[httpx.Client] = []
+
+    def of(name: str) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {library.accounts.make_key(name)}"}
+        opened.append(httpx.Client(base_url=url, headers=headers, timeout=60))
+        return opened[-1]
+
+    yield of
+    for http in opened:
+        http.close()
+
+
+def give_handbook(http: httpx.Client) -> int:
+    """Upload the handbook and return its number."""
+    sent = http.post("/v1/documents", files=[("files", ("handbook.md", HANDBOOK))])
+    return int(sent.json()[0]["document"]["id"])
+
+
+def until_ended(http: httpx.Client, batch_id: str) -> dict[str, Any]:
+    """Wait until a batch neither waits nor runs, and return its state."""
+    while True:
+        told: dict[str, Any] = http.get(f"/v1/batches/{batch_id}").raise_for_status().json()
+        if told["state"] not in ("waiting", "running"):
+            return told
+        time.sleep(0.05)
+
+
+def test_a_table_in_a_table_out_and_nobody_else_sees_it(
+    library: Fathom, client: Callable[[str], httpx.Client]
+) -> None:
+    anna, ben = client("anna"), client("ben")
+    nothing = anna.post("/v1/batches", json={"rows": [{"question": "What?"}]})
+    assert nothing.status_code == 409
+    give_handbook(anna)
+    files = {"file": ("due diligence.csv", QUESTIONS)}
+    made = anna.post("/v1/batches/file", files=files, data={"start": "false"})
+    assert made.status_code == 201, made.text
+    told = made.json()
+    assert (told["state"], told["rows"], told["answered"]) == ("ready", 4, 0)
+    assert [fault["row"] for fault in told["faults"]] == [2, 3]
+    batch = f"/v1/batches/{told['id']}"
+    for method, path in (
+        ("GET", batch),
+        ("GET", f"{batch}/result"),
+        ("POST", f"{batch}/start"),
+        ("POST", f"{batch}/stop"),
+        ("DELETE", batch),
+    ):
+        assert ben.request(method, path).status_code == 404
+    assert ben.get("/v1/batches").json() == []
+
+    anna.post(f"{batch}/start")
+    told = until_ended(anna, told["id"])
+    assert (told["state"], told["answered"], told["problem"]) == ("done", 2, None)
+    assert [fault["row"] for fault in told["faults"]] == [2, 3]
+    rows = [json.loads(line) for line in anna.get(f"{batch}/result").text.splitlines()]
+    assert [row["id"] for row in rows] == ["fee", "lost", "empty", "berths"]
+    assert [bool(row["answer"]) for row in rows] == [True, False, False, True]
+    assert "no-such-file.pdf" in rows[1]["error"]
+    saved = anna.get(f"{batch}/result", params={"format": "csv"})
+    assert "due%20diligence-answers.csv" in saved.headers["content-disposition"]
+    (fee, *_) = csv.DictReader(io.StringIO(saved.content.decode("utf-8-sig")))
+    assert fee["answer"] == rows[0]["answer"]
+    assert not fee["remark"].startswith("=")
+    book = load_workbook(io.BytesIO(anna.get(f"{batch}/result?format=xlsx").content))
+    assert book.sheetnames == ["answers", "citations"]
+
+    receipt = f"/v1/receipts/{rows[0]['receipt']}"
+    assert anna.get(receipt).status_code == 200
+    assert anna.delete(batch).status_code == 204
+    assert anna.get(receipt).status_code == 404
+    assert anna.get("/v1/batches").json() == []
+    assert list((library.settings.home / "batches").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.pdf", b"x", "a.pdf"),
+        ("a.csv", b"name\nx\n", "no column 'question'"),
+        ("a.csv", b"question\n", "no row"),
+        ("a.xlsx", b"no archive", "a.xlsx"),
+    ],
+)
+def test_what_is_no_table_of_questions_leaves_nothing(
+    library: Fathom, client: Callable[[str], httpx.Client], name: str, content: bytes, said: str
+) -> None:
+    refused = client("anna").post("/v1/batches/file", files={"file": (name, content)})
+    assert refused.status_code == 422
+    assert refused.json()["error"]["type"] == "TableError"
+    assert said in refused.text
+    assert str(library.settings.home) not in refused.text
+    assert list((library.settings.home / "batches").iterdir()) == []
+
+
+def test_a_server_that_ends_goes_on_and_asks_no_row_twice(
+    settings: Settings, tiny_engine: LocalEngine, handbook: Path
+) -> None:
+    rows = "".join(f"{json.dumps({'question': f'What is fee {n}?'})}\n" for n in range(12))
+    first = Fathom(settings, embedder=HashEmbedder(), engine=tiny_engine)
+    first.ingest(handbook)
+    batch = first.batches.create("q.jsonl", rows.encode())
+    first.batches.start(batch.id)
+    while first.batches.told(batch)["answered"] < 2:
+        time.sleep(0.01)
+    first.batch_runs.close()
+    left = first.batches.find(batch.id)
+    assert left.state is State.RUNNING
+    assert 2 <= left.num_answered < 12
+
+    second = Fathom(settings, embedder=HashEmbedder(), engine=tiny_engine)
+    second.ingest(handbook.rename(handbook.with_name("another.md")))  # known: asked of no more
+    second.batch_runs.go_on()
+    while second.batches.find(batch.id).state is not State.DONE:
+        time.sleep(0.01)
+    second.batch_runs.close()
+    table, questions, outcomes = second.batches.outcomes(second.batches.find(batch.id))
+    assert len(table.rows) == len(questions) == len(outcomes) == 12
+    with second.database.read() as connection:
+        asked = [row.question for row in connection.exec_driver_sql("SELECT question FROM answer")]
+    assert sorted(set(asked)) == sorted(question.text for question in questions)
+    assert len(asked) <= 13  # the row that was being answered may have been half
+
+
+def test_a_question_waits_for_one_row_and_not_for_the_batch(
+    library: Fathom, client: Callable[[str], httpx.Client]
+) -> None:
+    anna, ben = client("anna"), client("ben")
+    for http in (anna, ben):
+        give_handbook(http)
+    rows = [{"question": f"What is fee {number}?"} for number in range(60)]
+    batch = anna.post("/v1/batches", json={"rows": rows}).json()["id"]
+    second = anna.post("/v1/batches", json={"rows": rows[:1]}).json()["id"]
+    while not (before := anna.get(f"/v1/batches/{batch}").json()["answered"]):
+        time.sleep(0.02)
+    assert ben.post("/v1/questions", json={"question": "What is the fee?"}).status_code == 200
+    told = anna.get(f"/v1/batches/{batch}").json()
+    assert told["state"] == "running"
+    assert told["answered"] - before <= 5
+    assert told["seconds_left"] > 0
+    assert anna.get(f"/v1/batches/{second}").json()["state"] == "waiting"
+    assert anna.post(f"/v1/batches/{batch}/stop").status_code == 200
+    assert until_ended(anna, batch)["state"] == "stopped"
+    assert until_ended(anna, second)["state"] == "done"
+
+
+def test_what_a_deleted_document_said_leaves_the_batches(
+    library: Fathom, client: Callable[[str], httpx.Client]
+) -> None:
+    anna = client("anna")
+    number = give_handbook(anna)
+    asked = {"rows": [{"question": "What is the harbour fee?", "route": "retrieval"}]}
+    batch = anna.post("/v1/batches", json=asked).json()["id"]
+    assert until_ended(anna, batch)["state"] == "done"
+    assert anna.delete(f"/v1/documents/{number}").status_code == 204
+    (row,) = map(json.loads, anna.get(f"/v1/batches/{batch}/result").text.splitlines())
+    assert row["answer"] == REDACTED
+    kept = b"".join(
+        path.read_bytes()
+        for path in (library.settings.home / "batches").rglob("*")
+        if path.is_file()
+    )
+    assert b"handbook.md" not in kept
+    anna.post(f"/v1/batches/{batch}/start")  # it has its answer, and is not asked again
+    assert until_ended(anna, batch)["answered"] == 1
+    library.remove_account("anna")
+    assert list((library.settings.home / "batches").iterdir()) == []
