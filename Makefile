@@ -9,7 +9,7 @@ HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 EXTRA := $(if $(HAS_GPU),gpu,cpu)
 TORCH := torch==2.13.0
 
-.PHONY: run test test-long check setup report clean
+.PHONY: run test test-long check setup report bench clean
 
 run: $(STAMPS)/models
 	$(BIN)/fathom ingest --sample
@@ -82,6 +82,11 @@ report: $(STAMPS)/models
 	  $(BIN)/fathom compare $(DATA)/$$1 --split test --documents $$2 --limit $$3 -o .reports/$$1; \
 	  $(BIN)/fathom compare --rescore .reports/$$1 --no-failures -o docs/reports/$$1; \
 	done
+
+# The benches of a CPU with one thread, into docs/benchmarks.md between its marks: about 15 minutes on
+# an idle machine. Frameworks of the extra `peers` are measured where they are installed.
+bench: $(STAMPS)/models $(STAMPS)/test-models
+	$(BIN)/fathom bench all --write docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) $(STAMPS)
