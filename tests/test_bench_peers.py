@@ -65,7 +65,7 @@ def test_ours_is_measured_and_what_is_absent_says_so(tmp_path: Path) -> None:
     row, absent = bench.rows
     assert row.found == 1.0  # every sentence is found by its own words
     assert row.ask_ratio == row.ingest_ratio == Seconds(1.0, 1.0)
-    assert absent.ingest is absent.ask is absent.found is None
+    assert (absent.ingest, absent.ask, absent.found) == (None, None, None)
     assert "not installed" in frameworks.card(bench)
     assert list(tmp_path.iterdir()) == []
     json.dumps(bench.to_json())

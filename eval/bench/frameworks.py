@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -83,7 +83,7 @@ class FrameworksBench:
 
 def bench_frameworks(
     texts: Sequence[str],
-    frameworks: dict[str, Callable[[], Framework] | None],
+    frameworks: Mapping[str, Callable[[], Framework] | None],
     *,
     device: Any,  # noqa: ANN401 - a torch device
     rounds: int = 1,

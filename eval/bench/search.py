@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import faiss
@@ -94,15 +95,10 @@ def bench_search(
     }
     exact = flat.search(queries, TOP_K)[1]
     recall = {name: _recall(search(queries), exact) for name, (search, _) in searches.items()}
-    one = in_turn(
-        {name: lambda search=search: search(queries[:1]) for name, (search, _) in searches.items()},
-        5 * rounds,
-    )
-    many = in_turn(
-        {name: lambda search=search: search(queries) for name, (search, _) in searches.items()},
-        rounds,
-        on_progress=on_progress,
-    )
+    alone = {name: partial(search, queries[:1]) for name, (search, _) in searches.items()}
+    together = {name: partial(search, queries) for name, (search, _) in searches.items()}
+    one = in_turn(alone, 5 * rounds)
+    many = in_turn(together, rounds, on_progress=on_progress)
     end = _read_bytes_per_second()
     first = next(iter(searches))
     return SearchBench(
