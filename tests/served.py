@@ -13,9 +13,9 @@ from ui.assembly import Fathom
 
 
 @contextmanager
-def serving(fathom: Fathom, *, is_public: bool = False) -> Iterator[str]:
+def serving(fathom: Fathom, *, is_public: bool = False, with_mcp: bool = False) -> Iterator[str]:
     """Serve a library on a free port of this machine, and yield the address."""
-    app = build_api(fathom, is_public=is_public)
+    app = build_api(fathom, is_public=is_public, with_mcp=with_mcp)
     config = uvicorn.Config(app, log_level="error", lifespan="on")
     server = uvicorn.Server(config)
     with socket.socket() as listener:

@@ -64,7 +64,7 @@ _SIGN_OUT = (
 )
 
 
-def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
+def build_app(fathom: Fathom, *, is_public: bool = False, with_mcp: bool = False) -> FastAPI:
     """Return the whole web application; nothing is served yet.
 
     Everybody has to sign in where there are accounts, or where it `is_public`.
@@ -106,17 +106,25 @@ def build_app(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
         "footer_links": [],
     }
     app: FastAPI = gr.mount_gradio_app(
-        build_api(fathom, is_public=is_public), blocks, path="/", **options
+        build_api(fathom, is_public=is_public, with_mcp=with_mcp), blocks, path="/", **options
     )
     return app
 
 
-def build_api(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
-    """Return the application without the page: the HTTP API behind the door."""
+def build_api(fathom: Fathom, *, is_public: bool = False, with_mcp: bool = False) -> FastAPI:
+    """Return the application without the page: the HTTP API behind the door.
+
+    Raises:
+        InstallError: if agents are to be answered `with_mcp`, and the package is not there.
+    """
     api = FastAPI(title="Fathom", docs_url=None, redoc_url=None, openapi_url=None)
     add_api(api, fathom)
     api.include_router(uploads_router(fathom))
     api.include_router(tables_router(fathom))
+    if with_mcp:
+        from ui.mcp_server import add_mcp
+
+        add_mcp(api, fathom.for_user)
     api.add_middleware(FaultsTold)
     api.add_middleware(Door, fathom=fathom, is_public=is_public)
     api.add_middleware(_ContentPolicy)
@@ -124,7 +132,12 @@ def build_api(fathom: Fathom, *, is_public: bool = False) -> FastAPI:
 
 
 def serve(
-    fathom: Fathom, host: str, port: int, *, on_ready: Callable[[], None] = lambda: None
+    fathom: Fathom,
+    host: str,
+    port: int,
+    *,
+    with_mcp: bool = False,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve the page until the process is stopped; the models are loaded meanwhile.
 
@@ -132,6 +145,7 @@ def serve(
         fathom: the library.
         host: an address of this machine's own; any address where there are accounts.
         port: a free port.
+        with_mcp: whether agents are answered at /mcp.
         on_ready: called once the address is taken and the page can be asked for.
 
     Raises:
@@ -157,7 +171,7 @@ def serve(
                 hint=f"stop the other program, or choose another: fathom serve --port {port + 1}",
             ) from error
         config = uvicorn.Config(
-            build_app(fathom, is_public=is_public),
+            build_app(fathom, is_public=is_public, with_mcp=with_mcp),
             log_level="warning",
             lifespan="on",
             timeout_graceful_shutdown=_LEAVING_SECONDS,

@@ -12,6 +12,7 @@ from rag.errors import FathomError
 from rag.runtime import prepare_process
 from ui.console import err, show_error
 from ui.verbs import (
+    agents,
     batch,
     bench,
     calibration,
@@ -38,6 +39,7 @@ app.add_typer(comparison.app)
 app.add_typer(harness.app)
 app.add_typer(calibration.app)
 app.add_typer(serving.app)
+app.add_typer(agents.app)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
 app.add_typer(users.app, name="users")

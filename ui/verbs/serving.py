@@ -10,10 +10,13 @@ from ui.console import Home, Json, Model, err, open_fathom, print_json
 app = typer.Typer()
 
 
-@app.command(epilog="Examples: fathom serve  |  fathom serve --port 8000")
+@app.command(epilog="Examples: fathom serve  |  fathom serve --port 8000  |  fathom serve --mcp")
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to bind (FATHOM_HOST).")] = None,
     port: Annotated[int | None, typer.Option(help="Port (FATHOM_PORT, 7860).")] = None,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Answer agents at /mcp, too: fathom users key NAME.")
+    ] = False,
     model: Model = None,
     home: Home = None,
     as_json: Json = False,
@@ -29,5 +32,8 @@ def serve(
         if as_json:
             print_json({"url": url})
         err.print(f"Fathom is at {url} (stop it with Ctrl-C)")
+        if mcp:
+            err.print(f"agents speak MCP at {url}/mcp")
 
-    serve_page(open_fathom(settings), settings.host, settings.port, on_ready=on_ready)
+    fathom = open_fathom(settings)
+    serve_page(fathom, settings.host, settings.port, with_mcp=mcp, on_ready=on_ready)
