@@ -56,7 +56,7 @@ async def use(server: Any, *calls: tuple[str, dict[str, Any]]) -> list[Any]:  # 
         assert names == {"list_documents", "ask", "read_text"}
         for name, arguments in calls:
             result = await client.call_tool(name, arguments)
-            text = "".join(block.text for block in result.content)  # type: ignore[union-attr]
+            text = "".join(getattr(block, "text", "") for block in result.content)
             told.append(text if result.is_error else json.loads(text))
     return told
 
