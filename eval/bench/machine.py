@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -82,7 +83,13 @@ def timed(
 
 @contextmanager
 def peak_resident_bytes() -> Iterator[Callable[[], int]]:
-    """Watch this process; what is yielded returns by how much its memory has grown at most."""
+    """Watch this process; what is yielded returns by how much its memory has grown at most.
+
+    What was freed before is given back to the system first, where that can be asked for (glibc):
+    else it would be used again, and nothing would seem to grow.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     process, over = psutil.Process(), Event()
     before = peak = process.memory_info().rss
 

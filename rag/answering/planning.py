@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from rag.answering.context import Context, full_context, retrieved_context
+from rag.answering.context import Context, full_context
 from rag.answering.counting import Counted, count_from_text
+from rag.answering.fitting import fitting_passages
 from rag.answering.prompt import build_messages
 from rag.answering.quoting import decide_quotation
 from rag.answering.scan import frame_tokens
@@ -152,8 +153,15 @@ class Planner:
         retrieve_started = time.perf_counter()
         hits = self._retriever.retrieve(question, documents, num_candidates=settings.num_candidates)
         limits = self.limits()
-        passages, retrieval_prompt, lowered = self._retrieved(
-            question, hits, documents, retrieval_tokens, limits
+        passages, retrieval_prompt, lowered = fitting_passages(
+            question,
+            hits,
+            documents,
+            limits,
+            store=self._store,
+            engine=engine,
+            token_budget=retrieval_tokens,
+            max_new_tokens=settings.max_new_tokens,
         )
         retrieve_seconds = time.perf_counter() - retrieve_started
 
@@ -224,50 +232,6 @@ class Planner:
             thrift,
             breadth,
         )
-
-    def _retrieved(
-        self,
-        question: str,
-        hits: Sequence[Hit],
-        documents: Sequence[Document],
-        token_budget: int,
-        limits: Limits,
-    ) -> tuple[Context, Prompt, str]:
-        """Return the passages within a budget, the prompt that shows them, and what was lowered.
-
-        Where the model, or its memory, does not hold so many beside the template and an answer, it
-        is as many as it holds; not even one, and those of the budget are returned: the gates then
-        say why they do not fit.
-        """
-
-        def within(tokens: int) -> tuple[Context, Prompt, list[Gate]]:
-            passages = retrieved_context(
-                hits,
-                documents,
-                store=self._store,
-                count_tokens=self._engine.count_tokens,
-                token_budget=tokens,
-            )
-            prompt = self._engine.encode_chat(build_messages(question, passages.passages))
-            need = Need(Route.RETRIEVAL, prompt.num_tokens, self._settings.max_new_tokens)
-            gates = check_gates(need, self._engine.spec, limits, predicted_prefill_seconds=None)
-            return passages, prompt, failed(gates, Route.RETRIEVAL)
-
-        passages, prompt, against = within(token_budget)
-        fitting, fitting_prompt, still = passages, prompt, against
-        while still and fitting.num_chunks:
-            beyond = fitting.num_tokens // 4  # bytes are not tokens: in steps
-            first = still[0]
-            if first.unit != "bytes" and first.value is not None and first.limit is not None:
-                beyond = int(first.value - first.limit)
-            fitting, fitting_prompt, still = within(fitting.num_tokens - max(1, beyond))
-        if not against or not fitting.num_chunks:
-            return passages, prompt, ""
-        lowered = (
-            f"; the retrieval budget of {token_budget:,} tokens does not fit"
-            f" ({describe(against[0])}), so {fitting.num_tokens:,} tokens were retrieved"
-        )
-        return fitting, fitting_prompt, lowered
 
     def _reader(
         self,
