@@ -26,8 +26,9 @@ class DocumentRow:
     """One document: its questions as a batch, and a few of them alone; seconds are of all of them.
 
     `same_answers` counts the questions asked alone whose answer reads the same in the batch.
-    `resident_bytes` is by how much the process grew at most while the batch was answered, and
-    `promised_bytes` what the rows in step may take, None where a server runs the model.
+    `resident_bytes` is by how much the process grew at most while the batch was answered, what
+    allocators hold besides included; `promised_bytes` is what the tensors of the rows in step may
+    take, None where a server runs the model.
     """
 
     title: str
@@ -222,8 +223,8 @@ def card(bench: BatchBench) -> str:
             *(
                 f"  {row.title[:32]:<32} {row.prompt_tokens:7,} tokens"
                 f"  batch {row.batch_seconds:8.1f} s for {row.num_questions}"
-                f" ({row.num_prefills} prefilled), {_mib(row.resident_bytes)}"
-                f" of {_mib(row.promised_bytes)} promised"
+                f" ({row.num_prefills} prefilled), grew by {_mib(row.resident_bytes)},"
+                f" reckoned {_mib(row.promised_bytes)}"
                 f"  alone {row.alone_seconds / row.num_alone:7.1f} s each"
                 for row in bench.rows
             ),
@@ -236,4 +237,4 @@ def card(bench: BatchBench) -> str:
 
 
 def _mib(num_bytes: int | None) -> str:
-    return "no limit" if num_bytes is None else f"{num_bytes / MIB:,.0f} MiB"
+    return "unknown" if num_bytes is None else f"{num_bytes / MIB:,.0f} MiB"
