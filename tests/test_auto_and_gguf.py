@@ -6,33 +6,47 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quantize
 
 from conftest import make_tiny_tokenizer, prompt_of
 from rag.errors import BrokenModelError, UnknownModelError, UnsupportedModelError
 from rag.lm import auto_model
 from rag.lm.auto_model import CPU_DEFAULT, GPU_DEFAULT, choose_auto, choose_for_gpu
 from rag.lm.catalog import FetchedModel, fetch_model, resolve_model
-from rag.lm.engine import GenerationDone
+from rag.lm.engine import GenerationDone, model_named
+from rag.lm.forward import forward
+from rag.lm.four_bit import FILE_NAME, layout, without_four_bit
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.local_engine import LocalEngine
 from rag.lm.model_facts import find_model_facts
+from rag.lm.native_cache import native_cache
 from rag.settings import Settings
 
 GIB = 2**30
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 32, 64, 2, 4, 2
 
 
-def write_gguf(path: Path, *, architecture: str = "llama", leave_out: str = "") -> Path:
-    """Write a tiny random llama as llama.cpp stores it, without one of its tensors if so named."""
+def write_gguf(
+    path: Path,
+    *,
+    architecture: str = "llama",
+    leave_out: str = "",
+    hidden: int = HIDDEN,
+    inner: int = INNER,
+    kind: GGMLQuantizationType | None = None,
+) -> Path:
+    """Write a tiny random llama as llama.cpp stores it, without one of its tensors if so named.
+
+    The weights of its linear layers are in the format `kind`, by default in float32.
+    """
     vocabulary = make_tiny_tokenizer().get_vocab()
     tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "ab"]
     writer = GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_context_length(2048)
-    writer.add_embedding_length(HIDDEN)
+    writer.add_embedding_length(hidden)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER)
+    writer.add_feed_forward_length(inner)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -44,24 +58,28 @@ def write_gguf(path: Path, *, architecture: str = "llama", leave_out: str = "") 
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(vocabulary["<eos>"])
     writer.add_bos_token_id(vocabulary["<eos>"])
-    shapes = {"token_embd.weight": (len(tokens), HIDDEN), "output_norm.weight": (HIDDEN,)}
-    width = KV_HEADS * HIDDEN // HEADS
+    shapes = {"token_embd.weight": (len(tokens), hidden), "output_norm.weight": (hidden,)}
+    width = KV_HEADS * hidden // HEADS
     for layer in range(LAYERS):
         shapes |= {
-            f"blk.{layer}.attn_norm.weight": (HIDDEN,),
-            f"blk.{layer}.ffn_norm.weight": (HIDDEN,),
-            f"blk.{layer}.attn_q.weight": (HIDDEN, HIDDEN),
-            f"blk.{layer}.attn_k.weight": (width, HIDDEN),
-            f"blk.{layer}.attn_v.weight": (width, HIDDEN),
-            f"blk.{layer}.attn_output.weight": (HIDDEN, HIDDEN),
-            f"blk.{layer}.ffn_gate.weight": (INNER, HIDDEN),
-            f"blk.{layer}.ffn_up.weight": (INNER, HIDDEN),
-            f"blk.{layer}.ffn_down.weight": (HIDDEN, INNER),
+            f"blk.{layer}.attn_norm.weight": (hidden,),
+            f"blk.{layer}.ffn_norm.weight": (hidden,),
+            f"blk.{layer}.attn_q.weight": (hidden, hidden),
+            f"blk.{layer}.attn_k.weight": (width, hidden),
+            f"blk.{layer}.attn_v.weight": (width, hidden),
+            f"blk.{layer}.attn_output.weight": (hidden, hidden),
+            f"blk.{layer}.ffn_gate.weight": (inner, hidden),
+            f"blk.{layer}.ffn_up.weight": (inner, hidden),
+            f"blk.{layer}.ffn_down.weight": (hidden, inner),
         }
     random = np.random.default_rng(5)
     for name, shape in shapes.items():
         if name != leave_out:
-            writer.add_tensor(name, random.normal(0, 0.05, shape).astype(np.float32))
+            weights = random.normal(0, 0.05, shape).astype(np.float32)
+            if kind is not None and name.startswith("blk") and len(shape) == 2:
+                writer.add_tensor(name, quantize(weights, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(name, weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -154,3 +172,54 @@ def test_a_gpu_gets_the_largest_that_is_here_and_fits(
 def test_on_a_gpu_the_choice_names_its_free_memory(settings: Settings) -> None:
     choice = choose_auto(settings.model_copy(update={"device": "cuda"}))
     assert "GiB free on the GPU" in choice.reason
+
+
+@pytest.mark.skipif(layout() is None, reason="torch has no 4-bit product here")
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1])
+def test_a_gguf_files_own_4_bit_blocks_decode_where_that_is_asked_for(
+    tmp_path: Path, settings: Settings, kind: GGMLQuantizationType
+) -> None:
+    path = str(write_gguf(tmp_path / "tiny.gguf", hidden=256, inner=512, kind=kind))
+    fetch_model(path, settings)
+    fast_settings = settings.model_copy(update={"decode_weights": "4-bit"})
+    stored, fast = (LocalEngine.load(path, each) for each in (settings, fast_settings))
+    assert fast.name == f"{stored.name} decoding in 4 bits"
+    assert model_named(fast.name) == stored.name
+    assert fast.model_id != stored.model_id
+    assert stored._weights_bytes == stored.spec.weights_bytes
+    file_bytes = (resolve_model(path, settings) / FILE_NAME).stat().st_size
+    assert fast._weights_bytes >= stored._weights_bytes + file_bytes
+
+    found = []
+    for engine in (stored, fast):
+        engine.warm_up()
+        cache = native_cache(engine._model.config)
+        prompt = forward(engine._model, [list(range(5, 30))], cache)
+        token = forward(engine._model, [[9]], cache)
+        found.append((prompt, token.float()))
+    assert torch.equal(found[0][0], found[1][0])  # prompts are read with the stored weights
+    assert not torch.equal(found[0][1], found[1][1])
+    difference = (found[0][1] - found[1][1]).norm() / found[0][1].norm()
+    assert difference < 0.02  # the same weights, but for the rounding of scales
+    with without_four_bit(fast._model):
+        twin = native_cache(fast._model.config)
+        forward(fast._model, [list(range(5, 30))], twin)
+        assert torch.equal(forward(fast._model, [[9]], twin).float(), found[0][1])
+
+
+def test_where_there_are_no_4_bit_weights_the_stored_ones_decode(
+    tmp_path: Path,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kind = GGMLQuantizationType.Q4_0
+    path = str(write_gguf(tmp_path / "tiny.gguf", hidden=256, inner=512, kind=kind))
+    fetch_model(path, settings)
+    monkeypatch.setattr("rag.lm.four_bit.layout", lambda: None)  # another CPU
+    engine = LocalEngine.load(path, settings.model_copy(update={"decode_weights": "4-bit"}))
+    assert "4 bits" not in engine.name
+    assert "no 4-bit weights for this device" in caplog.text
+    *_, done = engine.generate(prompt_of([5, 6, 7]), max_new_tokens=2, stop=Event())
+    assert isinstance(done, GenerationDone)
+    assert done.new_tokens == 2

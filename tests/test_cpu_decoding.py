@@ -3,14 +3,19 @@
 import copy
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 
 from rag.lm.forward import forward
+from rag.lm.four_bit import FourBitLinear, layout, pack, read_blocks
 from rag.lm.grouped_attention import NAME, use_grouped_attention
 from rag.lm.kv_bytes import ROOM_TOKENS, held_kv_bytes, measured_kv_bytes, room_bytes
+from rag.lm.lean_forward import LEAN_FAMILIES, lean_logits, use_lean_forward
 from rag.lm.native_cache import GrowingLayer, branch, native_cache, select
+from rag.lm.packed_linear import PackedLinear, can_pack, use_packed_weights
 from rag.lm.spec import ModelSpec
 from tiny_families import FAMILIES, tiny_model
 
@@ -162,3 +167,141 @@ def test_tokens_that_are_taken_back_are_written_over() -> None:
     forward(model, [[11, 12, 13]], cache)
     cache.crop(-3)
     assert torch.equal(forward(model, [[6]], cache), forward(model, [[6]], straight))
+
+
+# ---- weights as the product reads them ----------------------------------------------------------
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    not can_pack(), reason="this CPU has no native bfloat16 products"
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_packed_weights_give_the_same_logits_bit_for_bit(family: str) -> None:
+    model = tiny_model(family).bfloat16()
+    expected = read(model, native_cache(model.config))
+    replaced = use_packed_weights(model)
+    assert torch.equal(read(model, native_cache(model.config)), expected)
+    # What has no plain linear layer, or looks at their weights, stays as it was.
+    assert (replaced == 0) == (
+        family in {"falcon", "gpt2", "deepseek_v32", "jamba", "longcat_flash"}
+    )
+
+
+def test_weights_in_float32_are_left_alone() -> None:
+    assert use_packed_weights(tiny_model("llama")) == 0
+
+
+def test_without_the_kernel_weights_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rag.lm.packed_linear.can_pack", lambda: False)
+    assert use_packed_weights(tiny_model("llama").bfloat16()) == 0
+
+
+@needs_bfloat16
+def test_a_product_that_comes_out_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: 1.01 * wrong(self, x))
+    model = tiny_model("llama").bfloat16()
+    assert use_packed_weights(model) == 0
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+
+
+# ---- one token without the framework ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", sorted(LEAN_FAMILIES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_lean_pass_gives_the_models_logits_bit_for_bit(
+    family: str, dtype: torch.dtype, rows: int
+) -> None:
+    model = tiny_model(family, use_sliding_window=False).to(dtype)
+    use_grouped_attention(model)
+    use_packed_weights(model)
+    expected = read(model, native_cache(model.config), rows)
+    assert use_lean_forward(model)
+    assert torch.equal(read(model, native_cache(model.config), rows), expected)
+
+
+def test_the_lean_pass_serves_single_tokens_of_plain_caches_alone() -> None:
+    model = tiny_model("llama")
+    use_grouped_attention(model)
+    assert use_lean_forward(model)
+    cache: Any = native_cache(model.config)
+    assert lean_logits(model, [[5]], cache) is None  # nothing is in the cache
+    forward(model, [ids_of(20)], cache)
+    assert lean_logits(model, [[5, 6]], cache) is None
+    assert cache.get_seq_length() == 20
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    forward(model, [[5]], cache)
+    assert not passes
+    forward(model, [[5]], cache, front_padding=[3])
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma3_text", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+)
+def test_other_models_have_no_lean_pass(family: str, changes: dict[str, Any]) -> None:
+    model = tiny_model(family, **changes)
+    use_grouped_attention(model)
+    assert not use_lean_forward(model)
+
+
+# ---- weights of 4 bits --------------------------------------------------------------------------
+
+
+needs_four_bit = pytest.mark.skipif(layout() is None, reason="torch has no 4-bit product here")
+
+
+def quantised(rows: int, columns: int, kind: str) -> np.ndarray:
+    """Return a random tensor in a block format of GGUF; of Q4_K every bit is random."""
+    generator = np.random.default_rng(0)
+    if kind == "Q4_K":
+        data = generator.integers(0, 256, (rows, columns // 256, 144), dtype=np.uint8)
+        halves = (generator.random((rows, columns // 256, 2)) / 64).astype(np.float16)
+        data[..., :4] = halves.view(np.uint8).reshape(*data.shape[:2], 4)
+        return data.reshape(rows, -1)
+    weights = generator.standard_normal((rows, columns)).astype(np.float32)
+    return np.asarray(gguf.quantize(weights, gguf.GGMLQuantizationType[kind]))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
+def test_blocks_are_read_as_the_numbers_they_stand_for(kind: str) -> None:
+    data = quantised(64, 512, kind)
+    found = read_blocks(data, kind)
+    assert found is not None
+    numbers, scales, offsets = found
+    assert 0 <= int(numbers.min()) < int(numbers.max()) <= 15
+    weights = (numbers.view(64, -1, 32) * scales[..., None] + offsets[..., None]).view(64, 512)
+    expected = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]))
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_blocks_of_other_formats_are_not_read() -> None:
+    assert read_blocks(quantised(64, 512, "Q8_0"), "Q8_0") is None
+
+
+@needs_four_bit
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_product_is_that_of_the_blocks(kind: str, rows: int) -> None:
+    found = read_blocks(quantised(128, 512, kind), kind)
+    assert found is not None
+    numbers, scales, offsets = found
+    # As the kernel sees them: scale and middle rounded to bfloat16, nothing else.
+    middle = (offsets + 8 * scales).bfloat16().float()[..., None]
+    weights = (numbers.view(128, -1, 32) - 8) * scales.bfloat16().float()[..., None] + middle
+    states = torch.randn(1, rows, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.inference_mode():
+        product = FourBitLinear(*pack(*found))(states)
+    expected = states.float() @ weights.view(128, 512).T
+    torch.testing.assert_close(product.float(), expected, rtol=0.02, atol=0.05)

@@ -141,7 +141,8 @@ def _context(model: Any, spec: ModelSpec, context: int) -> Any:  # noqa: ANN401
 
 def _read_bytes(model: Any, spec: ModelSpec, context: int) -> int:  # noqa: ANN401
     """Return the bytes that one token reads: weights that multiply it, the head, and the cache."""
-    head = int(model.get_output_embeddings().weight.numel())
+    head_module = model.get_output_embeddings()
+    head = int(head_module.in_features * head_module.out_features)
     return (spec.linear_parameters + head) * spec.dtype_bytes + kv_cache_bytes(spec, context)
 
 

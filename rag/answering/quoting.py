@@ -21,7 +21,7 @@ from rag.answering.quotation import (
 from rag.answering.sentence_choice import NUM_CHUNKS, Sentence, rank_sentences
 from rag.errors import OutOfMemoryError
 from rag.lm.catalog import load_catalog
-from rag.lm.engine import Engine
+from rag.lm.engine import Engine, model_named
 from rag.retrieval.retriever import Retriever
 from rag.routing.question_class import classify_question
 from rag.settings import Settings
@@ -86,7 +86,7 @@ def decide_quotation(
 
 def quotes_only(engine: Engine) -> bool:
     """Say whether the catalog trusts a model with no words of its own."""
-    entry = load_catalog().get(engine.name)
+    entry = load_catalog().get(model_named(engine.name))
     return entry is not None and entry.answers == "quotation"
 
 

@@ -15,6 +15,16 @@ def name_with_cache(name: str, kv_dtype: str) -> str:
     return f"{name} with its cache in {kv_dtype}"
 
 
+def name_in_four_bits(name: str) -> str:
+    """Return what a model is called that writes its answers with 4-bit weights."""
+    return f"{name} decoding in 4 bits"
+
+
+def model_named(name: str) -> str:
+    """Return the model's own name, without what `name_in_four_bits` added."""
+    return name.removesuffix(name_in_four_bits(""))
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One chat message; `role` is system, user or assistant."""

@@ -46,6 +46,8 @@ def forward(
     """
     import torch
 
+    from rag.lm.lean_forward import lean_logits
+
     held, device = cache.get_seq_length(), model.device
 
     def logits() -> Tensor:
@@ -54,6 +56,10 @@ def forward(
             options = _shifted(model, front_padding, held, len(rows[0]))
         # Entered anew for each pass: a generator must not leave it on in its caller's thread.
         with torch.inference_mode():
+            if not options and keep is None:
+                lean = lean_logits(model, rows, cache)
+                if lean is not None:
+                    return lean
             found: Tensor = model(
                 input_ids=torch.tensor(rows, device=device),
                 past_key_values=cache,

@@ -42,6 +42,8 @@ def load_gguf_config(path: Path) -> PreTrainedConfig:
 def convert_gguf(path: Path, folder: Path) -> str:
     """Write a GGUF file's model as safetensors, with its tokenizer; return the stored dtype.
 
+    Where this machine can decode with them, its 4-bit blocks are written beside it.
+
     Raises:
         BrokenModelError: if the file lacks weights of its architecture.
         UnsupportedModelError: if it is damaged, or its tokenizer or architecture not known.
@@ -50,6 +52,8 @@ def convert_gguf(path: Path, folder: Path) -> str:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from rag.lm.four_bit import write_four_bit
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # Without native bfloat16 a CPU prefills four times slower in it than in float32.
@@ -82,6 +86,8 @@ def convert_gguf(path: Path, folder: Path) -> str:
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if dtype == torch.bfloat16:
+        write_four_bit(path, folder, model.config)
     return str(dtype).removeprefix("torch.")
 
 

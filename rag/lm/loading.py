@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rag.errors import BrokenModelError, ModelError
 from rag.lm.catalog import fetch_model, is_gguf, resolve_model, resolve_model_name
 from rag.lm.device import choose_device
+from rag.lm.engine import name_in_four_bits
 from rag.lm.forward import is_allocation_failure
 from rag.lm.spec import load_config
 from rag.settings import Settings
@@ -18,6 +20,8 @@ from rag.settings import Settings
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
 
 # Read from both ends of each file of weights to tell it from another of the same size.
 _FINGERPRINT_BYTES = 2**20
@@ -28,16 +32,19 @@ class OpenedModel:
     """A model that is here, its weights not yet read.
 
     `dtype` and `device` are those that `load` gives the weights; `weights_id` tells these weights
-    in this dtype from others of the same name.
+    in this dtype from others of the same name. `extra_bytes` are those of weights beside them that
+    tokens are decoded with, 0 if there are none; `name` says so then.
     """
 
     name: str
+    folder: Path
     config: PreTrainedConfig
     tokenizer: Any
     dtype: torch.dtype
     device: torch.device
     weights_id: str
     load: Callable[[], Any]
+    extra_bytes: int = 0
 
 
 class Weights:
@@ -95,23 +102,58 @@ def open_model(name: str, settings: Settings) -> OpenedModel:
     folder = (fetch_model if is_gguf(name) else resolve_model)(name, settings)
 
     import torch
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    from rag.lm.four_bit import four_bit_bytes, use_four_bit
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     device = choose_device(settings)
     config = load_config(folder)
     tokenizer = _load_tokenizer(folder, config)
     stored: Any = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
     dtype = torch.bfloat16 if device.type == "cuda" else stored
+    four_bit = _four_bit(folder, settings, dtype, device)
+    own_name = resolve_model_name(name, settings)
+
+    def load() -> Any:  # noqa: ANN401
+        model = load_weights(folder, dtype=dtype, device=device)
+        if four_bit is not None:
+            use_four_bit(model, four_bit)
+        return model
+
     return OpenedModel(
-        name=resolve_model_name(name, settings),
+        name=name_in_four_bits(own_name) if four_bit else own_name,
+        folder=folder,
         config=config,
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
-        weights_id=f"{_weights_fingerprint(folder)} {dtype}",
-        load=lambda: load_weights(folder, dtype=dtype, device=device),
+        weights_id=f"{_weights_fingerprint(folder)} {dtype}{' 4-bit' if four_bit else ''}",
+        load=load,
+        extra_bytes=four_bit_bytes(four_bit, config) if four_bit else 0,
     )
+
+
+def _four_bit(
+    folder: Path, settings: Settings, dtype: torch.dtype, device: torch.device
+) -> Path | None:
+    """Return the file of 4-bit weights to decode with; None where none are wanted, or usable."""
+    import torch
+
+    from rag.lm.four_bit import four_bit_file
+
+    if settings.decode_weights != "4-bit":
+        return None
+    found = None
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        found = four_bit_file(folder)
+    if found is None:
+        logger.warning(
+            "%s has no 4-bit weights for this device, so it decodes with the stored ones; they come"
+            " with a GGUF file that is fetched on a CPU with native bfloat16",
+            folder.name,
+        )
+    return found
 
 
 def load_weights(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401
@@ -130,6 +172,8 @@ def load_weights(folder: Path, *, dtype: torch.dtype, device: torch.device) -> A
     from transformers import AutoModelForCausalLM
 
     from rag.lm.grouped_attention import use_grouped_attention
+    from rag.lm.lean_forward import use_lean_forward
+    from rag.lm.packed_linear import use_packed_weights
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -155,6 +199,8 @@ def load_weights(folder: Path, *, dtype: torch.dtype, device: torch.device) -> A
     _check_report(folder, report)
     _check_finite(folder, model)
     use_grouped_attention(model)
+    use_packed_weights(model)
+    use_lean_forward(model)
     return model
 
 

@@ -70,6 +70,7 @@ class LocalEngine:
         document_kv: DocumentKV | None = None,
         weights_id: str = "",
         kv_reserve_bytes: int = 0,
+        extra_weights_bytes: int = 0,
     ) -> None:
         """Wrap a model that is loaded, or one that a function will load.
 
@@ -84,6 +85,7 @@ class LocalEngine:
             document_kv: where the caches of documents are kept; by default none is.
             weights_id: what tells these weights and their dtype from others of the same name.
             kv_reserve_bytes: device memory that no kept cache may take.
+            extra_weights_bytes: what the function will load beside the model's own weights.
 
         Raises:
             UnsupportedModelError: if its cache cannot be predicted exactly.
@@ -104,7 +106,8 @@ class LocalEngine:
                 "enters in pieces, as it does here",
                 hint="choose another model; `fathom plan --model` computes its limits all the same",
             )
-        self._weights = Weights(name, num_bytes=self._spec.weights_bytes, model=model, load=load)
+        self._weights_bytes = self._spec.weights_bytes + extra_weights_bytes
+        self._weights = Weights(name, num_bytes=self._weights_bytes, model=model, load=load)
         self._prefill_clock = PrefillClock(
             self._spec,
             model_name=name,
@@ -162,6 +165,7 @@ class LocalEngine:
             document_kv=document_kv,
             weights_id=opened.weights_id,
             kv_reserve_bytes=settings.kv_reserve_bytes,
+            extra_weights_bytes=opened.extra_bytes,
         )
 
     @property
@@ -242,7 +246,7 @@ class LocalEngine:
 
         Caches kept for later questions count as free: `generate` drops them where room is short.
         """
-        pending = 0 if self.is_loaded else self._spec.num_parameters * self._spec.dtype_bytes
+        pending = 0 if self.is_loaded else self._weights_bytes
         return max(0, self._prefill.free_bytes() - pending)
 
     def warm_up(self) -> None:

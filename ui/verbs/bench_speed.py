@@ -142,7 +142,7 @@ def bench_prefill_verb(
 
 @app.command(
     "decode",
-    epilog="Examples: fathom bench decode  |  fathom bench decode --context 2048 --rounds 5",
+    epilog="Examples: fathom bench decode  |  fathom bench decode --peers --gguf smollm2.gguf",
 )
 def bench_decode_verb(
     model: Annotated[
@@ -154,6 +154,20 @@ def bench_decode_verb(
     ] = None,
     rounds: Rounds = 3,
     clock: Clock = "wall",
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="Prefill and decode beside transformers and llama.cpp."),
+    ] = False,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="The model's GGUF file: for llama.cpp, and to decode in 4 bits."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of question sets: what 4 bits do to answers (squad2_articles)."),
+    ] = None,
+    split: Split = "dev",
+    questions: Annotated[int, typer.Option(min=2, help="So many questions of them.")] = 200,
     as_json: Json = False,
 ) -> None:
     """Measure tokens a second of decoding beside what the memory's bandwidth allows."""
@@ -162,17 +176,81 @@ def bench_decode_verb(
     _check_clock(clock)
     with err.status("loading the model") as status:
         opened, loaded, spec = _loaded(model)
-        bench = bench_decode(
+        if peers or data:
+            bench: Any = _beside_peers(
+                opened,
+                loaded,
+                context or [512],
+                rounds,
+                clock,
+                gguf,
+                data,
+                split,
+                questions,
+                status,
+            )
+            from eval.bench import generation_peers
+
+            shown = generation_peers.card(bench)
+        else:
+            bench = bench_decode(
+                loaded,
+                spec,
+                context or [128, 2048, 8192],
+                name=opened.name,
+                rounds=rounds,
+                clock=clock,
+                on_progress=status.update,
+            )
+            shown = card(bench)
+    (err if as_json else out).print(shown, markup=False)
+    print_json(bench.to_json())
+
+
+def _beside_peers(
+    opened: "OpenedModel",
+    loaded: Any,  # noqa: ANN401
+    lengths: list[int],
+    rounds: int,
+    clock: str,
+    gguf: Path | None,
+    data: Path | None,
+    split: str,
+    questions: int,
+    status: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Run the bench beside peers; with a GGUF file its own 4-bit blocks decode as well."""
+    from eval.bench.decode_quality import decode_quality
+    from eval.bench.generation_peers import bench_generation, is_four_bit, load_plain
+    from eval.evidence_sets import load_evidence_set
+    from rag.lm.chat_tokenizer import ChatTokenizer
+    from rag.lm.four_bit import four_bit_file, use_four_bit, write_four_bit
+
+    with TemporaryDirectory() as folder:
+        if gguf is not None and write_four_bit(gguf, Path(folder), opened.config):
+            found = four_bit_file(Path(folder))
+            assert found is not None  # it has just been written on this machine
+            use_four_bit(loaded, found)
+        quality = None
+        if data is not None and is_four_bit(loaded):
+            quality = decode_quality(
+                loaded,
+                ChatTokenizer(opened.tokenizer),
+                load_evidence_set(data, "squad2_articles", split),
+                num_questions=questions,
+                on_progress=lambda number: status.update(f"question {number} of {questions}"),
+            )
+        return bench_generation(
             loaded,
-            spec,
-            context or [128, 2048, 8192],
+            load_plain(opened.folder),
+            lengths,
             name=opened.name,
+            gguf=gguf,
             rounds=rounds,
             clock=clock,
+            quality=quality,
             on_progress=status.update,
         )
-    (err if as_json else out).print(card(bench), markup=False)
-    print_json(bench.to_json())
 
 
 @app.command(

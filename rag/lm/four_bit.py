@@ -1,0 +1,265 @@
+"""Weights of 4 bits for the one-token pass, taken from a GGUF file's own blocks.
+
+A decoded token reads every weight once, so what a weight takes is what a token takes. The blocks of
+Q4_0, Q4_1 and Q4_K hold 32 weights as whole numbers from 0 to 15 with a scale and an offset, which
+is what torch's packed product on a CPU multiplies by: they are put in its order, not rounded anew.
+Only scale and offset are rounded, to bfloat16. Tensors of other formats stay as they are, so do
+prompts, for which bfloat16 is faster.
+
+The product adds up in another order and the model reads other scales than in bfloat16: a close
+choice can fall the other way. So it is asked for (FATHOM_DECODE_WEIGHTS), and the engine's name
+says it.
+
+Source: docs/decisions/0034; block formats: ggml-quants.c of llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rag.errors import BrokenModelError
+from rag.lm.lean_forward import LEAN_FAMILIES, LeanLayer, lean_pass
+from rag.lm.packed_linear import PackedLinear, can_pack
+
+FILE_NAME = "four_bit.weights"
+
+_GROUP = 32
+# Of both sides of a weight: the kernel's blocks.
+_SIDE = 64
+# The kernel's layout follows the CPU's vectors, and is written as this machine wants it.
+_FORMAT = "fathom four bit 1"
+# More rows than this and bfloat16 is as fast.
+MOST_ROWS = 4
+
+_PARTS = {
+    "qkv": ("attn_q", "attn_k", "attn_v"),
+    "out": ("attn_output",),
+    "gate_up": ("ffn_gate", "ffn_up"),
+    "down": ("ffn_down",),
+}
+
+
+class FourBitLinear(torch.nn.Module):
+    """A linear layer of 4-bit weights, 32 in a row sharing a scale and an offset."""
+
+    def __init__(self, blocks: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+        """Take what `pack` gave."""
+        super().__init__()
+        self._blocks, self._scales, self._bias = blocks, scales, bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return bfloat16 [..., out] of [..., in]."""
+        rows = states.reshape(-1, states.shape[-1])
+        found: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self._blocks, _GROUP, self._scales
+        )
+        if self._bias is not None:
+            found = found + self._bias
+        return found.view(*states.shape[:-1], -1)
+
+
+def layout() -> str | None:
+    """Return the name of this CPU's layout of packed weights; None if it has no such product."""
+    numbers = torch.arange(64 * 64, dtype=torch.int32).view(64, 64) % 16
+    scales = torch.full((64, 2), 0.5)
+    try:
+        linear = FourBitLinear(*pack(numbers, scales, 4 * scales))
+        states = torch.eye(64, dtype=torch.bfloat16)[:2]
+        with torch.inference_mode():
+            found = linear(states).float()
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+    if not torch.equal(found, (0.5 * numbers + 2).float()[:, :2].T):
+        return None
+    return f"{_FORMAT}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def pack(numbers: Tensor, scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights `scale * number + offset` as the kernel wants them.
+
+    Args:
+        numbers: int32 [out, in], 0 to 15.
+        scales: float32 [out, in / 32]; so are `offsets`.
+        offsets: what is added.
+
+    Returns:
+        The packed numbers, uint8 [out, in / 2], and bfloat16 [in / 32, out, 2].
+    """
+    blocks = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
+    # It multiplies number - 8 by the scale and adds what stands for a number of 8.
+    pairs = torch.stack([scales, offsets + 8 * scales], dim=-1)
+    return blocks, pairs.transpose(0, 1).contiguous().bfloat16()
+
+
+def read_blocks(data: np.ndarray, kind: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return numbers, scales and offsets of a GGUF tensor, as `pack` takes them.
+
+    Args:
+        data: uint8 [out, bytes of a row].
+        kind: the format's name; None is returned for one that is not of 4 bits.
+    """
+    out = data.shape[0]
+    if kind in ("Q4_0", "Q4_1"):
+        size = 18 if kind == "Q4_0" else 20
+        blocks = data.reshape(out, -1, size)
+        halves = blocks[..., : size - 16].copy().view(np.float16).astype(np.float32)
+        numbers = _nibbles(blocks[..., size - 16 :])
+        scales = halves[..., 0]
+        offsets = -8 * scales if kind == "Q4_0" else halves[..., 1]
+    elif kind == "Q4_K":
+        blocks = data.reshape(out, -1, 144)
+        halves = blocks[..., :4].copy().view(np.float16).astype(np.float32)
+        packed = blocks[..., 4:16].reshape(out, -1, 3, 4)
+        low, high, rest = packed[..., 0, :], packed[..., 1, :], packed[..., 2, :]
+        # Eight scales and eight minima of 6 bits: the last four of each are spread over two bytes.
+        sizes = np.concatenate([low & 63, (rest & 15) | ((low >> 6) << 4)], axis=-1)
+        minima = np.concatenate([high & 63, (rest >> 4) | ((high >> 6) << 4)], axis=-1)
+        numbers = _nibbles(blocks[..., 16:].reshape(out, -1, 4, _GROUP))
+        scales = (halves[..., :1] * sizes).reshape(out, -1)
+        offsets = (-halves[..., 1:] * minima).reshape(out, -1)
+    else:
+        return None
+    return (
+        torch.from_numpy(numbers.reshape(out, -1).astype(np.int32)),
+        torch.from_numpy(np.ascontiguousarray(scales)),
+        torch.from_numpy(np.ascontiguousarray(offsets)),
+    )
+
+
+def write_four_bit(path: Path, folder: Path, config: Any) -> int:  # noqa: ANN401
+    """Write what a GGUF file holds in 4 bits into a model's folder; return the bytes, 0 for none.
+
+    Args:
+        path: the GGUF file.
+        folder: where its conversion lies.
+        config: of the model.
+    """
+    from gguf import GGUFReader
+    from safetensors.torch import save_file
+
+    text = config.get_text_config(decoder=True)
+    here = layout()
+    if here is None or text.model_type not in LEAN_FAMILIES:
+        return 0
+    found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    tensors: dict[str, Tensor] = {}
+    for index in range(int(text.num_hidden_layers)):
+        for part, names in _PARTS.items():
+            pieces = []
+            for name in names:
+                tensor = found[f"blk.{index}.{name}.weight"]
+                piece = read_blocks(np.asarray(tensor.data), tensor.tensor_type.name)
+                if piece is None or any(side % _SIDE for side in piece[0].shape):
+                    break
+                is_turned = text.model_type == "llama" and name in ("attn_q", "attn_k")
+                width = int(text.head_dim) if is_turned else 0
+                pieces.append([_in_halves(rows, width) if width else rows for rows in piece])
+            if len(pieces) == len(names):
+                joined = (torch.cat(rows) for rows in zip(*pieces, strict=True))
+                blocks, scales = pack(*joined)
+                tensors[f"{index}.{part}.blocks"] = blocks
+                tensors[f"{index}.{part}.scales"] = scales
+    if not tensors:
+        return 0
+    save_file(tensors, folder / FILE_NAME, metadata={"layout": here})
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def four_bit_file(folder: Path) -> Path | None:
+    """Return the file of a model's 4-bit weights, None where there is none for this CPU."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get("layout")
+    except SafetensorError as error:
+        raise BrokenModelError(
+            f"{path} is damaged: {error}", hint="delete the model's folder and fetch it again"
+        ) from error
+    return path if written is not None and written == layout() else None
+
+
+def four_bit_bytes(path: Path, config: Any) -> int:  # noqa: ANN401
+    """Return the memory that decoding with a file's weights takes beside the model's own.
+
+    The output head counts where it is the embeddings too: it is put in blocks beside them.
+    """
+    text = config.get_text_config(decoder=True)
+    head = int(text.vocab_size) * int(text.hidden_size) * 2 if text.tie_word_embeddings else 0
+    return path.stat().st_size + head
+
+
+def use_four_bit(model: Any, path: Path) -> None:  # noqa: ANN401 - a causal model of transformers
+    """Let the one-token pass of a model multiply by the 4-bit weights of a file, mapped to memory.
+
+    Args:
+        model: one that `use_lean_forward` took.
+        path: what `four_bit_file` gave.
+    """
+    from safetensors.torch import load_file
+
+    lean = lean_pass(model)
+    assert lean is not None, "the model has no lean forward"
+    tensors = load_file(path)
+    layers = []
+    for index, layer in enumerate(lean.layers):
+        parts = {}
+        for part in _PARTS:
+            plain = getattr(layer, part)
+            if f"{index}.{part}.blocks" in tensors:
+                bias = _bias(plain)
+                blocks = tensors[f"{index}.{part}.blocks"]
+                plain = (FourBitLinear(blocks, tensors[f"{index}.{part}.scales"], bias),)
+            parts[part] = plain
+        layers.append(
+            LeanLayer(layer.before_attention, layer.before_feed_forward, layer.act, **parts)
+        )
+    lean.few_layers = layers
+    lean.most_few_rows = MOST_ROWS
+    if type(lean.head) is torch.nn.Linear and can_pack():
+        lean.few_head = PackedLinear(lean.head)
+
+
+@contextmanager
+def without_four_bit(model: Any) -> Iterator[None]:  # noqa: ANN401
+    """Let a model decode with its own weights meanwhile: the plain twin, for comparisons."""
+    lean = lean_pass(model)
+    rows = lean.most_few_rows if lean else 0
+    if lean:
+        lean.most_few_rows = 0
+    try:
+        yield
+    finally:
+        if lean:
+            lean.most_few_rows = rows
+
+
+def _bias(linears: Sequence[Any]) -> Tensor | None:
+    found = [linear.bias for linear in linears]
+    return None if found[0] is None else torch.cat(found)
+
+
+def _nibbles(data: np.ndarray) -> np.ndarray:
+    """Return [..., 2 * n] numbers of n bytes: the low halves of all, then the high halves."""
+    return np.concatenate([data & 15, data >> 4], axis=-1)
+
+
+def _in_halves(rows: Tensor, head_width: int) -> Tensor:
+    """Return rows of queries or keys in transformers' order: llama.cpp has turned pairs adjacent.
+
+    Args:
+        rows: [heads * head_width, ...].
+        head_width: of a head.
+    """
+    heads = rows.view(-1, head_width // 2, 2, *rows.shape[1:])
+    return heads.swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,157 @@
+"""One token through a plain decoder on a CPU, without what transformers does beside the arithmetic.
+
+A small model spends a third of a decoded token in Python and in operations on a few hundred
+numbers. This is the same arithmetic in the same order, on the model's own weights and cache, for
+families whose decoder is nothing but attention with rotary positions and a gated feed-forward
+layer; tests hold its logits equal to the model's bit for bit.
+
+Source: modelling code of transformers 5.23; docs/decisions/0034.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Cache
+
+from rag.lm.grouped_attention import NAME as GROUPED
+from rag.lm.native_cache import GrowingLayer
+
+LEAN_FAMILIES = frozenset({"llama", "qwen2"})
+# Those whose angles are the same for every length.
+_ROPES = frozenset({"default", "linear", "llama3"})
+
+_PASSES: WeakKeyDictionary[Any, LeanPass] = WeakKeyDictionary()
+
+
+def use_lean_forward(model: Any) -> bool:  # noqa: ANN401 - a causal model of transformers
+    """Let `lean_logits` serve this model; return whether it can.
+
+    Args:
+        model: ready to run, on a CPU with grouped attention.
+    """
+    text = model.config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if (
+        text.model_type not in LEAN_FAMILIES
+        or model.config._attn_implementation != GROUPED
+        or rope.get("rope_type", "default") not in _ROPES
+        or kinds != {"full_attention"}
+    ):
+        return False
+    _PASSES[model] = LeanPass(model)
+    return True
+
+
+def lean_logits(model: Any, rows: Sequence[Sequence[int]], cache: Cache) -> Tensor | None:  # noqa: ANN401
+    """Put one token a row into the cache; return logits [rows, 1, vocabulary].
+
+    None, and nothing done, where the pass is not one that this can do.
+    """
+    lean = _PASSES.get(model)
+    if lean is None or len(rows[0]) != 1 or not cache.get_seq_length():
+        return None
+    if not all(type(layer) is GrowingLayer for layer in cache.layers):
+        return None
+    return lean.logits(rows, cache)
+
+
+def lean_pass(model: Any) -> LeanPass | None:  # noqa: ANN401
+    """Return what serves a model, None if nothing does."""
+    return _PASSES.get(model)
+
+
+@dataclass(frozen=True, slots=True)
+class LeanLayer:
+    """What one layer multiplies by: outputs of a tuple's linear layers stand side by side."""
+
+    before_attention: Tensor
+    before_feed_forward: Tensor
+    act: Any
+    qkv: tuple[Any, ...]
+    out: tuple[Any, ...]
+    gate_up: tuple[Any, ...]
+    down: tuple[Any, ...]
+
+
+class LeanPass:
+    """The weights of a model in the order in which a pass needs them; they are the model's own.
+
+    Up to `most_few_rows` rows are multiplied by `few_layers` and `few_head`.
+    """
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401
+        """Take the parts of a model of `LEAN_FAMILIES`."""
+        decoder = model.get_decoder()
+        attention = decoder.layers[0].self_attn
+        self._width = int(attention.head_dim)
+        self._scale = float(attention.scaling)
+        self._groups = int(attention.num_key_value_groups)
+        self._embed = decoder.embed_tokens
+        self._rotary = decoder.rotary_emb
+        self._norm, self._eps = decoder.norm.weight, decoder.norm.variance_epsilon
+        self.head = model.get_output_embeddings()
+        self.few_head = self.head
+        self.layers = [_parts(layer) for layer in decoder.layers]
+        self.few_layers = self.layers
+        self.most_few_rows = 0
+
+    def logits(self, rows: Sequence[Sequence[int]], cache: Any) -> Tensor:  # noqa: ANN401
+        """See `lean_logits`; in inference mode."""
+        B, D = len(rows), self._width
+        states: Tensor = self._embed(torch.tensor(rows))
+        at = torch.tensor([[cache.get_seq_length()]])
+        cos, sin = self._rotary(states, position_ids=at)
+        # Turning takes (-second, first) times the sine; here (second, first) times (-sine, sine).
+        sin = torch.cat([-sin[..., : D // 2], sin[..., D // 2 :]], dim=-1)
+        are_few = self.most_few_rows >= B
+        layers = self.few_layers if are_few else self.layers
+        for layer, cached in zip(layers, cache.layers, strict=True):
+            found = _side_by_side(layer.qkv, self._normed(states, layer.before_attention))
+            heads = found.view(B, -1, 1, D)
+            kv_heads = heads.shape[1] // (self._groups + 2)
+            turning = heads[:, :-kv_heads]
+            turned = turning * cos + turning.roll(D // 2, -1) * sin
+            keys, values = cached.update(turned[:, -kv_heads:], heads[:, -kv_heads:])
+            queries = turned[:, :-kv_heads].reshape(B, kv_heads, self._groups, D)
+            seen = scaled_dot_product_attention(queries, keys, values, scale=self._scale)
+            states = states + _side_by_side(layer.out, seen.reshape(B, 1, -1))
+            gate_up = _side_by_side(
+                layer.gate_up, self._normed(states, layer.before_feed_forward)
+            ).chunk(2, -1)
+            states = states + _side_by_side(layer.down, layer.act(gate_up[0]) * gate_up[1])
+        head = self.few_head if are_few else self.head
+        found_logits: Tensor = head(self._normed(states, self._norm))
+        return found_logits
+
+    def _normed(self, states: Tensor, weight: Tensor) -> Tensor:
+        wide = states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
+        return weight * wide.to(states.dtype)
+
+
+def _parts(layer: Any) -> LeanLayer:  # noqa: ANN401 - a decoder layer of transformers
+    attention, feed_forward = layer.self_attn, layer.mlp
+    return LeanLayer(
+        before_attention=layer.input_layernorm.weight,
+        before_feed_forward=layer.post_attention_layernorm.weight,
+        act=feed_forward.act_fn,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        out=(attention.o_proj,),
+        gate_up=(feed_forward.gate_proj, feed_forward.up_proj),
+        down=(feed_forward.down_proj,),
+    )
+
+
+def _side_by_side(linears: tuple[Any, ...], states: Tensor) -> Tensor:
+    if len(linears) == 1:
+        found: Tensor = linears[0](states)
+        return found
+    return torch.cat([linear(states) for linear in linears], dim=-1)
