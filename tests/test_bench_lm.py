@@ -1,6 +1,7 @@
 """The benches of the language model, on tiny models: what they count, compare and print."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,15 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import make_tiny_tokenizer
-from eval.bench import decode, document_kv, prefill, windowed
+from eval.bench import decode, document_kv, generation_peers, prefill, windowed
+from eval.bench.decode_quality import decode_quality
 from eval.bench.machine import this_machine
+from eval.evidence_sets import EvidenceDocument, EvidenceQuestion, EvidenceSet
+from rag.lm.chat_tokenizer import ChatTokenizer
+from rag.lm.four_bit import without_four_bit
+from rag.lm.grouped_attention import use_grouped_attention
 from rag.lm.kv_bytes import kv_cache_bytes
+from rag.lm.lean_forward import lean_pass, use_lean_forward
 from rag.lm.prefill_cost import prefill_work
 from rag.lm.spec import ModelSpec
 from rag.lm.windowed_attention import WindowPlan, check_windowed
@@ -105,6 +112,89 @@ def test_the_windowed_card_says_whether_memory_is_flat() -> None:
     assert bench.peak_growth < 1.1
     assert bench.rows[2].full.peak_bytes > 2 * bench.rows[1].full.peak_bytes
     assert f"at 1,024 tokens to that at 256: {bench.peak_growth:.2f}" in windowed.card(bench)
+
+
+def test_peers_are_measured_beside_ours_or_said_to_be_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("eval.bench.llama_cpp.is_installed", lambda: False)
+    bench = generation_peers.bench_generation(
+        tiny_model("llama"),
+        tiny_model("llama"),
+        [16, 40],
+        name="tiny",
+        gguf=None,
+        new_tokens=2,
+        rounds=2,
+    )
+    for row in bench.rows:
+        assert [way.name for way in row.ways] == ["fathom", "transformers", "llama.cpp"]
+        ours, plain, missing = row.ways
+        assert ours.prefill_ratio == ours.token_ratio == 1.0
+        assert plain.prefill_ratio is not None
+        assert plain.prefill_ratio > 0
+        assert missing.token_seconds is None
+        assert missing.note == "not installed"
+    assert "not installed" in generation_peers.card(bench)
+    json.dumps(bench.to_json())
+
+
+def test_peers_of_kept_documents_and_windows(tmp_path: Path) -> None:
+    kept = document_kv.bench_document_kv(
+        tiny_model("llama"),
+        make_tiny_tokenizer(),
+        tmp_path,
+        name="tiny",
+        document_tokens=600,
+        question_tokens=9,
+        rounds=1,
+        peer=tiny_model("llama"),
+    )
+    assert kept.peer is not None
+    expected = 10 * kept.peer.seconds / (kept.fresh.seconds + 9 * kept.memory.seconds)
+    assert kept.ten_questions == expected
+    assert "ten questions" in document_kv.card(kept)
+    through = windowed.bench_windowed(
+        check_windowed(tiny_model("llama")),
+        WindowPlan(num_sinks=4, window=64),
+        [1200],
+        clock="cpu",
+        peer=tiny_model("llama"),
+    )
+    assert through.full == "transformers"
+    assert through.rows[0].full.kv_bytes == kv_cache_bytes(spec_of(tiny_model("llama")), 1200)
+    assert through.rows[0].windowed.kv_bytes < through.rows[0].full.kv_bytes
+
+
+def test_what_other_weights_do_to_answers_is_told() -> None:
+    text = "A cat sat here. " * 20
+    evidence = EvidenceSet(
+        "tiny",
+        (EvidenceDocument("d", "t", text),),
+        tuple(
+            EvidenceQuestion(str(n), f"who sat {n}?", "d", ((16 * n, 16 * n + 5),), ("cat",))
+            for n in range(4)
+        ),
+        long_spans=False,
+    )
+    model = tiny_model("llama")
+    use_grouped_attention(model)
+    assert use_lean_forward(model)
+    lean = lean_pass(model)
+    assert lean is not None
+    lean.most_few_rows = 4
+    tokenizer = ChatTokenizer(make_tiny_tokenizer())
+    same = decode_quality(model, tokenizer, evidence, num_questions=4, max_new_tokens=8)
+    assert (same.num_questions, same.same.mean, same.kl, same.same_token) == (4, 1.0, 0.0, 1.0)
+    assert same.difference.mean == 0
+    other = tiny_model("llama", hidden_act="relu").get_decoder().layers[0].mlp.act_fn
+    lean.few_layers = [replace(layer, act=other) for layer in lean.layers]
+    changed = decode_quality(model, tokenizer, evidence, num_questions=4, max_new_tokens=8)
+    assert changed.kl > 0
+    assert "word for word" in generation_peers.describe_quality(changed)
+    with without_four_bit(model):
+        assert lean.most_few_rows == 0
+    assert lean.most_few_rows == 4
 
 
 def test_the_machine_is_named() -> None:

@@ -111,8 +111,7 @@ def bench_generation(
     for number in range(rounds + 1):  # the first warms up, at the shortest length
         for length in lengths if number else [min(lengths)]:
             # Another prompt each round: a server would remember one that it has read.
-            first = 100 + 1013 * number
-            ids = [first + 7919 * index % (vocabulary - first) for index in range(length)]
+            ids = [(1013 * number + 7919 * index) % vocabulary for index in range(length)]
             for way, run in ways.items():
                 on_progress(f"round {number} of {rounds}: {length:,} tokens, {way}")
                 found = run(ids)

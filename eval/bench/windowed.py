@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from eval.bench.machine import CLOCKS, Clock
+from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 from rag.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,10 +46,12 @@ class WindowedRow:
 
 @dataclass(frozen=True, slots=True)
 class WindowedBench:
-    """What `fathom bench windowed` shows, a row a length."""
+    """What `fathom bench windowed` shows, a row a length; `full` says whose full prefill it is."""
 
     num_sinks: int
     window: int
+    full: str
+    clock: str
     device: str
     dtype: str
     rows: tuple[WindowedRow, ...]
@@ -76,6 +79,8 @@ def bench_windowed(
     lengths: Sequence[int],
     *,
     rounds: int = 1,
+    clock: str = "wall",
+    peer: Any = None,  # noqa: ANN401
     on_progress: Callable[[int], None] | None = None,
 ) -> WindowedBench:
     """Prefill each length fully, then through the window; both in chunks, logits of the last only.
@@ -85,19 +90,30 @@ def bench_windowed(
         plan: sinks and window.
         lengths: in tokens, each 1 or more.
         rounds: how often both run, in turn.
+        clock: `wall`, or `cpu` where others have the machine for most of the time.
+        peer: the same weights as transformers alone runs them; given, the full prefill is its own,
+            in one piece.
         on_progress: called with each length before it is run.
     """
     model = checked.model
+    read_clock = CLOCKS[clock]
+    full_model, chunk_tokens = (model, PREFILL_CHUNK_TOKENS) if peer is None else (peer, None)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     # Warm both paths up: threads, kernels, the allocator.
-    _full(model, list(range(64)))
-    _windowed(checked, plan, list(range(64)))
+    _full(full_model, list(range(64)), chunk_tokens, read_clock)
+    _windowed(checked, plan, list(range(64)), read_clock)
     rows = []
     for num_tokens in lengths:
         if on_progress:
             on_progress(num_tokens)
         ids = [7919 * index % vocab_size for index in range(num_tokens)]
-        runs = [(_full(model, ids), _windowed(checked, plan, ids)) for _ in range(rounds)]
+        runs = [
+            (
+                _full(full_model, ids, chunk_tokens, read_clock),
+                _windowed(checked, plan, ids, read_clock),
+            )
+            for _ in range(rounds)
+        ]
         full, windowed = (_medians([run[side] for run in runs], num_tokens) for side in (0, 1))
         rows.append(
             WindowedRow(
@@ -111,6 +127,8 @@ def bench_windowed(
     return WindowedBench(
         num_sinks=plan.num_sinks,
         window=plan.window,
+        full="fathom" if peer is None else "transformers",
+        clock=clock,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         rows=tuple(rows),
@@ -165,7 +183,7 @@ def card(bench: WindowedBench) -> str:
     mib = 2**20
     lines = [
         f"{bench.num_sinks} sinks, window {bench.window:,}, {bench.dtype} on {bench.device};"
-        " full / windowed, and their ratio",
+        f" {bench.clock} seconds; full ({bench.full}) / windowed, and their ratio",
         f"{'tokens':>8}  {'tokens/s':>19}  {'ratio':>5}  {'peak MiB':>19}  {'ratio':>5}"
         f"  {'cache MiB':>19}",
     ]
@@ -195,47 +213,47 @@ class _Run:
     kv_bytes: int
 
 
-def _full(model: Any, ids: list[int]) -> _Run:  # noqa: ANN401
-    """Prefill as the local engine does."""
+def _full(model: Any, ids: list[int], chunk_tokens: int | None, clock: Clock) -> _Run:  # noqa: ANN401
+    """Prefill in chunks, as the local engine does, or in one piece and transformers' own cache."""
     import torch
+    from transformers import DynamicCache
 
     from rag.lm.kv_bytes import measured_kv_bytes
     from rag.lm.native_cache import native_cache
-    from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 
-    cache = native_cache(model.config)
+    cache = native_cache(model.config) if chunk_tokens else DynamicCache(config=model.config)
+    step = chunk_tokens or len(ids)
 
     def work() -> None:
         with torch.inference_mode():
-            for start in range(0, len(ids), PREFILL_CHUNK_TOKENS):
-                chunk = torch.tensor(
-                    [ids[start : start + PREFILL_CHUNK_TOKENS]], device=model.device
-                )
+            for start in range(0, len(ids), step):
+                chunk = torch.tensor([ids[start : start + step]], device=model.device)
                 output = model(
                     input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1
                 )
         int(output.logits[0, -1].argmax())  # waits for the GPU
 
-    seconds, peak = _measure(work, str(model.device))
+    seconds, peak = _measure(work, str(model.device), clock)
     return _Run(seconds, peak, measured_kv_bytes(cache))
 
 
-def _windowed(checked: WindowedModel, plan: WindowPlan, ids: list[int]) -> _Run:
+def _windowed(checked: WindowedModel, plan: WindowPlan, ids: list[int], clock: Clock) -> _Run:
     from rag.lm.windowed_attention import WindowedSession
 
     session = WindowedSession(checked, plan)
-    seconds, peak = _measure(lambda: int(session.read(ids).argmax()), str(checked.model.device))
+    device = str(checked.model.device)
+    seconds, peak = _measure(lambda: int(session.read(ids).argmax()), device, clock)
     return _Run(seconds, peak, session.kv_bytes)
 
 
-def _measure(work: Callable[[], Any], device: str) -> tuple[float, int]:
+def _measure(work: Callable[[], Any], device: str, clock: Clock) -> tuple[float, int]:
     seconds = 0.0
 
     def timed() -> None:
         nonlocal seconds
-        begun = time.perf_counter()
+        begun = clock()
         work()
-        seconds = time.perf_counter() - begun
+        seconds = clock() - begun
 
     peak = peak_allocated_bytes(timed, device)
     return seconds, peak

@@ -81,18 +81,28 @@ def bench_windowed_verb(
     sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay for good.")] = 64,
     window: Annotated[int, typer.Option(min=1, help="Tokens a token sees beside them.")] = 512,
     rounds: Annotated[int, typer.Option(help="Runs of both, in turn.", min=1)] = 1,
+    clock: Clock = "wall",
+    peers: Annotated[
+        bool, typer.Option("--peers", help="The full prefill is transformers' own.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Prefill fully and through a window with sinks: tokens a second and peak bytes."""
+    from eval.bench.generation_peers import load_plain
     from eval.bench.windowed import bench_windowed, card, load_checked_model
+    from rag.lm.catalog import resolve_model
     from rag.lm.windowed_attention import WindowPlan
 
+    _check_clock(clock)
+    settings = load_settings()
     with err.status("loading and checking the model") as status:
         bench = bench_windowed(
-            load_checked_model(model, load_settings()),
+            load_checked_model(model, settings),
             WindowPlan(num_sinks=sinks, window=window),
             tokens or [1024, 4096, 8192],
             rounds=rounds,
+            clock=clock,
+            peer=load_plain(resolve_model(model, settings)) if peers else None,
             on_progress=lambda length: status.update(f"prefilling {length:,} tokens"),
         )
     (err if as_json else out).print(card(bench), markup=False)
@@ -263,10 +273,14 @@ def bench_document_kv_verb(
     question_tokens: Annotated[int, typer.Option(min=1, help="Length of a question.")] = 32,
     rounds: Rounds = 3,
     clock: Clock = "wall",
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Transformers, which keeps nothing, beside it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time the first token of a question: document read anew, kept in memory, kept on disk."""
     from eval.bench.document_kv import bench_document_kv, card
+    from eval.bench.generation_peers import load_plain
 
     _check_clock(clock)
     with TemporaryDirectory() as folder, err.status("loading the model") as status:
@@ -280,6 +294,7 @@ def bench_document_kv_verb(
             question_tokens=question_tokens,
             rounds=rounds,
             clock=clock,
+            peer=load_plain(opened.folder) if peers else None,
             on_progress=status.update,
         )
     (err if as_json else out).print(card(bench), markup=False)
