@@ -28,12 +28,14 @@ _ALL = (
         ["--tokens", "512", "--rounds", "1"],
     ),
     (
-        ["decode", "--context", "128", "--context", "2048", "--clock", "cpu"],
+        ["decode", "--peers", "--context", "512", "--clock", "cpu"],
         ["--context", "16", "--rounds", "1"],
     ),
     (["document-kv", "--clock", "cpu"], ["--document-tokens", "64", "--rounds", "1"]),
     (["cold"], ["--rounds", "1"]),
 )
+
+_READ_GGUF = ("decode", "cold")
 
 
 @app.command(
@@ -190,7 +192,7 @@ def bench_all_verb(
     with err.status("starting") as status:
         for command, tiny in _ALL:
             arguments = command[:1] + tiny if small else command
-            if command[0] == "cold" and gguf:
+            if command[0] in _READ_GGUF and gguf:
                 arguments = [*arguments, "--gguf", str(gguf)]
             status.update("fathom bench " + " ".join(arguments))
             shown, result = _run(arguments)
