@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rag.errors import FathomError, ServeError
@@ -18,7 +19,7 @@ from ui.api import add_api
 from ui.assembly import Fathom
 from ui.fair_queue import MAX_WAITING
 from ui.http_errors import FaultsTold
-from ui.look import CSS, theme
+from ui.look import CSS, SCRIPT, theme
 from ui.sign_in import Door, is_loopback
 from ui.tabs.batch import build_batch, tables_router
 from ui.tabs.chat import build_chat
@@ -97,6 +98,7 @@ def build_app(fathom: Fathom, *, is_public: bool = False, with_mcp: bool = False
     options: dict[str, Any] = {
         "theme": theme(),
         "css": CSS,
+        "head": f"<script>{SCRIPT}</script>",
         "max_file_size": fathom.settings.max_file_bytes,
         "allowed_paths": [],
         "blocked_paths": [str(fathom.settings.originals_dir), str(fathom.settings.index_dir)],
@@ -128,6 +130,7 @@ def build_api(fathom: Fathom, *, is_public: bool = False, with_mcp: bool = False
     api.add_middleware(FaultsTold)
     api.add_middleware(Door, fathom=fathom, is_public=is_public)
     api.add_middleware(_ContentPolicy)
+    api.add_middleware(_PageCompressed)
     return api
 
 
@@ -192,6 +195,20 @@ def _warm_up(fathom: Fathom) -> None:
     except FathomError as error:  # the first question shows it too
         logger.warning("%s; %s", error.message, error.hint)
     fathom.batch_runs.go_on()
+
+
+class _PageCompressed:
+    """Compress the page itself, which Gradio leaves as it is; its scripts and styles it compresses.
+
+    Nothing else: what streams has to come as it is made.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._plain, self._compressed = app, GZipMiddleware(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_page = scope["type"] == "http" and scope["path"] == "/"
+        await (self._compressed if is_page else self._plain)(scope, receive, send)
 
 
 class _ContentPolicy:

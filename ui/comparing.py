@@ -255,7 +255,7 @@ class Comparisons:
     def all(self) -> list[Comparison]:
         """Return the comparisons, the newest first."""
         folders = [path for path in self._folder.glob("*") if _NAME.fullmatch(path.name)]
-        found = [self._listed(path) for path in folders if (path / "examples.jsonl").is_file()]
+        found = [self._listed(path) for path in folders if _is_comparison(path)]
         return sorted(found, key=lambda one: (one.state == "running", one.started), reverse=True)
 
     def running(self) -> Comparison | None:
@@ -396,6 +396,11 @@ def forget_deleted(fathom: Fathom, documents: Sequence[Document]) -> None:
     for folder in (fathom.settings.home / "comparisons").glob("*"):
         owner = "" if folder.name == NAMELESS else folder.name
         fathom.for_owner(owner).comparisons.forget_deleted(contents)
+
+
+def _is_comparison(path: Path) -> bool:
+    """Whether a folder holds questions to go on with, or a report to open."""
+    return any((path / name).is_file() for name in ("examples.jsonl", "report.html"))
 
 
 def _asked_about(path: Path) -> set[str]:

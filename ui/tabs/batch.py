@@ -16,7 +16,6 @@ from ui.assembly import Fathom
 from ui.batch_folder import UNFINISHED, Batch, State
 from ui.formatting import error_html, plain_html, plural
 from ui.library import Library
-from ui.look import SCRIPT
 from ui.tabs.parts import MOST_ROWS, LibraryOf, html_view, unexpected
 from ui.uploads import upload_name
 
@@ -61,7 +60,6 @@ def build_batch(library_of: LibraryOf, tab: gr.Tab) -> None:
             table = gr.HTML(
                 html_template=_FRAME,
                 apply_default_css=False,
-                head=f"<script>{SCRIPT}</script>",
                 js_on_load='fathom.table(element, (made) => trigger("made", made))',
                 elem_id="batch-table",
                 elem_classes=["adds", "ingest-note"],

@@ -266,7 +266,7 @@ def list_html(found: Sequence[Comparison]) -> str:
 
 
 def _item(one: Comparison) -> str:
-    answers = f"{one.num_rows:,} answers"
+    answers = f"{one.num_rows:,} answers" if one.num_rows else "report alone"
     if one.state == "stopped" and one.of_rows is not None:
         answers = f"stopped after {one.num_rows:,} of {one.of_rows:,} answers"
     elif one.state == "running":

@@ -9,7 +9,6 @@ import gradio as gr
 
 from ui.formatting import error_html
 from ui.library import Library
-from ui.look import SCRIPT
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,6 @@ def html_view(events: Sequence[str] = (), *, kind: str = "show", **options: Any)
     return gr.HTML(
         html_template=frame,
         apply_default_css=False,
-        head=f"<script>{SCRIPT}</script>",
         js_on_load=f"fathom.{kind}(element, props, trigger, watch, {list(events)})",
         **options,
     )
@@ -49,7 +47,6 @@ def download_view() -> gr.HTML:
     """Return a component that saves what it is given: JSON of {name, type, text}."""
     return gr.HTML(
         html_template="<span></span>",
-        head=f"<script>{SCRIPT}</script>",
         js_on_load="fathom.download(props, watch)",
         elem_classes="nothing",
     )

@@ -26,7 +26,6 @@ from rag.types import IngestProgress
 from ui.assembly import Fathom
 from ui.formatting import error_html, plain_html, plural, progress_words
 from ui.library import Library
-from ui.look import SCRIPT
 from ui.tabs.parts import unexpected
 from ui.uploads import keep_uploads
 
@@ -57,7 +56,6 @@ def build_upload(*, label: str, elem_id: str, into: str = "") -> gr.HTML:
     return gr.HTML(
         html_template=_FRAME.format(label=label, kinds=_KINDS),
         apply_default_css=False,
-        head=f"<script>{SCRIPT}</script>",
         js_on_load=f'fathom.drop(element, () => trigger("added"), {json.dumps(into)})',
         elem_id=elem_id,
         elem_classes=["adds", "ingest-note"],
