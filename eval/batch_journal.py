@@ -87,6 +87,11 @@ class Journal:
         """Return the answer of a row that asked the same of the same then, None without one."""
         return self._answers.get((row_id, key))
 
+    @property
+    def num_answered(self) -> int:
+        """How many rows have an answer; another thread may be writing the next one."""
+        return len(self._latest)
+
     def latest(self, row_id: str) -> Answer | None:
         """Return the answer that a row got last, whatever was asked in it then."""
         return self._latest.get(row_id)

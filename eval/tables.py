@@ -134,13 +134,7 @@ def _read_xlsx(path: Path) -> Table:
     from openpyxl import load_workbook
 
     with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > _UNPACKED_BYTES:
-        raise TableError(
-            f"{path.name} would unpack to {unpacked / 2**20:,.0f} MiB; expected at most"
-            f" {_UNPACKED_BYTES / 2**20:,.0f}",
-            hint="save it as CSV, or split it",
-        )
+        _check_unpacked(path, sum(member.file_size for member in archive.infolist()))
     book = load_workbook(path, read_only=True, data_only=True)
     try:
         sheet = book.worksheets[0]
@@ -151,6 +145,15 @@ def _read_xlsx(path: Path) -> Table:
         raise _damaged(path, "it has no sheet of cells") from error
     finally:
         book.close()
+
+
+def _check_unpacked(path: Path, num_bytes: int) -> None:
+    if num_bytes > _UNPACKED_BYTES:
+        raise TableError(
+            f"{path.name} would unpack to {num_bytes / 2**20:,.0f} MiB; expected at most"
+            f" {_UNPACKED_BYTES / 2**20:,.0f}",
+            hint="save it as CSV, or split it",
+        )
 
 
 def _read_jsonl(path: Path) -> Table:
@@ -177,7 +180,10 @@ def _read_parquet(path: Path) -> Table:
     from pyarrow.parquet import ParquetFile
 
     try:
-        found = ParquetFile(path).read()
+        file = ParquetFile(path)
+        groups = range(file.metadata.num_row_groups)
+        _check_unpacked(path, sum(file.metadata.row_group(n).total_byte_size for n in groups))
+        found = file.read()
     except ArrowException as error:
         raise _damaged(path, str(error)) from error
     rows = zip(*(column.to_pylist() for column in found.columns), strict=True)

@@ -5,6 +5,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import pytest
 from openpyxl import load_workbook
 
 from conftest import HANDBOOK, HashEmbedder
+from eval.batch_journal import Journal
+from rag.errors import TableError
 from rag.lm.local_engine import LocalEngine
 from rag.settings import Settings
 from rag.store.receipts import REDACTED
 from served import serving
+from test_app import an_answer
 from ui.assembly import Fathom
 from ui.batch_folder import State
+from ui.tabs.batch import batches_html, head_html, progress_html, rows_html
 
 pytestmark = pytest.mark.usefixtures("cheap_hashes")
 QUESTIONS = """id,question,document,remark
@@ -151,12 +156,14 @@ def test_a_server_that_ends_goes_on_and_asks_no_row_twice(
     assert left.state is State.RUNNING
     assert 2 <= left.num_answered < 12
 
+    (settings.home / "batches" / ".new-killed").mkdir()
     second = Fathom(settings, embedder=HashEmbedder(), engine=tiny_engine)
     second.ingest(handbook.rename(handbook.with_name("another.md")))  # known: asked of no more
     second.batch_runs.go_on()
     while second.batches.find(batch.id).state is not State.DONE:
         time.sleep(0.01)
     second.batch_runs.close()
+    assert [path.name for path in (settings.home / "batches").iterdir()] == [batch.id]
     table, questions, outcomes = second.batches.outcomes(second.batches.find(batch.id))
     assert len(table.rows) == len(questions) == len(outcomes) == 12
     with second.database.read() as connection:
@@ -208,3 +215,44 @@ def test_what_a_deleted_document_said_leaves_the_batches(
     assert until_ended(anna, batch)["answered"] == 1
     library.remove_account("anna")
     assert list((library.settings.home / "batches").iterdir()) == []
+
+
+def test_words_that_must_go_leave_an_open_journal_and_it_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.journal"
+    answers = {name: an_answer(f"The {name} fee.", quote=f"{name}!") for name in ("old", "kept")}
+    with Journal(path) as journal:
+        for name, answer in answers.items():
+            journal.add(name, "key", answer)
+        journal.rewrite(lambda answer: an_answer("-") if "old" in answer.answer else answer)
+        journal.add("new", "key", answers["kept"])
+        with pytest.raises(TableError, match="another process"):
+            Journal(path)
+    assert b"old!" not in path.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.journal"]
+    with Journal(path) as journal:
+        latest = [journal.latest(name) for name in ("old", "kept", "new")]
+        assert latest == [an_answer("-"), answers["kept"], answers["kept"]]
+
+
+def test_hostile_words_in_a_batch_are_shown_and_do_nothing(
+    settings: Settings, tiny_engine: LocalEngine, handbook: Path
+) -> None:
+    hostile = "<img src=http://evil.example/x.png onerror=alert(1)>"
+    fathom = Fathom(settings, embedder=HashEmbedder(), engine=tiny_engine)
+    fathom.ingest(handbook)
+    rows = [{"question": hostile, "id": hostile}, {"question": "?", "id": "2", "route": hostile}]
+    content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    batch = fathom.batches.create(f"{hostile}.jsonl", content)
+    told = fathom.batches.told(batch) | {"now": hostile, "answered": 1}
+    _, questions, outcomes = fathom.batches.outcomes(batch)
+    running = replace(batch, state=State.RUNNING)
+    shown = (
+        head_html(batch, told),
+        progress_html(running, told),
+        rows_html(batch, questions, outcomes),
+        batches_html([batch], batch.id),
+    )
+    for html in shown:
+        assert "evil" in html
+        assert "<img" not in html
+        assert "://" not in html

@@ -148,8 +148,11 @@ def test_a_table_is_checked_asked_left_alone_stopped_gone_on_with_saved_and_dele
     assert complaints(page) == []
     shoot(page, "batch-running")
 
-    page.reload()  # it goes on without a page, and is shown again
+    page.close()  # it goes on without a page, and is shown again
+    page = pages.open(DESK)
     page.get_by_role("tab", name="Batch").click()
+    shown = page.locator("#batch-shown")
+    answered = shown.get_by_text(re.compile(r"[1-9]\d* of 42 rows answered; .* left"))
     for again in (True, False):
         answered.wait_for(timeout=60_000)
         page.get_by_role("button", name="Stop", exact=True).click()

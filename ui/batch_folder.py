@@ -18,7 +18,7 @@ from eval.tables import Table, read_table
 from rag.errors import BatchNotFoundError, FathomError, TableError
 from rag.types import Route
 
-_RECORD = "batch.json"
+_RECORD, _NEW = "batch.json", ".new-"
 
 
 class State(StrEnum):
@@ -92,7 +92,7 @@ class BatchFolders:
             TableError: if it is no table of questions; then nothing is kept.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=self._folder, prefix=".new-"))
+        made = Path(tempfile.mkdtemp(dir=self._folder, prefix=_NEW))
         file = made / f"table{Path(name).suffix.lower()[:10]}"
         try:
             file.write_bytes(content)
@@ -110,6 +110,11 @@ class BatchFolders:
             shutil.rmtree(made)
             raise
         return batch, questions
+
+    def clear(self) -> None:
+        """Remove what a server left that was killed while it took a table."""
+        for path in self._folder.glob(f"{_NEW}*"):
+            shutil.rmtree(path)
 
     def all(self, owner: str | None) -> list[Batch]:
         """Return the batches of an owner, None for all owners, the latest first."""

@@ -74,6 +74,7 @@ class BatchRuns:
 
     def go_on(self) -> None:
         """Answer what was waiting or running when the server before this one ended."""
+        self.folders.clear()
         for owner in {batch.owner for batch in unfinished(self.folders.all(None))}:
             self._wake(owner)
 
@@ -180,7 +181,7 @@ class BatchRuns:
             )
             state, problem = State.FAILED, Fault.of(told)
         with self._lock:
-            num_answered = len(run.journal.ids)
+            num_answered = run.journal.num_answered
             self.folders.change(
                 batch, state=state, problem=problem, faults=faults, num_answered=num_answered
             )

@@ -127,7 +127,7 @@ class OwnBatches:
         run = self._runs.run_of(batch)
         answered = batch.num_answered
         if run is not None:
-            answered = len(run.journal.ids)
+            answered = run.journal.num_answered
         return {
             "id": batch.id,
             "name": batch.name,

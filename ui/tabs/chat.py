@@ -327,8 +327,12 @@ def build_chat(
     )
     # documents also come and go on the other tabs
     shelf = {"fn": documents, "inputs": [picker, collection, asked, conversation]} | quiet
-    gr.on([blocks.load, tab.select, collection.input], outputs=[collection, picker, view], **shelf)
-    uploaded.added(outputs=[collection, picker, view], trigger_mode="always_last", **shelf)
+    gr.on(
+        [blocks.load, tab.select, collection.input, uploaded.upload],
+        outputs=[collection, picker, view],
+        trigger_mode="always_last",
+        **shelf,
+    )
     return thrift
 
 

@@ -107,8 +107,8 @@ def build_library(library_of: LibraryOf, tab: gr.Tab) -> None:
         concurrency_id="ingest",
         **quiet,
     ).then(**shelf)
-    gr.on([tab.select, search.change], trigger_mode="always_last", **shelf)
-    files.added(trigger_mode="always_last", **shelf)
+    # one event of all three: two could overtake each other, and the older list would stay
+    gr.on([tab.select, search.change, files.upload], trigger_mode="always_last", **shelf)
     table.open(look, None, [panel], **quiet)
     panel.open(look, None, [panel], **quiet)
     panel.peek(peek, None, [panel], **quiet)

@@ -46,7 +46,7 @@ Source = SourceToRead | ReadError
 
 
 def build_upload(*, label: str, elem_id: str, into: str = "") -> gr.HTML:
-    """Return a place to drop files on, and below it how they fare; `added` tells of each lot.
+    """Return a place to drop files on, and below it how they fare; `upload` tells of each lot.
 
     Args:
         label: what it is called.
@@ -56,7 +56,7 @@ def build_upload(*, label: str, elem_id: str, into: str = "") -> gr.HTML:
     return gr.HTML(
         html_template=_FRAME.format(label=label, kinds=_KINDS),
         apply_default_css=False,
-        js_on_load=f'fathom.drop(element, () => trigger("added"), {json.dumps(into)})',
+        js_on_load=f'fathom.drop(element, () => trigger("upload"), {json.dumps(into)})',
         elem_id=elem_id,
         elem_classes=["adds", "ingest-note"],
     )
