@@ -37,7 +37,7 @@ from eval.journal import (
 from eval.policies import ORACLE_ROUTER, SELF_ROUTE
 from eval.provenance import sha256_of_files
 from eval.report import summary, to_json, write_report
-from eval.scoring import length_bucket, score_row
+from eval.scoring import TOKEN_BUDGETS, length_bucket, score_row
 from rag.answering.planning import Planner
 from rag.answering.prompt import CANNOT_ANSWER
 from rag.errors import DocumentNotFoundError, ReadError, SettingsError
@@ -164,6 +164,7 @@ def _by_arm(journal: Journal) -> dict[str, dict[str, Row]]:
 
 
 def test_every_arm_shows_what_its_name_says(place: Workplace, every_arm: Path) -> None:
+    """C0.4: closed book and oracle stand among them; the oracle router is reckoned from two."""
     rows = _by_arm(read_journals(every_arm))
     assert list(rows) == [str(arm) for arm in Arm]
     assert all(len(found) == len(EXAMPLES) for found in rows.values())
@@ -595,6 +596,26 @@ def test_a_row_is_scored_by_its_metric(answer: Answer) -> None:
     assert score("The passages do not mention a fee.") == 0.0
     failed = replace(row, outcome=DOES_NOT_FIT, answer=None)
     assert score_row(example, failed) is None
+
+
+def test_the_sweep_over_budgets_fills_each_as_the_product_does(answer: Answer) -> None:
+    """C0.5: evidence read within each budget, from one ranking; 4,096 tokens at most."""
+    ranked = (
+        Found(500, 900, 500, 5, 0.9, 0.9),
+        Found(0, 9, 600, 0, 0.8, 0.8),  # the evidence: 500 before it, so it fits from 1,100 on
+        Found(100, 300, 12, 1, 0.7, 0.7),
+    )
+    row = replace(_made(answer, {"hybrid": [True]}).rows[0], ranked=ranked)
+    scored = score_row(_questions(1)[0], row)
+    assert scored is not None
+    assert dict(zip(TOKEN_BUDGETS, scored.recall_at_tokens, strict=True)) == {
+        256: 0, 512: 0, 1024: 0, 2048: 1, 4096: 1
+    }  # fmt: skip
+    analysis = analyse(_questions(1), Journal((_run(),), (row,)))
+    (hybrid,) = [result for result in analysis.arms if result.arm == "hybrid"]
+    assert {name: hybrid.recall[name] for name in ("1024 tokens", "2048 tokens")} == {
+        "1024 tokens": 0, "2048 tokens": 1
+    }  # fmt: skip
 
 
 def test_lengths_sort_as_they_grow() -> None:

@@ -1,4 +1,4 @@
-"""Answers made to fool a scorer, and right ones that a careless scorer would miss."""
+"""C0.8: Answers made to fool a scorer, and right ones that a careless scorer would miss."""
 
 import pytest
 

@@ -73,6 +73,7 @@ def test_the_longest_prompt_has_the_length_asked_for(mix: Mix, tokens: int) -> N
 def test_depth_is_uniform_at_every_length_and_for_every_task(
     many: dict[int, list[Haystack]],
 ) -> None:
+    """C0.7, for the depths of the facts."""
     for tokens, haystacks in many.items():
         depths = [depth for haystack in haystacks for depth in haystack.depths]
         assert kstest(depths, "uniform").pvalue > 0.05, tokens

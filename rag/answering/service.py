@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Event
 
+from rag.answering.asked import Asked
 from rag.answering.conversation import Turn, stand_alone
-from rag.answering.naming import Named, named_documents
+from rag.answering.naming import named_documents
 from rag.answering.outcome import Outcome, finished_answer, not_found
 from rag.answering.planning import Plan, Planner
 from rag.answering.quoting import quote_answer, quotes_only
@@ -19,9 +20,10 @@ from rag.answering.scan_receipt import (
     scan_outcome,
     stride_tokens,
 )
-from rag.answering.writing import write, written_outcome
-from rag.errors import EmptyLibraryError, FathomError, ModelError, OutOfMemoryError
-from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, PrefillProgress, TextPiece
+from rag.answering.table import Table
+from rag.answering.writing import write
+from rag.errors import EmptyLibraryError, FathomError, OutOfMemoryError
+from rag.lm.engine import Engine, PrefillProgress, TextPiece
 from rag.retrieval.retriever import Retriever
 from rag.routing.utility import RouteFeatures
 from rag.settings import Settings
@@ -64,29 +66,6 @@ class AnswerReady:
 
 
 AnswerEvent = QuestionRewritten | RouteChosen | PrefillProgress | TextPiece | AnswerReady
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """One question on its way: as it was typed, as it stands alone, and when it came.
-
-    `about` are all documents that it was asked about, `named` those that it names, if it does.
-    `keeps_half` says whether an answer that a stop cuts short is one.
-    """
-
-    typed: str
-    question: str
-    about: Sequence[Document]
-    named: Named
-    started: float
-    asked_for: Route | None
-    may_read_more: bool
-    keeps_half: bool = True
-
-    @property
-    def documents(self) -> Sequence[Document]:
-        """The documents that are asked."""
-        return self.named.documents
 
 
 class AnsweringService:
@@ -184,7 +163,7 @@ class AnsweringService:
 
         # 6-9. read and answer, resolve citations; read more if need be; store the receipt
         may_read_more = route is None and mode is None
-        asked = _Asked(question, standalone, documents, named, started, route, may_read_more)
+        asked = Asked(question, standalone, documents, named, started, route, may_read_more)
         yield from self._answered(asked, plan, stop)
 
     def again(self, question: str, receipt: Receipt, document_ids: Sequence[int]) -> Answer:
@@ -213,7 +192,7 @@ class AnsweringService:
             kv_dtype=receipt.kv_dtype,
             thrift=receipt.thrift,
         )
-        asked = _Asked(question, standalone, documents, named, started, receipt.asked_for, False)
+        asked = Asked(question, standalone, documents, named, started, receipt.asked_for, False)
         return self._last(self._answered(asked, plan, Event()))
 
     def answer_many(
@@ -248,10 +227,21 @@ class AnsweringService:
         stop = stop or Event()
         questions = [storable(question) for question in questions]
         documents = self.documents(document_ids)
+        table = Table(
+            self._planner,
+            self._store,
+            max_new_tokens=self._settings.max_new_tokens,
+            answered=lambda asked, plan, stop, outcome: (
+                event.answer
+                for event in self._answered(asked, plan, stop, outcome)
+                if isinstance(event, AnswerReady)
+            ),
+        )
         num_done = 0
         for begin in range(0, len(questions), _PLANNED_AT_ONCE):
             numbers = range(begin, min(begin + _PLANNED_AT_ONCE, len(questions)))
-            for number, outcome in self._answer_some(numbers, questions, documents, route, stop):
+            some = {number: questions[number] for number in numbers}
+            for number, outcome in table.answer(some, documents, route, stop):
                 num_done += 1
                 on_progress(num_done, len(questions))
                 yield number, outcome
@@ -306,7 +296,7 @@ class AnsweringService:
     # ---- one question ---------------------------------------------------------------------------
 
     def _answered(
-        self, asked: _Asked, plan: Plan, stop: Event, outcome: Outcome | None = None
+        self, asked: Asked, plan: Plan, stop: Event, outcome: Outcome | None = None
     ) -> Iterator[AnswerEvent]:
         """Try a plan; where memory runs out a smaller one, where nothing is found a larger one.
 
@@ -356,7 +346,7 @@ class AnsweringService:
             yield AnswerReady(self._stored(asked, plan, outcome, given_up))
 
     def _tried(
-        self, asked: _Asked, plan: Plan, stop: Event
+        self, asked: Asked, plan: Plan, stop: Event
     ) -> Iterator[PrefillProgress | TextPiece | Outcome]:
         """Answer by a plan, in one of four ways; the Outcome is last."""
         question, documents = asked.question, asked.documents
@@ -413,7 +403,7 @@ class AnsweringService:
                 stop=stop,
             )
 
-    def _what_is_read(self, asked: _Asked, plan: Plan) -> str:
+    def _what_is_read(self, asked: Asked, plan: Plan) -> str:
         """Return what is about to be read, in words."""
         named = f"; {asked.named.words}" if asked.named.words else ""
         if plan.decision.mode is AnswerMode.QUOTED:
@@ -426,7 +416,7 @@ class AnsweringService:
         return f"{words}, in windows" + ("" if seconds is None else f", about {seconds:,.0f} s")
 
     def _stored(
-        self, asked: _Asked, plan: Plan, outcome: Outcome, given_up: Sequence[str]
+        self, asked: Asked, plan: Plan, outcome: Outcome, given_up: Sequence[str]
     ) -> Answer:
         """Return the answer, once its receipt is stored."""
         answer = finished_answer(
@@ -452,106 +442,6 @@ class AnsweringService:
             answer.receipt.seconds.total,
         )
         return answer
-
-    # ---- many at once ---------------------------------------------------------------------------
-
-    def _answer_some(
-        self,
-        numbers: Sequence[int],
-        questions: Sequence[str],
-        documents: Sequence[Document],
-        route: Route | None,
-        stop: Event,
-    ) -> Iterator[tuple[int, Answer | FathomError]]:
-        """Plan these questions, then answer together those whose prompts begin with the same."""
-        groups: dict[tuple[DocumentPrefix | None, Engine], dict[int, tuple[_Asked, Plan]]] = {}
-        for number in numbers:
-            if stop.is_set():
-                return
-            question = questions[number]
-            started = time.perf_counter()
-            named = named_documents(question, documents)
-            asked = _Asked(
-                question,
-                question,
-                documents,
-                named,
-                started,
-                route,
-                route is None,
-                keeps_half=False,
-            )
-            try:
-                plan = self._planner.plan(question, named.documents, route=route, calibrate=True)
-                if not plan.is_written:  # nothing to share with others
-                    yield from self._numbered(number, self._answered(asked, plan, stop))
-                    continue
-            except FathomError as error:
-                yield number, error
-            else:
-                groups.setdefault((plan.prefix, plan.engine), {})[number] = asked, plan
-        for (prefix, engine), group in groups.items():
-            left = dict(group)
-            tried: dict[int, Outcome] = {}
-            try:
-                for number, outcome in self._generate_group(group, prefix, engine, stop):
-                    tried[number] = outcome
-                    if outcome.is_answer:
-                        asked, plan = left.pop(number)
-                        events = self._answered(asked, plan, stop, outcome)
-                        yield from self._numbered(number, events)
-            except ModelError as error:
-                logger.warning("questions asked together are asked one by one: %s", error.message)
-            # More is read for the others once the engine is free again.
-            for number, (asked, plan) in left.items():
-                if stop.is_set():
-                    return
-                try:
-                    events = self._answered(asked, plan, stop, tried.get(number))
-                    yield from self._numbered(number, events)
-                except FathomError as error:
-                    yield number, error
-
-    def _generate_group(
-        self,
-        group: dict[int, tuple[_Asked, Plan]],
-        prefix: DocumentPrefix | None,
-        engine: Engine,
-        stop: Event,
-    ) -> Iterator[tuple[int, Outcome]]:
-        """Yield the number of each plan as it ends, and its outcome; none of what was stopped."""
-        numbers = list(group)
-        prompts = [plan.prompt for _, plan in group.values()]
-        predict = engine.predicted_prefill_seconds
-        # Before the first answer, since each may mend the rate.
-        alone = [predict(prompt.num_tokens) for prompt in prompts]
-        kept = prefix.num_tokens if prefix else 0
-        rest = [predict(prompt.num_tokens, cached_tokens=kept) for prompt in prompts]
-        written: list[list[str]] = [[] for _ in numbers]
-        for index, step in engine.generate_many(
-            prompts, max_new_tokens=self._settings.max_new_tokens, stop=stop, prefix=prefix
-        ):
-            if isinstance(step, TextPiece):
-                written[index].append(step.text)
-            elif isinstance(step, GenerationDone) and not step.stopped:
-                asked, plan = group[numbers[index]]
-                outcome = written_outcome(
-                    asked.question,
-                    plan,
-                    self._planner.read_extent(plan, asked.documents),
-                    "".join(written[index]),
-                    step,
-                    rest[index] if step.reused_tokens else alone[index],
-                    store=self._store,
-                )
-                yield numbers[index], outcome
-
-    @staticmethod
-    def _numbered(number: int, events: Iterator[AnswerEvent]) -> Iterator[tuple[int, Answer]]:
-        """Yield the answer with its number, nothing where a stop left none."""
-        for event in events:
-            if isinstance(event, AnswerReady):
-                yield number, event.answer
 
     @staticmethod
     def _last(events: Iterator[AnswerEvent]) -> Answer:
