@@ -100,7 +100,7 @@ class PrefillClock:
 
     @property
     def key(self) -> str:
-        """What the rate depends on: model, element size, attention, chunk, libraries and device."""
+        """What the rate depends on: model, element size, kernels, chunk, libraries and device."""
         import torch
         import transformers
 
@@ -111,7 +111,7 @@ class PrefillClock:
             device += f" {torch.get_num_threads()} threads"
         return (
             f"prefill rates: {self._model_name}, {self._spec.num_parameters} parameters of"
-            f" {self._spec.dtype_bytes} bytes, sdpa, chunks of {PREFILL_CHUNK_TOKENS}, torch"
+            f" {self._spec.dtype_bytes} bytes, weights in blocks, chunks of {PREFILL_CHUNK_TOKENS}, torch"
             f" {torch.__version__}, transformers {transformers.__version__}, {device}"
         )
 
