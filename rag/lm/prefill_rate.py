@@ -111,8 +111,8 @@ class PrefillClock:
             device += f" {torch.get_num_threads()} threads"
         return (
             f"prefill rates: {self._model_name}, {self._spec.num_parameters} parameters of"
-            f" {self._spec.dtype_bytes} bytes, weights in blocks, chunks of {PREFILL_CHUNK_TOKENS}, torch"
-            f" {torch.__version__}, transformers {transformers.__version__}, {device}"
+            f" {self._spec.dtype_bytes} bytes, weights in blocks, chunks of {PREFILL_CHUNK_TOKENS},"
+            f" torch {torch.__version__}, transformers {transformers.__version__}, {device}"
         )
 
     def _remember(self, rate: PrefillRate) -> None:
