@@ -77,7 +77,7 @@ $(STAMPS)/postgres: $(STAMPS)/venv
 # hour on two idle cores. What quotes the documents stays in .reports. It goes on after a stop.
 DATA ?= ../shared/data
 report: $(STAMPS)/models
-	set -e; for set in "squad2_articles 3 100" "covidqa 4 40" "nq_passages 4 40" "quality_mc 2 30"; do \
+	set -e; for set in "squad2_articles 3 100" "covidqa 4 24" "nq_passages 3 18" "quality_mc 2 24"; do \
 	  set -- $$set; \
 	  $(BIN)/fathom compare $(DATA)/$$1 --split test --documents $$2 --limit $$3 -o .reports/$$1; \
 	  $(BIN)/fathom compare --rescore .reports/$$1 --no-failures -o docs/reports/$$1; \
