@@ -233,7 +233,7 @@ def test_rates_are_stored_for_each_model_dtype_and_machine(
         assert not clock_of(calibrations).is_set
     finally:
         torch.set_num_threads(threads)
-    for part in ("2 bytes", "sdpa", "chunks of 512", torch.__version__):
+    for part in ("2 bytes", "weights in blocks", "chunks of 512", torch.__version__):
         assert part in clock.key
 
 
