@@ -422,9 +422,12 @@ def _with_verdict(analysis: Analysis) -> Analysis:
         lines.append("No difference is shown between any two ways to answer.")
     for pair in (*shown, *(pair for pair in analysis.pairs if pair not in shown)):
         words = pair.words if pair in shown else f"{pair.first} against {pair.second}: {pair.words}"
+        mean, ends = pair.difference.mean, (pair.difference.low, pair.difference.high)
+        if pair in shown and mean < 0:  # as it is said: the better one first
+            mean, ends = -mean, (-ends[1], -ends[0])
         lines.append(
-            f"{words[0].upper()}{words[1:]}: {100 * pair.difference.mean:+.1f} points"
-            f" [{100 * pair.difference.low:+.1f}, {100 * pair.difference.high:+.1f}] on"
+            f"{words[0].upper()}{words[1:]}: {100 * mean:+.1f} points"
+            f" [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}] on"
             f" {pair.num_pairs:,} questions of {pair.num_documents:,}"
             f" document{'s' * (pair.num_documents != 1)}, {_can_show(pair)}."
         )
@@ -441,7 +444,8 @@ def _with_verdict(analysis: Analysis) -> Analysis:
 
 def _can_show(pair: Pair) -> str:
     if pair.detectable == 1:
-        return f"of which {pair.only_first + pair.only_second} divide them: too few to show any"
+        dividing = pair.only_first + pair.only_second
+        return f"of which {dividing} divide them: too few to show any in 4 of 5 runs"
     return f"which show a difference of {100 * pair.detectable:.0f} points in 4 of 5 runs"
 
 

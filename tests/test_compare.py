@@ -491,6 +491,12 @@ def test_a_clear_difference_is_shown(answer: Answer) -> None:
     assert pair.p_value == pytest.approx(2 / 2**30)
     assert pair.words == "full is better than hybrid"
     assert analysis.verdict[0].startswith("Full is better than hybrid: +37.5 points [")
+    other = {"closed": right["hybrid"], "hybrid": right["full"]}  # the better one is the second
+    assert (
+        _analysis(answer, other)
+        .verdict[0]
+        .startswith("Hybrid is better than closed: +37.5 points [")
+    )
     full = next(arm for arm in analysis.arms if arm.arm == "full")
     assert full.score.mean == pytest.approx(70 / 80)
     assert full.score.low < 70 / 80 < full.score.high
