@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from served_page import (
     ARGUMENTS,
@@ -82,7 +83,7 @@ def test_thrift_is_one_dial_in_two_places_and_the_receipt_names_it(pages: Watche
     dial.focus()
     page.keyboard.press("End")
     page.get_by_role("tab", name="Chat").click()
-    assert page.locator("#thrift input[type=number]").input_value() == "0.05"
+    expect(page.locator("#thrift input[type=number]")).to_have_value("0.05")
     ask(page, "What is the harbour fee compared with that of the quay?")
     page.locator("details.receipt summary").click()
     page.get_by_text("thrift 0.05", exact=False).wait_for()
@@ -92,7 +93,7 @@ def test_thrift_is_one_dial_in_two_places_and_the_receipt_names_it(pages: Watche
     number.press("Tab")
     page.get_by_role("tab", name="Limits").click()
     page.get_by_text("Reckoned from 1 question of yours").wait_for(timeout=60_000)
-    page.get_by_text("At 0.02").wait_for()
+    page.get_by_text("At 0.02").wait_for(timeout=60_000)
     assert complaints(page) == []
 
 
