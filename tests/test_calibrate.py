@@ -38,6 +38,7 @@ from rag.errors import ModelError
 from rag.lm.catalog import fetched_models
 from rag.lm.document_kv import DocumentKV
 from rag.lm.local_engine import LocalEngine
+from rag.lm.shared_prefix import can_share
 from rag.routing.model_plan import plan_model
 from rag.settings import Settings
 from rag.store.calibrations import CalibrationStore, EffectiveLength
@@ -180,7 +181,9 @@ def test_a_haystack_is_prefilled_once_for_all_its_questions(tmp_path: Path) -> N
         ids = keywords["input_ids"] if "input_ids" in keywords else arguments[0]
         computed.append(ids.numel())
 
-    engine._loaded_model().register_forward_pre_hook(count, with_kwargs=True)
+    model = engine._loaded_model()
+    assert can_share(model, engine.spec)  # tries itself, once
+    model.register_forward_pre_hook(count, with_kwargs=True)
     record = ask(engine, Step(Mix.LOOKUP, 2048, 0), Run(TINY_LENGTHS), Event())
     assert record is not None
     assert 1950 < record["prompt_tokens"] <= 2048
@@ -188,8 +191,9 @@ def test_a_haystack_is_prefilled_once_for_all_its_questions(tmp_path: Path) -> N
     assert len(rows) == 12
     assert {row["likeliest"] for row in rows if row["task"] == Task.ABSENT} == {None}
     assert all(row["likeliest"] in (True, False) for row in rows if row["task"] != Task.ABSENT)
-    # Replies and options: the document, then 12 and 10 tails, 16 tokens each of the former.
-    tails = sum(len(row["question"]) for row in rows) * 4 + 12 * 16
+    # Replies and options: the document, then 12 and 10 tails, 16 tokens each of the former, which
+    # are read side by side and padded to the longest.
+    tails = len(rows) * max(len(row["question"]) for row in rows) * 4 + 12 * 16
     assert record["document_tokens"] < sum(computed) < record["prompt_tokens"] + tails
 
 
