@@ -192,15 +192,16 @@ def bench_all_verb(
     with err.status("starting") as status:
         for command, tiny in _ALL:
             arguments = command[:1] + tiny if small else command
+            said = "fathom bench " + " ".join(arguments)
             if command[0] in _READ_GGUF and gguf:
                 arguments = [*arguments, "--gguf", str(gguf)]
-            status.update("fathom bench " + " ".join(arguments))
-            shown, result = _run(arguments)
-            cards["fathom bench " + " ".join(arguments)] = shown
+                said += f" --gguf {gguf.name}"  # its folder is this machine's own
+            status.update(said)
+            cards[said], result = _run(arguments)
             results.append(result)
-            (err if as_json else out).print(f"\n{shown}", markup=False)
-    if write:
-        _write(write, cards)
+            (err if as_json else out).print(f"\n{cards[said]}", markup=False)
+            if write:  # now: one that fails later takes nothing back
+                _write(write, cards)
     print_json({"bench": "all", "small": small, "results": results})
 
 
