@@ -42,7 +42,7 @@ from ui.answer_html import answer_html, citations_html, receipt_html
 from ui.assembly import Fathom
 from ui.cli import app
 from ui.formatting import receipt_text
-from ui.verbs import bench as bench_verbs
+from ui.verbs import bench_quality as bench_verbs
 
 CASES = poisoned_cases()
 CHATML = (
