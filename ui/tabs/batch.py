@@ -122,6 +122,8 @@ def build_batch(library_of: LibraryOf, tab: gr.Tab) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     whole = [current, head, progress, rows, past, timer]
     tab.select(known, [documents], [documents], **quiet)
+    # One after the other: a look asked for first must not be shown last, and stop the timer.
+    quiet |= {"concurrency_id": "batch", "concurrency_limit": 1}
     tab.select(look, [current], whole, **quiet)
     timer.tick(look, [current], whole, **quiet)
     table.made(look_at_made, [documents, route], whole, **quiet)

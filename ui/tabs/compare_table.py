@@ -151,12 +151,14 @@ def build_compare_table(library_of: LibraryOf, tab: gr.Tab, inner: gr.Tab) -> No
     file.upload(take, [file], [table, note, go], **quiet).then(
         None, None, [file], js="() => null", api_visibility="private"
     )
-    go.click(begin, [table, arms], [note, *state], **quiet)
-    past.resume(resume, None, [note, *state], **quiet)
-    past.remove(remove, None, [note, *state], **quiet)
     past.open(open_report, None, [report], **quiet)
     report.save(save, None, [saving], **quiet)
     template.click(save_template, None, [saving], **quiet)
+    # One after the other: a look asked for first must not be shown last, and stop the clock.
+    quiet |= {"concurrency_id": "comparisons", "concurrency_limit": 1}
+    go.click(begin, [table, arms], [note, *state], **quiet)
+    past.resume(resume, None, [note, *state], **quiet)
+    past.remove(remove, None, [note, *state], **quiet)
     gr.on([tab.select, inner.select, clock.tick], look, None, state, **quiet)
     stop.click(halt, None, None, queue=False, api_visibility="private")
 
