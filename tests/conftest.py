@@ -155,3 +155,28 @@ def make_tiny_engine(max_position_embeddings: int = 4096, **changes: int) -> Loc
     )
     model: Any = LlamaForCausalLM(config)
     return LocalEngine(model.eval(), tokenizer, name="tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Return one browser for all tests of a file."""
+    from playwright.sync_api import sync_playwright
+
+    from served_page import ARGUMENTS, CHROMIUM
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def pages(browser: object, url: str) -> Iterator[Any]:
+    """Return pages that may say nothing on the console and ask nobody else."""
+    from served_page import Watched
+
+    watched = Watched(browser, url)
+    yield watched
+    watched.close()
+    assert watched.problems == []
+    assert watched.foreign == []

@@ -3,12 +3,10 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from served_page import (
-    ARGUMENTS,
     CHROMIUM,
     DESK,
     PHONE,
@@ -32,27 +30,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Serve a library that holds the handbook, with the tiny model."""
     with served(TINY, tmp_path_factory.mktemp("home"), REPLY) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Return one browser for all tests."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def pages(browser: object, url: str) -> Iterator[Watched]:
-    """Return pages that may say nothing on the console and ask nobody else."""
-    watched = Watched(browser, url)
-    yield watched
-    watched.close()
-    assert watched.problems == []
-    assert watched.foreign == []
 
 
 def test_files_given_while_others_are_read_are_read_too(pages: Watched, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from playwright.sync_api import expect
 
 from served_page import (
-    ARGUMENTS,
     CHROMIUM,
     DESK,
     PHONE,
@@ -51,27 +50,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     program = TINY.replace("\nserve(", CALIBRATED)
     with served(program, tmp_path_factory.mktemp("home"), REPLY) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Return one browser for all tests."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def pages(browser: object, url: str) -> Iterator[Watched]:
-    """Return pages that may say nothing on the console and ask nobody else."""
-    watched = Watched(browser, url)
-    yield watched
-    watched.close()
-    assert watched.problems == []
-    assert watched.foreign == []
 
 
 def test_thrift_is_one_dial_in_two_places_and_the_receipt_names_it(pages: Watched) -> None:
