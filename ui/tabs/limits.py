@@ -74,9 +74,8 @@ def build_limits(fathom: Fathom, tab: gr.Tab, thrift_of_chat: gr.Slider) -> None
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     dials = [model, memory, kv_dtype, tokens]
     # whoever comes here comes from the chat, whose dial is then the one that was moved last
-    tab.select(first, [model, memory], [model, memory], **quiet).then(
-        show, dials, [plan], **quiet
-    ).then(reckon, [thrift_of_chat], [spent], **quiet)
+    tab.select(reckon, [thrift_of_chat], [spent], **quiet)
+    tab.select(first, [model, memory], [model, memory], **quiet).then(show, dials, [plan], **quiet)
     thrift.release(reckon, [thrift], [spent], **quiet)
     gr.on(
         [model.input, memory.submit, memory.blur, kv_dtype.input, tokens.release],
