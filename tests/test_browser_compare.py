@@ -55,12 +55,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_thrift_is_one_dial_in_two_places_and_the_receipt_names_it(pages: Watched) -> None:
     page = pages.open(DESK)
     page.get_by_role("tab", name="Limits").click()
-    for _ in range(3):  # who sees nothing yet goes away and comes again
-        if page.locator(".spent h2").count():
-            break
-        page.wait_for_timeout(5_000)
-        page.get_by_role("tab", name="Chat").click()
-        page.get_by_role("tab", name="Limits").click()
     page.locator(".spent h2").wait_for(timeout=60_000)
     page.get_by_text("one that thrift decides").wait_for()
     dial = page.locator("#thrift-limits input[type=range]")

@@ -324,5 +324,58 @@ window.fathom ??= (() => {
     link.click();
   });
 
+  // ---- Gradio's stream of events ------------------------------------------------------------------
+
+  // Gradio's server ends the stream when nothing is left to tell, and its page asks for another only
+  // if it has heard of that end when the next event is sent: what is sent while the end is on its way
+  // is never answered (Gradio 6.31). So its page gets one stream that does not end, and ours asks the
+  // server for the next one whenever an event is out whose end was not told.
+  const keepListening = () => {
+    const fetchPlainly = window.fetch.bind(window);
+    const out = new Set(), told = new Set();  // events: sent, and ended before we knew that they were
+    let go = () => {};
+    const sent = ({ event_id: event }) => {
+      if (told.delete(event)) return;
+      out.add(event);
+      go();
+    };
+    const heard = (message) => {
+      const [, event] = /^data: {"msg":"process_completed","event_id":"(\w+)"/.exec(message) ?? [];
+      if (event && !out.delete(event)) told.add(event);
+      return !message.startsWith('data: {"msg":"close_stream"');
+    };
+    const listen = (request, first) => {
+      let reader;
+      const pass = async (controller) => {
+        for (let answer = first, writer = new TextEncoder(); ; answer = await fetchPlainly(request)) {
+          reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+          for (let rest = ""; ; ) {
+            const { done, value } = await reader.read();
+            if (done) break;
+            const messages = (rest + value).split("\n\n");
+            rest = messages.pop();
+            for (const message of messages.filter(heard)) {
+              controller.enqueue(writer.encode(`${message}\n\n`));
+            }
+          }
+          if (!out.size) await new Promise((resolve) => { go = resolve; });
+        }
+      };
+      const body = new ReadableStream({
+        start: (controller) => { pass(controller).catch((error) => controller.error(error)); },
+        cancel: (reason) => reader?.cancel(reason),
+      });
+      return new Response(body, { headers: first.headers });
+    };
+    window.fetch = async (request, options) => {
+      const answer = await fetchPlainly(request, options);
+      const { pathname } = new URL(request.url ?? request, location.href);
+      if (!answer.ok) return answer;
+      if (pathname.endsWith("/queue/join")) answer.clone().json().then(sent);
+      return pathname.endsWith("/queue/data") ? listen(request, answer) : answer;
+    };
+  };
+  keepListening();
+
   return { show, conversation, evidence, download, drop, table };
 })();
