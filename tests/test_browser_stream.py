@@ -16,7 +16,7 @@ SLOW_LINE = """
 import asyncio
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
-import ui.app
+from ui import app as page
 class EndsLate:
     def __init__(self, app):
         self._app, self._sent = app, asyncio.Event()
@@ -33,12 +33,12 @@ class EndsLate:
                 await asyncio.sleep(0.5)
                 self._sent.clear()
         await self._app(scope, receive, late)
-build = ui.app.build_app
+build = page.build_app
 def build_app(*arguments, **options):
     app = build(*arguments, **options)
     app.add_middleware(EndsLate)
     return app
-ui.app.build_app = build_app
+page.build_app = build_app
 """
 
 
