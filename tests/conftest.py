@@ -4,7 +4,7 @@ from rag.runtime import prepare_process
 
 prepare_process()
 
-from collections.abc import Iterator, Sequence  # noqa: E402
+from collections.abc import Generator, Iterator, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -20,6 +20,7 @@ from ui.assembly import Fathom  # noqa: E402
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 INGEST_DOCS = SHARED_DATA / "ingest_docs"
+_FAILED = pytest.StashKey[bool]()
 
 HANDBOOK = """# Harbour handbook
 
@@ -170,13 +171,24 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, Any]:
+    """Tell the fixtures of a test whether it failed."""
+    report = yield
+    if report.when == "call":
+        item.stash[_FAILED] = report.failed
+    return report
+
+
 @pytest.fixture
-def pages(browser: object, url: str) -> Iterator[Any]:
+def pages(browser: object, url: str, request: pytest.FixtureRequest) -> Iterator[Any]:
     """Return pages that may say nothing on the console and ask nobody else."""
     from served_page import Watched
 
     watched = Watched(browser, url)
     yield watched
+    if request.node.stash.get(_FAILED, False):
+        watched.tell(request.node.name)
     watched.close()
     assert watched.problems == []
     assert watched.foreign == []

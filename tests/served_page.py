@@ -120,6 +120,14 @@ class Watched:
         if message.type == "error":
             self.problems.append(message.text)
 
+    def tell(self, name: str) -> None:
+        """Print and keep what the pages of a failed test show."""
+        shown = [page for context in self._contexts for page in context.pages]
+        for number, page in enumerate(shown):
+            shoot(page, f"failed-{name}-{number}")
+            sys.stdout.write(f"{page.url}\n{page.locator('body').inner_text()}\n")
+        sys.stdout.write("\n".join(self.problems))
+
     def close(self) -> None:
         """Close what was opened."""
         for context in self._contexts:

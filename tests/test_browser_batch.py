@@ -103,7 +103,7 @@ def test_a_table_is_checked_asked_left_alone_stopped_gone_on_with_saved_and_dele
         "id,question,document\n"
         "fee,What is the harbour fee?,handbook.md\n"
         "lost,Where is the log?,no-such-file.pdf\n"
-        + "".join(f"berth-{n},How many berths has quay {n}?,\n" for n in range(40))
+        + "".join(f"fee-{n},What is the fee of quay {n}?,handbook.md\n" for n in range(118))
     )
     page = pages.open(DESK)
     page.get_by_role("tab", name="Batch").click()
@@ -115,12 +115,12 @@ def test_a_table_is_checked_asked_left_alone_stopped_gone_on_with_saved_and_dele
     page.locator("#batch-table").get_by_text("no column 'question'").wait_for()
     given.set_input_files(path)
     shown = page.locator("#batch-shown")
-    shown.get_by_text("Not started; 42 rows; 1 cannot be asked").wait_for(timeout=60_000)
+    shown.get_by_text("Not started; 120 rows; 1 cannot be asked").wait_for(timeout=60_000)
     shown.get_by_text("No document 'no-such-file.pdf'").wait_for()
     assert complaints(page) == []
     shoot(page, "batch-checked")
     page.get_by_role("button", name="Start").click()
-    answered = shown.get_by_text(re.compile(r"[1-9]\d* of 42 rows answered; .* left"))
+    answered = shown.get_by_text(re.compile(r"[1-9]\d* of 120 rows answered; .* left"))
     answered.wait_for(timeout=60_000)
     assert complaints(page) == []
     shoot(page, "batch-running")
@@ -129,11 +129,11 @@ def test_a_table_is_checked_asked_left_alone_stopped_gone_on_with_saved_and_dele
     page = pages.open(DESK)
     page.get_by_role("tab", name="Batch").click()
     shown = page.locator("#batch-shown")
-    answered = shown.get_by_text(re.compile(r"[1-9]\d* of 42 rows answered; .* left"))
+    answered = shown.get_by_text(re.compile(r"[1-9]\d* of 120 rows answered; .* left"))
     for again in (True, False):
         answered.wait_for(timeout=60_000)
         page.get_by_role("button", name="Stop", exact=True).click()
-        shown.get_by_text("Stopped; 42 rows; 1 with a fault").wait_for(timeout=60_000)
+        shown.get_by_text("Stopped; 120 rows; 1 with a fault").wait_for(timeout=60_000)
         if again:
             page.get_by_role("button", name="Go on").click()
     for kind, suffix in (("XLSX, with links", "xlsx"), ("CSV", "csv"), ("JSON Lines", "jsonl")):
