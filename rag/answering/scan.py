@@ -10,8 +10,6 @@ Where a window can be fitted to the model, the text slides through it (`rag.lm.s
 models each window is a prompt of its own.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +17,7 @@ from threading import Event
 
 from rag.answering.citations import resolve_citations, without_markers
 from rag.answering.context import page_at, section_at
+from rag.answering.outcome import sha256_of
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
 from rag.errors import UnsupportedModelError
 from rag.lm.engine import (
@@ -139,7 +138,7 @@ def scan(
         stride_tokens: text of one window.
         retrieval_tokens: findings that a summary is written from at a time.
         max_new_tokens: the longest summary.
-        stop: ends the scan between chunks; what was found until then is the answer.
+        stop: ends the scan; what was found until then is the answer.
     """
     windows = list(cut_windows(documents, store, engine.count_tokens, stride_tokens))
     reading = _Reading()
@@ -286,7 +285,7 @@ class _Reading:
     kv_bytes: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    prompt_sha256: str = ""
+    prompt_sha256: str = sha256_of([])
 
     def add(self, done: GenerationDone) -> None:
         self.prompt_tokens += done.prompt_tokens
@@ -311,9 +310,13 @@ def _replies(
     def prompt(text: str) -> Prompt:
         return engine.encode_chat(window_messages(question, question_class, text))
 
-    prompts = [prompt(window.text.strip()) for window in windows]
+    prompts = []
+    for window in windows:
+        if stop.is_set():
+            return
+        prompts.append(prompt(window.text.strip()))
     content = [p.ids or [[m.role, m.content] for m in p.messages] for p in prompts]
-    reading.prompt_sha256 = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    reading.prompt_sha256 = sha256_of(content)
     if isinstance(engine, ReadsInStrides):
         frames = [prompt(sign) for sign in _FRAMES]
         try:

@@ -378,9 +378,7 @@ class AnsweringService:
                 stop=stop,
             ):
                 if isinstance(event, ScanDone):
-                    read = scan_extent(
-                        event, documents, plan.document_tokens, self._engine.count_tokens
-                    )
+                    read = scan_extent(event, documents, plan.document_tokens)
                     yield scan_outcome(
                         event,
                         read,

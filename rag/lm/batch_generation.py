@@ -14,7 +14,7 @@ from typing import Any
 
 from rag.lm.chat_tokenizer import ChatTokenizer
 from rag.lm.engine import DocumentPrefix, GenerationDone, GenerationStep, PrefillProgress, Prompt
-from rag.lm.forward import allocated
+from rag.lm.forward import PassStoppedError, allocated
 from rag.lm.generation import Row, decode
 from rag.lm.kv_bytes import kv_cache_bytes, room_bytes
 from rag.lm.native_cache import merge
@@ -111,7 +111,7 @@ class BatchGeneration:
             tokenizer: turns tokens into text, and knows which end an answer.
             clock: learns from prompts that are read alone.
             max_new_tokens: the longest answer.
-            stop: looked at between prefill chunks and between tokens.
+            stop: looked at between the layers of a prefill, and between tokens.
         """
         self._model, self._prefill, self._tokenizer, self._clock = model, prefill, tokenizer, clock
         self._spec = prefill.spec
@@ -246,8 +246,8 @@ class BatchGeneration:
 
         Shorter ones are padded at their front. The seconds of a pass are shared among its rows.
         """
-        shared = rows[0].state.num_tokens
-        cache = SharedPrefixCache(rows[0].state.cache)
+        shared, document = rows[0].state.num_tokens, rows[0].state.cache
+        cache = SharedPrefixCache(document)
         longest = max(map(len, tails))
         for row, tail in zip(rows, tails, strict=True):
             row.padding, row.state.cache = longest - len(tail), cache
@@ -259,9 +259,18 @@ class BatchGeneration:
                 break
             end = min(begin + step, longest)
             begun = time.perf_counter()
-            logits = forward_shared(
-                self._model, [row[begin:end] for row in padded], cache, front_padding=paddings
-            )
+            try:
+                logits = forward_shared(
+                    self._model,
+                    [row[begin:end] for row in padded],
+                    cache,
+                    front_padding=paddings,
+                    stop=self._stop,
+                )
+            except PassStoppedError:
+                for row in rows:  # of the document nothing is lost
+                    row.state.cache, row.state.num_tokens, row.padding = document, shared, 0
+                break
             next_ids = logits[:, -1].argmax(-1).tolist()  # waits for the GPU
             seconds = (time.perf_counter() - begun) / len(rows)
             for row, next_id in zip(rows, next_ids, strict=True):

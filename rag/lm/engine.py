@@ -221,8 +221,8 @@ class Engine(Protocol):
     ) -> Iterator[GenerationStep]:
         """Prefill the prompt, then decode greedily, yielding each step; GenerationDone is last.
 
-        `stop` is looked at between prefill chunks and between tokens. With a `prefix`, the engine
-        may keep its cache, and use one that was kept.
+        `stop` is looked at within a prefill and between tokens. With a `prefix`, the engine may
+        keep its cache, and use one that was kept.
 
         Raises:
             OutOfMemoryError: if memory runs out; the next request finds the engine as before.
@@ -257,7 +257,7 @@ class Engine(Protocol):
         and one question after each of several short ones. A call with the prompt of the one
         before it does not prefill it again, where that is short.
         `prefix` is what of the prompts is kept, if they share it. None is returned once `stop` is
-        set, which is looked at between forward passes.
+        set, which is looked at within a forward pass, too.
 
         Raises:
             ModelError: if this engine cannot; see `can_score`.
@@ -282,7 +282,7 @@ class ReadsInStrides(Protocol):
             prompts: one a stride, in the order of the text.
             frames: the same prompt around two middles that begin and end differently.
             max_new_tokens: the longest reply to a stride.
-            stop: looked at between chunks of the text and between tokens.
+            stop: looked at while the text is read, and between tokens.
 
         Yields:
             The number of a prompt and a step of it, its GenerationDone last.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from inspect import signature
+from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rag.errors import OutOfMemoryError
@@ -20,6 +22,10 @@ T = TypeVar("T")
 _ALLOCATION_FAILED = ("can't allocate memory", "not enough memory: you tried to allocate")
 
 
+class PassStoppedError(Exception):
+    """A forward pass was ended between two layers: its cache is of no use, as some have it all."""
+
+
 def forward(
     model: Any,  # noqa: ANN401 - a causal model of transformers
     rows: Sequence[Sequence[int]],
@@ -27,6 +33,7 @@ def forward(
     *,
     keep: Sequence[int] | None = None,
     front_padding: Sequence[int] | None = None,
+    stop: Event | None = None,
 ) -> Tensor:
     """Put rows of one length into the cache and return logits [rows, positions kept, vocabulary].
 
@@ -40,8 +47,10 @@ def forward(
         keep: the positions within the rows whose logits are wanted; by default the last.
         front_padding: how many of the first tokens of each sequence, those in the cache included,
             stand for nothing.
+        stop: looked at before each layer of a pass of several tokens.
 
     Raises:
+        PassStoppedError: if it was stopped; the cache is of no use then.
         OutOfMemoryError: if the pass needs more memory than there is; the cache is of no use then.
     """
     import torch
@@ -55,7 +64,7 @@ def forward(
         if front_padding is not None and any(front_padding):
             options = _shifted(model, front_padding, held, len(rows[0]))
         # Entered anew for each pass: a generator must not leave it on in its caller's thread.
-        with torch.inference_mode():
+        with torch.inference_mode(), stoppable(model, stop):
             if not options and keep is None:
                 lean = lean_logits(model, rows, cache)
                 if lean is not None:
@@ -74,6 +83,38 @@ def forward(
         f"with {held:,} tokens in the cache of {len(rows)} sequence(s), at the next"
         f" {len(rows[0]):,}",
     )
+
+
+@contextmanager
+def stoppable(model: Any, stop: Event | None) -> Iterator[None]:  # noqa: ANN401
+    """Let a pass inside the block end before its next layer once `stop` is set.
+
+    A layer is so much shorter than a pass that a person who stops does not wait for it; nothing
+    that is computed changes. A model whose layers are not found is stopped between passes alone.
+
+    Raises:
+        PassStoppedError: where it was stopped.
+    """
+
+    def look(*_: object) -> None:
+        if stop is not None and stop.is_set():
+            raise PassStoppedError
+
+    layers = () if stop is None else _layers(model)
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers(model: Any) -> Iterable[Any]:  # noqa: ANN401
+    """Return the layers of a model's decoder, in order."""
+    from torch.nn import ModuleList
+
+    parts = model.get_decoder().modules()  # from the outside in
+    return next((part for part in parts if isinstance(part, ModuleList)), ())
 
 
 def allocated(make: Callable[[], T], when: str) -> T:

@@ -27,7 +27,7 @@ from rag.lm.engine import (
     Scores,
     name_with_cache,
 )
-from rag.lm.forward import is_allocation_failure
+from rag.lm.forward import PassStoppedError, is_allocation_failure
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.loading import Weights, open_model
 from rag.lm.native_cache import branch
@@ -309,11 +309,11 @@ class LocalEngine:
     ) -> Iterator[tuple[int, GenerationStep]]:
         """Answer several prompts, as many in step as the memory holds; yield each one's steps.
 
-        `stop` is looked at between prefill chunks and between tokens. Requests wait for each other;
-        closing the iterator ends its request. The token that ends an answer counts as new, but is
-        neither shown nor cached. The cache of a `prefix` that is kept is not computed again; one
-        that is not is kept once it is whole, where there is room, and the prompts that begin with
-        it share it in any case.
+        `stop` is looked at between the layers of a prefill, and between tokens. Requests wait for
+        each other; closing the iterator ends its request. The token that ends an answer counts as
+        new, but is neither shown nor cached. The cache of a `prefix` that is kept is not computed
+        again; one that is not is kept once it is whole, where there is room, and the prompts that
+        begin with it share it in any case.
 
         Yields:
             The number of a prompt and a step of it, its GenerationDone last.
@@ -345,7 +345,8 @@ class LocalEngine:
                 stop=stop,
             )
             yield from batch.answer(prompts, prefix)
-            self._prefill.save()
+            if not stop.is_set():  # who stops does not wait for the disk
+                self._prefill.save()
 
     def generate_in_strides(
         self,
@@ -427,6 +428,8 @@ class LocalEngine:
                     self._windowed = check_windowed(model)
                 yield from read(self._windowed, self._tokenizer.end_ids(model))
                 return
+            except PassStoppedError:
+                return  # what was being read is dropped with its session
             except (RuntimeError, MemoryError) as error:
                 if not is_allocation_failure(error):
                     raise
@@ -444,7 +447,7 @@ class LocalEngine:
 
         What all prompts begin with is prefilled once, or taken from what is kept of `prefix`; the
         rest runs in padded batches. None is returned once `stop` is set, which is looked at
-        between forward passes.
+        between the layers of a forward pass.
 
         Raises:
             OutOfMemoryError: if memory runs out.

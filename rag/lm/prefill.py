@@ -13,7 +13,7 @@ from rag.lm.device import free_device_bytes
 from rag.lm.document_kv import DocumentKV, KeptPrefix, prefix_key, restore, snapshot
 from rag.lm.eight_bit_cache import new_cache
 from rag.lm.engine import DocumentPrefix
-from rag.lm.forward import forward, prefill_chunks
+from rag.lm.forward import PassStoppedError, forward, prefill_chunks
 from rag.lm.kv_bytes import kv_cache_bytes, read_copy_bytes
 from rag.lm.native_cache import branch
 from rag.lm.spec import ModelSpec
@@ -31,6 +31,7 @@ class Prefilled:
 
     `reused_tokens` of them were not computed for it, but fetched in `load_seconds`; the rest took
     `seconds`. `next_id` is the likeliest token after them, None as long as nothing was computed.
+    Where a stop came within a chunk, the cache is dropped: it is empty, and `num_tokens` is 0.
     """
 
     cache: Cache
@@ -121,7 +122,7 @@ class Prefill:
             model: ready to run.
             prompts: token ids; one that should end before its last tokens is given without them.
             most_bytes: what all caches will take together before the request is over.
-            stop: looked at before each chunk; prompts that were not begun are not yielded then.
+            stop: looked at before each layer; prompts that were not begun are not yielded then.
             prefix: what the prompts begin with.
 
         Yields:
@@ -157,7 +158,12 @@ class Prefill:
                     break
                 self._check_room(start, end)
                 begun = time.perf_counter()
-                logits = forward(model, [ids[start:end]], state.cache)
+                try:
+                    logits = forward(model, [ids[start:end]], state.cache, stop=stop)
+                except PassStoppedError:
+                    state.cache, state.num_tokens = new_cache(model, self.spec), 0
+                    state.seconds += time.perf_counter() - begun
+                    break
                 state.next_id = int(logits[0, -1].argmax())  # waits for the GPU
                 state.seconds += time.perf_counter() - begun
                 state.num_tokens = end

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rag.lm.eight_bit_cache import new_cache
 from rag.lm.engine import ScoreRequest, Scores
-from rag.lm.forward import forward, prefill_chunks
+from rag.lm.forward import PassStoppedError, forward, prefill_chunks
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.native_cache import branch
 from rag.lm.spec import ModelSpec
@@ -62,7 +62,7 @@ def score_tails(
         cache: one sequence; it is not usable afterwards.
         shared: tokens in it.
         usable_bytes: what batches may fill.
-        stop: looked at before each forward pass.
+        stop: looked at before each layer.
 
     Returns:
         What was found, and the widest batch's cache; None if it was stopped.
@@ -76,8 +76,9 @@ def score_tails(
         if shared:
             is_last = batch is batches[-1]
             own = cache if is_last and len(batch) == 1 else branch(cache, len(batch))
-        found = _score_batch(model, batch, requests, own, shared, stop)
-        if found is None:
+        try:
+            found = _score_batch(model, batch, requests, own, shared, stop)
+        except PassStoppedError:
             return None
         scores.update(found)
         held = measured_kv_bytes(own)
@@ -152,7 +153,7 @@ def _score_batch(
     cache: Cache,
     shared: int,
     stop: Event,
-) -> dict[int, tuple[float, ...]] | None:
+) -> dict[int, tuple[float, ...]]:
     import torch
 
     padded = len(batch[0].tail)
@@ -169,13 +170,14 @@ def _score_batch(
     scores: dict[int, list[torch.Tensor]] = {number: [] for number in places}
     for start, end in prefill_chunks(0, 0, padded):
         if stop.is_set():
-            return None
+            raise PassStoppedError
         wanted = sorted({at for place in places.values() for at in place if start <= at < end})
         logits = forward(
             model,
             [row[start:end] for row in rows],
             cache,
             keep=[at - start for at in wanted] or None,
+            stop=stop,
         )
         kept = {at: index for index, at in enumerate(wanted)}
         for index, row in enumerate(batch):

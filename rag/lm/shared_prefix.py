@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
-from rag.lm.forward import allocated
+from rag.lm.forward import allocated, stoppable
 from rag.lm.native_cache import native_cache
 from rag.lm.spec import ModelSpec
 from rag.lm.windowed_attention import attention_named, difference, probe_ids, refusal, tolerance
@@ -92,6 +93,7 @@ def forward_shared(
     cache: SharedPrefixCache,
     *,
     front_padding: Sequence[int],
+    stop: Event | None = None,
 ) -> Tensor:
     """Put rows of one length behind the shared prefix; return the logits of each, [rows, 1, V].
 
@@ -101,8 +103,10 @@ def forward_shared(
         cache: holds as many sequences as there are rows, or none but the prefix.
         front_padding: how many of the first own tokens of each sequence, those in the cache
             included, stand for nothing.
+        stop: looked at before each layer.
 
     Raises:
+        PassStoppedError: if it was stopped; what the rows hold of their own is of no use then.
         OutOfMemoryError: if the pass needs more memory than there is; the cache is of no use then.
     """
     held, new = cache.get_seq_length(), len(rows[0])
@@ -116,7 +120,11 @@ def forward_shared(
         # Padding sees itself, so that no row of scores is empty.
         visible = (keys <= queries) & ((keys >= padding) | (keys == queries))
         positions = cache.prefix_tokens + (keys[0, :, own:] - padding[:, 0]).clamp(min=0)
-        with torch.inference_mode(), attention_named(model, _ATTENTION):
+        with (
+            torch.inference_mode(),
+            attention_named(model, _ATTENTION),
+            stoppable(model, stop),
+        ):
             found: Tensor = model(
                 input_ids=torch.tensor(rows, device=device),
                 position_ids=positions,

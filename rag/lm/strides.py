@@ -69,12 +69,15 @@ def read_strides(
 
     PrefillProgress counts the tokens of all middles. Each reply ends with its GenerationDone, whose
     bytes are those of the fork that wrote it. Once `stop` is set, nothing more is begun.
+
+    Raises:
+        PassStoppedError: if it was set while a piece of the text was read.
     """
     from rag.lm.windowed_attention import WindowedSession, WindowPlan
 
     plan = WindowPlan(len(strides.front), strides.window(max_new_tokens))
     session = WindowedSession(checked, plan)
-    session.read(strides.front)
+    session.read(strides.front, stop=stop)
     total, done = sum(map(len, strides.middles)), 0
     for number, middle in enumerate(strides.middles):
         begun = time.perf_counter()
@@ -82,7 +85,7 @@ def read_strides(
             if stop.is_set():
                 return
             piece = middle[start : start + session.chunk_tokens]
-            session.read(piece)
+            session.read(piece, stop=stop)
             done += len(piece)
             yield number, PrefillProgress(done, total)
         yield from (
@@ -117,7 +120,7 @@ def read_once(
     """Read what prompts share once through a sliding window, and answer each in a fork.
 
     What left the window is gone, so only what stands at its end can be answered from: a control for
-    comparisons, not a way to answer. See `read_strides` for the steps.
+    comparisons, not a way to answer. See `read_strides` for the steps and the error.
     """
     from rag.lm.windowed_attention import WindowedSession, WindowPlan
 
@@ -127,7 +130,7 @@ def read_once(
     for start in range(0, len(shared_ids), session.chunk_tokens):
         if stop.is_set():
             return
-        session.read(shared_ids[start : start + session.chunk_tokens])
+        session.read(shared_ids[start : start + session.chunk_tokens], stop=stop)
     for number, tail in enumerate(tails):
         if stop.is_set():
             return
@@ -161,7 +164,7 @@ def _reply(
     stop: Event,
 ) -> Iterator[GenerationStep]:
     """Read the end of a prompt in a fork, and write the reply to it."""
-    next_id = int(branch.read(tail).argmax())
+    next_id = int(branch.read(tail, stop=stop).argmax())
     read_seconds = time.perf_counter() - begun
     new_tokens = 1
     while next_id not in end_ids and not stop.is_set():

@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from threading import Event
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConf
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rag.errors import UnsupportedModelError
+from rag.lm.forward import stoppable
 from rag.lm.kv_bytes import measured_kv_bytes
 from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 
@@ -158,33 +160,40 @@ class WindowedSession:
         """The most tokens computed at once; a longer chunk would mostly compute masked scores."""
         return min(PREFILL_CHUNK_TOKENS, self._plan.window)
 
-    def read(self, token_ids: Sequence[int]) -> Tensor:
+    def read(self, token_ids: Sequence[int], *, stop: Event | None = None) -> Tensor:
         """Append the tokens, chunk by chunk; one token is a decode step.
-
-        To be able to stop in between, read pieces of `chunk_tokens`.
 
         Args:
             token_ids: at least one.
+            stop: looked at before each layer.
 
         Returns:
             float [vocab_size], on the model's device: the logits of the token that comes next.
 
         Raises:
             ValueError: if there are no tokens.
+            PassStoppedError: if it was stopped; the session is of no use then.
         """
         if not token_ids:
             raise ValueError("read needs at least one token")
         for start in range(0, len(token_ids), self.chunk_tokens):
-            logits = self.logits(token_ids[start : start + self.chunk_tokens], last_only=True)
+            piece = token_ids[start : start + self.chunk_tokens]
+            logits = self.logits(piece, last_only=True, stop=stop)
         return logits[-1]
 
-    def logits(self, token_ids: Sequence[int], *, last_only: bool = False) -> Tensor:
+    def logits(
+        self, token_ids: Sequence[int], *, last_only: bool = False, stop: Event | None = None
+    ) -> Tensor:
         """Append the tokens in one piece; return the logits after each, [len(token_ids), vocab]."""
         model = self._checked.model
         ids = torch.tensor([list(token_ids)], device=model.device)
         first = self.num_read
         positions = torch.arange(first, first + ids.shape[1], device=model.device)[None]
-        with torch.inference_mode(), attention_named(model, _ATTENTION):
+        with (
+            torch.inference_mode(),
+            attention_named(model, _ATTENTION),
+            stoppable(model, stop),
+        ):
             step = self._step(positions)
             output = model(
                 input_ids=ids,
