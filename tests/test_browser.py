@@ -89,9 +89,15 @@ def test_nothing_moves_while_an_answer_is_written_and_stop_stops(pages: Watched)
     page.locator(".turn").nth(1).locator(".answer").wait_for(timeout=60_000)
     place = page.locator(".turn").nth(1).locator(".question").bounding_box()
     composer = page.locator("#question").bounding_box()
+    page.evaluate(  # the word may stand for a moment only
+        "new MutationObserver(() => { window.said ||= document.querySelector('#stop').innerText })"
+        ".observe(document.querySelector('#stop'), {subtree: true, childList: true,"
+        " characterData: true})"
+    )
     page.get_by_role("button", name="Stop").click()
     page.locator("details.receipt").nth(1).wait_for(timeout=60_000)
     page.locator("#ask").wait_for()
+    assert page.evaluate("said") == "Stopping"
     assert "indeed" not in page.locator(".turn").nth(1).locator(".answer").inner_text()
     assert page.locator(".turn").nth(1).locator(".question").bounding_box() == place
     assert page.locator("#question").bounding_box() == composer

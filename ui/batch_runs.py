@@ -246,7 +246,8 @@ class _Turns:
                 for event in self._library.stream(
                     question, document_ids=document_ids, route=route, stop=stop
                 ):
-                    self._run.now = _words(event, question) or self._run.now
+                    if not stop.is_set():
+                        self._run.now = _words(event, question) or self._run.now
                     yield event
                 return
             except QuotaError:
@@ -279,5 +280,5 @@ def _as_kept(receipts: ReceiptStore, answer: Answer) -> Answer:
 def _halt(run: Run, wants: State) -> None:
     if not run.stop.is_set():
         run.journal.stop()
-    run.wants = wants
+    run.wants, run.now = wants, "stopping"
     run.stop.set()

@@ -53,7 +53,8 @@ class Comparison:
     `state` is running, done, or stopped; `problem` says why, where that was no person's wish.
     `num_rows` of `of_rows` questions by an arm are answered; `of_rows` is None where that is not
     known. `arm` is the one that is asked now, `waiting` its place in the queue, 0 while it has the
-    model; `seconds_left` is None until something was measured.
+    model; `seconds_left` is None until something was measured. `is_stopping` says that it runs, but
+    was told to stop.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Comparison:
     arm: str = ""
     waiting: int = 0
     seconds_left: float | None = None
+    is_stopping: bool = False
 
 
 def comparisons_dir(settings: Settings, owner: str) -> Path:
@@ -357,6 +359,7 @@ class Comparisons:
             arm=job.arm,
             waiting=job.waiting,
             seconds_left=job.seconds_left(),
+            is_stopping=job.stop.is_set(),
         )
 
     def _path(self, name: str) -> Path:

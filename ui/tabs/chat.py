@@ -28,7 +28,15 @@ from ui.tabs.conversations import (
     tools_html,
 )
 from ui.tabs.evidence import build_evidence
-from ui.tabs.parts import LibraryOf, download_view, html_view, thrift_slider, unexpected
+from ui.tabs.parts import (
+    LibraryOf,
+    download_view,
+    html_view,
+    say_stopping,
+    stop_shown,
+    thrift_slider,
+    unexpected,
+)
 from ui.tabs.upload import build_upload
 from ui.tabs.writing import paced, status_html
 
@@ -167,7 +175,7 @@ def build_chat(
         waiting = _with_card(
             past_view, now, _turn_of(exchanges, now), status_html("Waiting for the model")
         )
-        return now, waiting, gr.update(visible=False), gr.update(visible=True)
+        return now, waiting, gr.update(visible=False), stop_shown(True)
 
     def answer(
         now: Asked, current: str | None, request: gr.Request
@@ -208,7 +216,7 @@ def build_chat(
             *listed(library, current, searched),
             _held_html(library),
             gr.update(visible=True),
-            gr.update(visible=False),
+            stop_shown(False),
         )
 
     def halt(now: Asked | None) -> None:
@@ -309,6 +317,7 @@ def build_chat(
             concurrency_limit=None,  # whose turn it is, `Library.stream` says
             **quiet,
         ).then(finish, [asked, conversation, search], [past, tools, held, ask, stop], **quiet)
+    say_stopping(stop)
     stop.click(halt, [asked], None, queue=False, api_visibility="private")
 
     whole = [conversation, view, past, tools]

@@ -16,7 +16,7 @@ from ui.library import Library
 from ui.tabs.compare_table import build_compare_table
 from ui.tabs.conversations import View, document_lengths
 from ui.tabs.evidence import build_evidence
-from ui.tabs.parts import LibraryOf, html_view, unexpected
+from ui.tabs.parts import LibraryOf, html_view, say_stopping, stop_shown, unexpected
 from ui.tabs.writing import paced, status_html
 
 _EMPTY = (
@@ -63,7 +63,7 @@ def build_compare(library_of: LibraryOf, tab: gr.Tab) -> None:
             raise gr.Error("The question is empty; type one first.", print_exception=False)
         number = uuid.uuid4().hex
         stops[number] = threading.Event()
-        return number, gr.update(visible=False), gr.update(visible=True)
+        return number, gr.update(visible=False), stop_shown(True)
 
     def compare(asked: str, chosen: list[int], number: str, request: gr.Request) -> Iterator[View]:
         library, stopped = library_of(request), stops[number]
@@ -84,7 +84,7 @@ def build_compare(library_of: LibraryOf, tab: gr.Tab) -> None:
 
     def finish(number: str) -> tuple[Any, Any]:
         stops.pop(number, None)
-        return gr.update(visible=True), gr.update(visible=False)
+        return gr.update(visible=True), stop_shown(False)
 
     def halt(number: str) -> None:
         if stopped := stops.get(number):
@@ -100,6 +100,7 @@ def build_compare(library_of: LibraryOf, tab: gr.Tab) -> None:
         concurrency_limit=None,  # whose turn it is, `Library.stream` says
         **quiet,
     ).then(finish, [running], [go, stop], **quiet)
+    say_stopping(stop)
     stop.click(halt, [running], None, queue=False, api_visibility="private")
 
 

@@ -16,7 +16,15 @@ from rag.errors import FathomError, ReadError
 from ui.comparing import Comparison
 from ui.formatting import amount, error_html, plain_html, plural
 from ui.library import Library
-from ui.tabs.parts import MOST_ROWS, LibraryOf, download_view, html_view, unexpected
+from ui.tabs.parts import (
+    MOST_ROWS,
+    LibraryOf,
+    download_view,
+    html_view,
+    say_stopping,
+    stop_shown,
+    unexpected,
+)
 
 _SECONDS_BETWEEN = 1.0  # of two looks at what runs
 _LARGEST_TABLE = 32 * 2**20  # bytes
@@ -160,6 +168,7 @@ def build_compare_table(library_of: LibraryOf, tab: gr.Tab, inner: gr.Tab) -> No
     past.resume(resume, None, [note, *state], **quiet)
     past.remove(remove, None, [note, *state], **quiet)
     gr.on([tab.select, inner.select, clock.tick], look, None, state, **quiet)
+    say_stopping(stop)
     stop.click(halt, None, None, queue=False, api_visibility="private")
 
 
@@ -232,7 +241,7 @@ def shown(library: Library) -> tuple[Any, ...]:
         now_html(running) if running else "",
         list_html(found),
         gr.update(visible=running is None),
-        gr.update(visible=running is not None),
+        gr.skip() if running and running.is_stopping else stop_shown(running is not None),
         gr.update(active=running is not None),
     )
 

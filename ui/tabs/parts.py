@@ -52,6 +52,16 @@ def download_view() -> gr.HTML:
     )
 
 
+def say_stopping(stop: gr.Button) -> None:
+    """Let a button that stops say so at once; `stop_shown` takes the word back."""
+    stop.click(None, None, [stop], js="() => 'Stopping'", api_visibility="private")
+
+
+def stop_shown(is_there: bool) -> Any:  # noqa: ANN401 - a Gradio update
+    """Return the update that shows a button that stops, or hides it."""
+    return gr.update(visible=is_there, value="Stop")
+
+
 def thrift_slider(thrift: float, elem_id: str) -> gr.Slider:
     """Return the dial of thrift, set to that of the settings."""
     return gr.Slider(
