@@ -73,6 +73,14 @@ def test_thrift_is_one_dial_in_two_places_and_the_receipt_names_it(pages: Watche
     page.get_by_text("Reckoned from 1 question of yours").wait_for(timeout=60_000)
     page.get_by_text("At 0.02").wait_for(timeout=60_000)
     assert complaints(page) == []
+    page = _another(page)
+    expect(page.locator("#thrift input[type=number]")).to_have_value("0.02", timeout=60_000)
+    page.get_by_role("tab", name="Limits").click()
+    expect(page.locator("#thrift-limits input[type=number]")).to_have_value("0.02", timeout=60_000)
+    page.get_by_text("At 0.02").wait_for(timeout=60_000)
+    kept = "localStorage.setItem('fathom x', '%s'), fathom.kept('x', 0.001, 0.05)"
+    found = [page.evaluate(kept % value) for value in ("0.04", "0", "", "much", "7", "-1")]
+    assert found == [0.04, 0, 0.001, 0.001, 0.001, 0.001]
 
 
 @pytest.mark.parametrize(("size", "dark"), [(DESK, False), (PHONE, True)])
@@ -179,6 +187,14 @@ def test_a_table_of_questions_is_compared_stopped_and_its_report_opens(
     assert complaints(phone) == []
     assert phone.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     shoot(phone, "phone-dark-report")
+
+
+def _another(page: Any) -> Any:  # noqa: ANN401 - Playwright pages
+    """Return a new page in the same browser."""
+    another = page.context.new_page()
+    another.goto(page.url)
+    another.locator("#question textarea").wait_for()
+    return another
 
 
 def _to_the_table(page: Any) -> None:  # noqa: ANN401 - a Playwright page

@@ -86,7 +86,7 @@ def build_app(fathom: Fathom, *, is_public: bool = False, with_mcp: bool = False
         with gr.Tab("Compare") as compare_tab:
             build_compare(fathom.for_user, compare_tab)
         with gr.Tab("Limits") as limits_tab:
-            build_limits(fathom, limits_tab, thrift)
+            build_limits(fathom, blocks, limits_tab, thrift)
 
         def greet(request: gr.Request) -> Any:  # noqa: ANN401 - HTML, or no change
             name = fathom.for_user(request).owner

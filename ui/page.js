@@ -163,6 +163,18 @@ window.fathom ??= (() => {
     });
   };
 
+  // What this browser keeps of a page for the next one: a number. Where it keeps nothing, `otherwise`.
+  const keep = (name, value) => {
+    try { localStorage.setItem(`fathom ${name}`, value); } catch { /* it is not allowed to */ }
+    return value;
+  };
+  const kept = (name, otherwise, most) => {
+    let text = null;
+    try { text = localStorage.getItem(`fathom ${name}`); } catch { /* as above */ }
+    const value = Number(text || NaN);
+    return value >= 0 && value <= most ? value : otherwise;
+  };
+
   // ---- files given: chosen, or dropped anywhere on the page -------------------------------------
 
   const MOST_FILES = 50, MOST_BYTES = 2 ** 28;  // of one request
@@ -377,5 +389,5 @@ window.fathom ??= (() => {
   };
   keepListening();
 
-  return { show, conversation, evidence, download, drop, table };
+  return { show, conversation, evidence, download, drop, table, keep, kept };
 })();

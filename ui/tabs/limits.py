@@ -24,11 +24,11 @@ _LONGEST = 262_144
 _MOST_QUESTIONS = 1_000  # the last ones, that thrift is reckoned from
 
 
-def build_limits(fathom: Fathom, tab: gr.Tab, thrift_of_chat: gr.Slider) -> None:
+def build_limits(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab, thrift_of_chat: gr.Slider) -> None:
     """Lay out the tab inside the running Blocks and wire it.
 
     Of what has an owner it shows only what thrift would do with his own questions; its dial is that
-    of the chat: whichever is moved, the other follows.
+    of the chat: whichever is moved, the other follows, and the browser keeps it for the next page.
     """
     with gr.Row(elem_id="limits"):
         with gr.Column(elem_id="dials", min_width=0):
@@ -87,7 +87,17 @@ def build_limits(fathom: Fathom, tab: gr.Tab, thrift_of_chat: gr.Slider) -> None
         **quiet,
     )
     for moved, other in ((thrift, thrift_of_chat), (thrift_of_chat, thrift)):
-        moved.input(None, [moved], [other], js="(thrift) => thrift", api_visibility="private")
+        kept = "(thrift) => fathom.keep('thrift', thrift)"
+        moved.input(None, [moved], [other], js=kept, api_visibility="private")
+    # In the page alone: nothing of it is on its way while somebody moves the dial.
+    blocks.load(
+        None,
+        None,
+        [thrift, thrift_of_chat],
+        js="() => Array(2).fill("
+        f"fathom.kept('thrift', {fathom.settings.thrift}, {thrift.maximum}))",
+        api_visibility="private",
+    )
 
 
 def _plan_html(
