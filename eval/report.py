@@ -74,8 +74,13 @@ def read_report(folder: Path, pictures: str) -> str:
         raise ReadError(
             f"{folder.name} has no report yet", hint="it is written when the comparison ends"
         ) from None
-    body = page[page.index("<body>") + len("<body>") : page.rindex("</body>")]
-    return re.sub(r'<img src="(?=[a-z]+\.png")', f'<img src="{escape(pictures)}', body)
+    return re.sub(r'<img src="(?=[a-z]+\.png")', f'<img src="{escape(pictures)}', _body(page))
+
+
+def read_failures(folder: Path) -> str:
+    """Return what stands on a report's page of failures; empty if it was written without one."""
+    path = folder / FAILURES
+    return _body(path.read_text(encoding="utf-8")) if path.is_file() else ""
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
@@ -349,6 +354,10 @@ def _html(title: str, parts: Sequence[str]) -> str:
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
+
+
+def _body(page: str) -> str:
+    return page[page.index("<body>") + len("<body>") : page.rindex("</body>")]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> str:

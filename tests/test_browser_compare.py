@@ -176,6 +176,14 @@ def test_a_table_of_questions_is_compared_stopped_and_its_report_opens(
     with page.expect_download() as saving:
         page.get_by_role("button", name="Save as JSON").click()
     assert json.loads(Path(saving.value.path()).read_text())["num_examples"] == 2
+    page.get_by_role("button", name="Where they disagree").click()
+    page.get_by_role("heading", name="where the ways to answer disagree").wait_for()
+    page.get_by_text("questions that some arms answered rightly").wait_for()
+    assert page.locator(".report :is(a, script)").count() == 0
+    assert complaints(page) == []
+    shoot(page, "compare-failures")
+    page.get_by_role("button", name="Back to the report").click()
+    page.get_by_role("heading", name="Verdict").wait_for()
     page.keyboard.press("Escape")
     page.locator(".report").wait_for(state="detached")
     assert opening.evaluate("button => button === document.activeElement")

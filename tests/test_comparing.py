@@ -65,11 +65,15 @@ def test_a_table_is_compared_and_its_report_opens(small_fathom: Fathom) -> None:
     for wrong in ("../cost.png", "rows.jsonl", "report.json", "no.png"):
         with pytest.raises(DocumentNotFoundError):
             comparisons.picture(name, wrong)
+    assert "questions that some arms answered rightly" in comparisons.failures(name)
+    assert "<body" not in comparisons.failures(name)
     comparisons.delete(name)
     assert comparisons.all() == []
     for wrong in (name, "..", "../library", ""):
         with pytest.raises(DocumentNotFoundError):
             comparisons.report(wrong)
+        with pytest.raises(DocumentNotFoundError):
+            comparisons.failures(wrong)
 
 
 def test_it_stops_and_goes_on_without_asking_twice(small_fathom: Fathom) -> None:

@@ -277,6 +277,16 @@ class Comparisons:
 
         return read_report(self._path(name), f"/comparisons/{name}/")
 
+    def failures(self, name: str) -> str:
+        """Return the page of failures that a report has, as HTML; empty if it has none.
+
+        Raises:
+            DocumentNotFoundError: if there is no such comparison.
+        """
+        from eval.report import read_failures
+
+        return read_failures(self._path(name))
+
     def title(self, name: str) -> str:
         """Return what the comparison is called."""
         return self._listed(self._path(name)).title

@@ -79,7 +79,9 @@ def build_compare_table(library_of: LibraryOf, tab: gr.Tab, inner: gr.Tab) -> No
         with gr.Column(elem_id="outcomes", min_width=0):
             note = html_view(elem_classes="compare-note", value=_COLUMNS)
             now = html_view(elem_classes="compare-now")
-            report = html_view(("save",), kind="evidence", elem_classes="report-panel")
+            report = html_view(
+                ("save", "open", "failures"), kind="evidence", elem_classes="report-panel"
+            )
             past = html_view(("open", "resume", "remove"), elem_classes="comparisons")
     saving = download_view()
     clock = gr.Timer(_SECONDS_BETWEEN, active=False)
@@ -139,7 +141,22 @@ def build_compare_table(library_of: LibraryOf, tab: gr.Tab, inner: gr.Tab) -> No
         comparisons = library_of(request).comparisons
         name = str(event.comparison)
         try:
-            return report_html(name, comparisons.title(name), comparisons.report(name))
+            return report_html(
+                name,
+                comparisons.title(name),
+                comparisons.report(name),
+                has_failures=bool(comparisons.failures(name)),
+            )
+        except FathomError as error:
+            return _panel("Not found", error_html(error.message, error.hint))
+        except Exception:
+            return _panel("Not found", unexpected())
+
+    def open_failures(event: gr.EventData, request: gr.Request) -> str:
+        comparisons = library_of(request).comparisons
+        name = str(event.comparison)
+        try:
+            return failures_html(name, comparisons.title(name), comparisons.failures(name))
         except FathomError as error:
             return _panel("Not found", error_html(error.message, error.hint))
         except Exception:
@@ -160,6 +177,8 @@ def build_compare_table(library_of: LibraryOf, tab: gr.Tab, inner: gr.Tab) -> No
         None, None, [file], js="() => null", api_visibility="private"
     )
     past.open(open_report, None, [report], **quiet)
+    report.open(open_report, None, [report], **quiet)
+    report.failures(open_failures, None, [report], **quiet)
     report.save(save, None, [saving], **quiet)
     template.click(save_template, None, [saving], **quiet)
     # One after the other: a look asked for first must not be shown last, and stop the clock.
@@ -310,14 +329,21 @@ def _button(event: str, data: str, words: str, label: str) -> str:
     )
 
 
-def report_html(name: str, title: str, body: str) -> str:
+def report_html(name: str, title: str, body: str, *, has_failures: bool) -> str:
     """Return a report; `body` is what `eval.report` made of numbers and escaped names."""
-    return _panel(
-        title,
-        body,
-        f'<button type="button" class="quiet" data-event="save"'
-        f' data-comparison="{name}">Save as JSON</button>',
-    )
+    data = f'data-comparison="{name}"'
+    buttons = ""
+    if has_failures:
+        label = "Where they disagree: questions that some answered rightly and others did not"
+        buttons = _button("failures", data, "Where they disagree", label)
+    return _panel(title, body, buttons + _button("save", data, "Save as JSON", "Save as JSON"))
+
+
+def failures_html(name: str, title: str, body: str) -> str:
+    """Return the questions that divide the ways to answer; `body` is of `eval.report`, escaped."""
+    data = f'data-comparison="{name}"'
+    back = _button("open", data, "Back to the report", "Back to the report")
+    return _panel(f"{title}: where the ways to answer disagree", body, back)
 
 
 def _panel(title: str, inside: str, buttons: str = "") -> str:
