@@ -29,14 +29,15 @@ def journal_path(output: Path) -> Path:
 
 
 class Journal:
-    """The answers of one output file, by row id and key; one process at a time holds it."""
+    """The answers of one output file, by row id and key; one process at a time writes it."""
 
-    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+    def __init__(self, path: Path, *, fresh: bool = False, to_read: bool = False) -> None:
         """Open a journal, or begin it.
 
         Args:
             path: of `journal_path`.
             fresh: forget what it holds.
+            to_read: look at what is there now, whoever writes it; nothing can be added.
 
         Raises:
             TableError: if another process holds it, or it is damaged or something else.
@@ -49,17 +50,20 @@ class Journal:
         self._latest: dict[str, Answer] = {}
         self._writing = threading.RLock()  # a signal's handler may write between two lines
         try:
-            self._file = os.open(path, _FLAGS, 0o666)
+            self._file = os.open(path, os.O_RDONLY if to_read else _FLAGS, 0o666)
         except OSError as error:
             raise TableError(
                 f"the journal {path} cannot be written: {error.strerror}",
                 hint="give another place with -o",
             ) from error
         try:
+            if to_read:
+                self._load(path.read_bytes())
+                return
             self._lock()
             if fresh:
                 os.ftruncate(self._file, 0)
-            self._load()
+            self._recover()
         except BaseException:
             os.close(self._file)
             raise
@@ -164,15 +168,20 @@ class Journal:
                 hint="wait for it, or give another file with -o",
             ) from None
 
-    def _load(self) -> None:
-        data = self.path.read_bytes()
+    def _recover(self) -> None:
+        """Load what is there, and take off what was being written when a process was killed."""
+        num_whole = self._load(self.path.read_bytes())
+        os.ftruncate(self._file, num_whole)
+        if not num_whole:
+            self._append({"format": _FORMAT})
+            _sync_folder(self.path.parent)
+
+    def _load(self, data: bytes) -> int:
+        """Remember the whole lines; return how many bytes they are."""
         whole = data[: data.rfind(b"\n") + 1]
         header = json.dumps({"format": _FORMAT})[:-1].encode()
         if not whole and header.startswith(data[: len(header)]):  # new, or killed as it began
-            os.ftruncate(self._file, 0)
-            self._append({"format": _FORMAT})
-            _sync_folder(self.path.parent)
-            return
+            return 0
         if not whole.startswith(header):
             raise TableError(
                 f"{self.path} is no journal of a batch",
@@ -186,7 +195,7 @@ class Journal:
                     f"{self.path}, line {number} is damaged: {error}",
                     hint="delete this line, and its row is asked again; or begin anew with --fresh",
                 ) from error
-        os.ftruncate(self._file, len(whole))  # what was being written when the process was killed
+        return len(whole)
 
     def _remember(self, entry: dict[str, Any]) -> None:
         if "format" in entry:

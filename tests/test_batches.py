@@ -3,8 +3,11 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,11 @@ from rag.store.receipts import REDACTED
 from served import serving
 from test_app import an_answer
 from ui.assembly import Fathom
-from ui.batch_folder import State
+from ui.batch_folder import Batch, State
 from ui.tabs.batch import batches_html, head_html, progress_html, rows_html
 
 pytestmark = pytest.mark.usefixtures("cheap_hashes")
+ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = """id,question,document,remark
 fee,What is the harbour fee?,handbook.md,=1+1
 lost,Where is the log?,no-such-file.pdf,
@@ -170,6 +174,100 @@ def test_a_server_that_ends_goes_on_and_asks_no_row_twice(
         asked = [row.question for row in connection.exec_driver_sql("SELECT question FROM answer")]
     assert sorted(set(asked)) == sorted(question.text for question in questions)
     assert len(asked) <= 13  # the row that was being answered may have been half
+
+
+# A server that answers two rows of the batch that it finds, and then hangs until it is killed.
+HANGS = """
+import sys, threading
+from pathlib import Path
+sys.path[:0] = [sys.argv[1], sys.argv[2]]
+from conftest import HashEmbedder, make_tiny_engine
+from rag.settings import Settings
+from ui.assembly import Fathom
+engine = make_tiny_engine()
+fathom = Fathom(Settings(home=Path(sys.argv[3]), max_new_tokens=16, kv_reserve_bytes=0),
+                embedder=HashEmbedder(), engine=engine)
+(batch,) = fathom.batches.all()
+def count(*_):
+    if fathom.batches.told(batch)["answered"] == 2:
+        print("hangs", flush=True)
+        threading.Event().wait()
+engine._model.register_forward_pre_hook(count)
+fathom.batches.start(batch.id)
+threading.Event().wait()
+"""
+
+
+def test_of_two_servers_one_answers_and_the_other_goes_on_when_it_is_killed(
+    settings: Settings,
+    tiny_engine: LocalEngine,
+    handbook: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = "".join(f"{json.dumps({'question': f'What is fee {n}?'})}\n" for n in range(6))
+    here = Fathom(settings, embedder=HashEmbedder(), engine=tiny_engine)
+    here.ingest(handbook)
+    batch = here.batches.create("q.jsonl", rows.encode())
+    monkeypatch.setattr("ui.batch_runs._CLAIM_SECONDS", 0.05)
+    looks: list[bool] = []
+    claimed = here.batch_runs.folders.claimed
+
+    @contextmanager
+    def counted(batch: Batch) -> Iterator[bool]:
+        with claimed(batch) as is_ours:
+            looks.append(is_ours)
+            yield is_ours
+
+    monkeypatch.setattr(here.batch_runs.folders, "claimed", counted)
+    arguments = [str(ROOT), str(ROOT / "tests"), str(settings.home)]
+    there = subprocess.Popen(
+        [sys.executable, "-c", HANGS, *arguments], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert there.stdout is not None
+        assert there.stdout.readline() == "hangs\n"
+        here.batch_runs.go_on()
+        while len(looks) < 3:
+            time.sleep(0.01)
+        assert not any(looks)
+        held = here.batches.find(batch.id)
+        assert (held.state, held.problem) == (State.RUNNING, None)
+        assert len(here.batches.outcomes(held)[2]) == 2  # it can be looked at
+        assert here.batch_runs.run_of(batch) is None
+    finally:
+        there.kill()
+        there.communicate()
+    while here.batches.find(batch.id).state is not State.DONE:
+        time.sleep(0.01)
+    here.batch_runs.close()
+    assert len(here.batches.outcomes(here.batches.find(batch.id))[2]) == 6
+    with here.database.read() as connection:
+        asked = [row.question for row in connection.exec_driver_sql("SELECT question FROM answer")]
+    assert sorted(asked) == sorted(f"What is fee {n}?" for n in range(6))
+
+
+def test_what_another_server_stops_or_deletes_ends_after_the_row(
+    settings: Settings, tiny_engine: LocalEngine, handbook: Path
+) -> None:
+    rows = "".join(f"{json.dumps({'question': f'What is fee {n}?'})}\n" for n in range(400))
+    one, other = (Fathom(settings, embedder=HashEmbedder(), engine=tiny_engine) for _ in "12")
+    one.ingest(handbook)
+    batch = one.batches.create("q.jsonl", rows.encode())
+    for end in (other.batches.stop, other.batches.delete):
+        one.batches.start(batch.id)
+        while (run := one.batch_runs.run_of(batch)) is None or not run.num_done:
+            time.sleep(0.01)
+        end(batch.id)
+        while one.batch_runs.run_of(batch) is not None:
+            time.sleep(0.01)
+        assert run.num_left > 0
+        left = one.batches.all()
+        assert [one.state for one in left] == ([State.STOPPED] if left else [])
+    assert left == []
+    assert list((settings.home / "batches").iterdir()) == []
+    one.batch_runs.close()
+    with one.database.read() as connection:
+        assert list(connection.exec_driver_sql("SELECT question FROM answer")) == []
 
 
 def test_a_question_waits_for_one_row_and_not_for_the_batch(

@@ -1,11 +1,13 @@
 """What is kept of a batch on the server: a folder with its table, its record and its journal."""
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -147,6 +149,31 @@ class BatchFolders:
         changed = replace(batch, **changes)
         self.save(changed)
         return changed
+
+    @contextmanager
+    def claimed(self, batch: Batch) -> Iterator[bool]:
+        """Have a batch for this process alone inside the block, unless another has it: say whether.
+
+        The claim is a lock on the folder: that of a process that is killed ends with it.
+        """
+        try:
+            folder = os.open(self._folder / batch.id, os.O_RDONLY)
+        except FileNotFoundError:  # deleted in this moment
+            yield False
+            return
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_ours = True
+            except BlockingIOError:
+                is_ours = False
+            yield is_ours
+        finally:
+            os.close(folder)
+
+    def reread(self, batch: Batch) -> Batch | None:
+        """Return a batch as its record tells of it now, None if it was deleted."""
+        return _read(self._folder / batch.id)
 
     def delete(self, batch: Batch) -> None:
         """Delete a batch: table, journal, record."""

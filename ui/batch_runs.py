@@ -2,7 +2,8 @@
 
 A row waits in the fair queue like a question that a person types, so that nobody waits for a batch
 longer than for the row that is running. What a row was answered is in the journal before it counts:
-a server that is killed goes on with the next row when it starts again.
+a server that is killed goes on with the next row when it starts again. Of several servers on one
+library one answers a batch, whose claim it holds; another goes on with it once that is killed.
 """
 
 import logging
@@ -29,7 +30,7 @@ from rag.errors import DocumentNotFoundError, FathomError, QuotaError
 from rag.lm.engine import PrefillProgress, TextPiece
 from rag.store.receipts import REDACTED, ReceiptStore
 from rag.types import Answer, Route
-from ui.batch_folder import Batch, BatchFolders, Fault, State, unfinished
+from ui.batch_folder import UNFINISHED, Batch, BatchFolders, Fault, State, unfinished
 from ui.fair_queue import Waiting
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _FULL_QUEUE_SECONDS = 1.0  # until a row asks again for a place in a queue that was full
+_CLAIM_SECONDS = 2.0  # between two looks at whether a batch is another server's still
 
 
 @dataclass(slots=True)
@@ -70,7 +72,7 @@ class BatchRuns:
         self._lock = threading.RLock()
         self._runs: dict[str, Run] = {}
         self._workers: dict[str, threading.Thread] = {}
-        self._is_closed = False
+        self._closed = Event()
 
     def go_on(self) -> None:
         """Answer what was waiting or running when the server before this one ended."""
@@ -81,7 +83,7 @@ class BatchRuns:
     def close(self) -> None:
         """Stop after the rows that are being answered; the next server goes on with the rest."""
         with self._lock:
-            self._is_closed = True
+            self._closed.set()
             for run in self._runs.values():
                 _halt(run, State.RUNNING)
             workers = list(self._workers.values())
@@ -111,8 +113,7 @@ class BatchRuns:
         """Delete a batch with its answers; one that is being answered is stopped."""
         with self._lock:
             if run := self._runs.get(batch.id):
-                run.is_deleted = True
-                _halt(run, State.STOPPED)
+                _halt(run, State.STOPPED, is_deleted=True)
             with self.journal(batch) as journal:
                 receipts = set(journal.receipts) if journal else set()
             self.folders.delete(batch)
@@ -120,27 +121,38 @@ class BatchRuns:
 
     @contextmanager
     def journal(self, batch: Batch) -> Iterator[Journal | None]:
-        """Yield a batch's journal, the running one if it is answered now, None if there is none."""
+        """Yield a batch's journal to look at, None if there is none."""
         with self._lock:
             if run := self._runs.get(batch.id):
                 yield run.journal
             elif (path := self.folders.journal_path(batch)).exists():
-                with Journal(path) as journal:
+                with Journal(path, to_read=True) as journal:
                     yield journal
             else:
                 yield None
 
     def redact(self) -> None:
-        """Take the words of documents that were deleted out of the journals, as out of receipts."""
+        """Take the words of documents that were deleted out of the journals, as out of receipts.
+
+        Another server does so with the one that it writes when it ends it.
+        """
         for batch in self.folders.all(None):
-            receipts = self._fathom.for_owner(batch.owner).receipts
-            with self.journal(batch) as journal:
-                if journal is not None:
-                    journal.rewrite(partial(_as_kept, receipts))
+            with self._lock:
+                if run := self._runs.get(batch.id):
+                    self._redact(batch, run.journal)
+                elif (path := self.folders.journal_path(batch)).exists():
+                    with self.folders.claimed(batch) as is_ours:
+                        if is_ours:
+                            with Journal(path) as journal:
+                                self._redact(batch, journal)
+
+    def _redact(self, batch: Batch, journal: Journal) -> None:
+        receipts = self._fathom.for_owner(batch.owner).receipts
+        journal.rewrite(partial(_as_kept, receipts))
 
     def _wake(self, owner: str) -> None:
         with self._lock:
-            if owner not in self._workers and not self._is_closed:
+            if owner not in self._workers and not self._closed.is_set():
                 name = f"batches of {owner or 'the library'}"
                 worker = threading.Thread(target=self._work, args=[owner], name=name, daemon=True)
                 self._workers[owner] = worker
@@ -151,17 +163,30 @@ class BatchRuns:
         while True:
             with self._lock:
                 batch = next(unfinished(self.folders.all(owner)), None)
-                if batch is None or self._is_closed:
+                if batch is None or self._closed.is_set():
                     del self._workers[owner]
                     return
-                batch = self.folders.change(batch, state=State.RUNNING)
-                try:
-                    journal = Journal(self.folders.journal_path(batch))
-                except FathomError as error:
-                    self.folders.change(batch, state=State.FAILED, problem=Fault.of(error))
-                    continue
-                run = self._runs[batch.id] = Run(journal)
-            self._answer(batch, run)
+            with self.folders.claimed(batch) as is_ours:
+                run = self._begun(batch) if is_ours else None
+                if run is not None:
+                    self._answer(batch, run)
+            if not is_ours:
+                self._closed.wait(_CLAIM_SECONDS)
+
+    def _begun(self, batch: Batch) -> Run | None:
+        """Begin to answer a batch that is claimed; None if it is none to answer any more."""
+        with self._lock:
+            now = self.folders.reread(batch)
+            if now is None or now.state not in UNFINISHED:
+                return None  # another server has ended it before it was claimed
+            self.folders.change(now, state=State.RUNNING)
+            try:
+                journal = Journal(self.folders.journal_path(batch))
+            except FathomError as error:
+                self.folders.change(now, state=State.FAILED, problem=Fault.of(error))
+                return None
+            run = self._runs[batch.id] = Run(journal)
+            return run
 
     def _answer(self, batch: Batch, run: Run) -> None:
         """Answer a batch as far as it goes, and write down how far that was."""
@@ -182,6 +207,8 @@ class BatchRuns:
             state, problem = State.FAILED, Fault.of(told)
         with self._lock:
             num_answered = run.journal.num_answered
+            if self.folders.reread(batch) is not None:
+                self._redact(batch, run.journal)  # documents that another server has deleted
             self.folders.change(
                 batch, state=state, problem=problem, faults=faults, num_answered=num_answered
             )
@@ -206,6 +233,10 @@ class BatchRuns:
                 faults[question.number] = Fault.of(outcome)
             run.num_done += 1
             run.num_left -= 1
+            now = self.folders.reread(batch)
+            if not run.stop.is_set() and (now is None or now.state is not State.RUNNING):
+                # by another server
+                _halt(run, now.state if now else State.STOPPED, is_deleted=now is None)
 
 
 def place_rows(
@@ -277,8 +308,9 @@ def _as_kept(receipts: ReceiptStore, answer: Answer) -> Answer:
     return kept if kept.answer == REDACTED else answer
 
 
-def _halt(run: Run, wants: State) -> None:
+def _halt(run: Run, wants: State, *, is_deleted: bool = False) -> None:
     if not run.stop.is_set():
         run.journal.stop()
+    run.is_deleted |= is_deleted
     run.wants, run.now = wants, "stopping"
     run.stop.set()
