@@ -208,7 +208,7 @@ def load_example_set(folder: Path, split: str) -> ExampleSet:
     if split not in SPLITS:
         raise ReadError(f"there is no split {split!r}", hint="give dev or test")
     if (folder / "passages.jsonl.gz").is_file():
-        return _haystacks(_read(folder / "passages.jsonl.gz"), split)
+        return _haystacks(load_passages(folder, split))
     rows = _read(folder / "questions.jsonl.gz")
     answered = {(row["doc_id"], row["question"]) for row in rows if row.get("answerable", True)}
     examples = tuple(
@@ -267,13 +267,21 @@ def _number_asked_for(row: dict[str, Any]) -> str:
 _SCALE = r"(?:\s?%|\s?(?:thousand|million|billion|percent)\b)?"
 
 
-def _haystacks(rows: list[dict[str, Any]], split: str) -> ExampleSet:
+def load_passages(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Return the rows of a set of single passages; the even ones are dev, the odd ones test.
+
+    Raises:
+        ReadError: if the file is missing or damaged.
+    """
+    return _read(folder / "passages.jsonl.gz")[SPLITS.index(split) :: 2]
+
+
+def _haystacks(own: list[dict[str, Any]]) -> ExampleSet:
     """Return documents of single passages, each with ten that are asked about, one a tenth.
 
-    So the depth of the evidence says nothing of the question. The even rows are dev, the odd ones
-    test; the order and the fillers are seeded; a filler that holds one of the answers is left out.
+    So the depth of the evidence says nothing of the question. The order and the fillers are seeded;
+    a filler that holds one of the answers is left out.
     """
-    own = rows[SPLITS.index(split) :: 2]
     documents, examples = [], []
     for number in range(min(_HAYSTACKS, len(own) // _NEEDLES)):
         needles = own[number * _NEEDLES : (number + 1) * _NEEDLES]

@@ -14,6 +14,7 @@ from typing import Any
 from eval.metrics import Span
 from eval.tables import read_table
 from rag.errors import ReadError
+from rag.types import QuestionClass
 
 METRICS = ("contains", "f1", "number", "option")
 TABLES = (".csv", ".tsv", ".xlsx")
@@ -34,7 +35,8 @@ class EvalExample:
     `evidence` are the stretches `[start, end)` of the document's canonical text that give it, as
     alternatives, and `pages` the pages; of a question without an answer, where one would look.
     `options` are those of a multiple-choice question, by letter, which `answers` then holds.
-    `metric` is how an answer is scored: one of METRICS.
+    `metric` is how an answer is scored: one of METRICS. `question_class` is what is asked for, ""
+    where only the wording tells.
     """
 
     id: str
@@ -46,6 +48,7 @@ class EvalExample:
     pages: tuple[int, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     metric: str = "contains"
+    question_class: str = ""
 
     @property
     def asked(self) -> str:
@@ -65,10 +68,10 @@ def load_examples(path: Path) -> list[EvalExample]:
     """Return the examples of a JSON Lines file, gzipped or not, or of a CSV, TSV or XLSX table.
 
     Each row has `id`, `question`, `document` (title, path or number), `answers` (list),
-    `answerable` (true or false), and may have `evidence`, `options` (letter to words) and `metric`;
-    other keys and empty lines are skipped. A cell of a table holds a list as JSON, or one answer
-    alone; `answerable` may be left empty there. No two ids are equal, since the arms are paired by
-    id.
+    `answerable` (true or false), and may have `evidence`, `options` (letter to words), `metric` and
+    `question_class`; other keys and empty lines are skipped. A cell of a table holds a list as
+    JSON, or one answer alone; `answerable` may be left empty there. No two ids are equal, since the
+    arms are paired by id.
 
     Raises:
         ReadError: naming every faulty line and its faults.
@@ -130,6 +133,7 @@ def _example(row: dict[str, Any]) -> EvalExample:
         pages=tuple(e["page"] for e in evidence if "page" in e),
         options=row.get("options") or {},
         metric=row.get("metric") or "contains",
+        question_class=row.get("question_class") or "",
     )
 
 
@@ -159,6 +163,8 @@ def _optional_faults(row: dict[str, Any]) -> list[str]:
     metric, options, evidence = (row.get(key) for key in ("metric", "options", "evidence"))
     if metric and metric not in METRICS:
         found.append(f"metric is {metric!r}; expected {', '.join(METRICS)}")
+    if (kind := row.get("question_class")) and kind not in list(QuestionClass):
+        found.append(f"question_class is {kind!r}; expected {', '.join(QuestionClass)}")
     if options and not (
         isinstance(options, dict)
         and all(len(k) == 1 and k.isupper() and isinstance(v, str) for k, v in options.items())

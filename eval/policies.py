@@ -11,6 +11,8 @@ from eval.arms import Arm
 from eval.examples import EvalExample
 from eval.journal import Journal, Row
 from eval.scoring import Scored
+from rag.lm.catalog import load_catalog
+from rag.lm.engine import model_named
 from rag.routing.question_class import classify_question
 from rag.routing.utility import (
     NUM_HITS,
@@ -85,7 +87,9 @@ def thrift_curve(
     if not both:
         return ()
     run = journal.runs[0] if journal.runs else None
-    effective = (run.effective_tokens or run.context_tokens) if run else None
+    listed = load_catalog().get(model_named(run.model)) if run else None
+    effective = run and (run.effective_tokens or (listed and listed.effective_tokens))
+    effective = effective or (run and run.context_tokens)
     points = []
     for thrift in _THRIFTS:
         chosen = []

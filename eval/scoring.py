@@ -128,7 +128,7 @@ def score_row(example: EvalExample, row: Row) -> Scored | None:
         escalated=bool(receipt.escalations),
         length=length_bucket(row.document_tokens),
         depth=_depth(gold, row.num_chars),
-        question_class=classify_question(example.question).question_class,
+        question_class=example.question_class or classify_question(example.question).question_class,
     )
 
 

@@ -56,6 +56,7 @@ class Task(StrEnum):
     MANY_KEYS = "many keys"  # the same, among facts that differ in the key alone
     NON_LITERAL = "non-literal"  # no word of the question stands in the fact
     TWO_HOP = "two hops"  # one fact leads to the other
+    COMPARISON = "comparison"  # which of two values is the higher
     SEVERAL_VALUES = "several values"  # all of them are asked for
     COUNT = "count"  # how often something is told
     ABSENT = "absent"  # not in the text: the right answer is the refusal
@@ -137,12 +138,32 @@ def build_haystack(
     Raises:
         FathomError: if not even the facts fit.
     """
-    facts, questions = _MIXES[mix](random)
+    return plant(
+        *_MIXES[mix](random),
+        num_tokens,
+        random,
+        count_tokens=count_tokens,
+        count_prompt=count_prompt,
+        filler=filler,
+    )
+
+
+def plant(
+    facts: Sequence[str],
+    questions: tuple[SyntheticQuestion, ...],
+    num_tokens: int,
+    random: Random,
+    *,
+    count_tokens: Callable[[str], int],
+    count_prompt: Callable[[str, SyntheticQuestion], int],
+    filler: Sequence[str] = (),
+) -> Haystack:
+    """Return a haystack of these facts, each in a part of its own; see `build_haystack`."""
     longest = max(questions, key=lambda question: count_prompt(" ".join(facts), question))
     values = [value for question in questions for value in (*question.answers, *question.options)]
     source = _from_text(filler, values, random) if filler else _own_filler(random)
-    order = random.sample(range(NUM_FACTS), NUM_FACTS)  # which fact lies in which tenth
-    wanted = [(tenth + random.random()) / NUM_FACTS for tenth in range(NUM_FACTS)]
+    order = random.sample(range(len(facts)), len(facts))  # which fact lies in which part
+    wanted = [(part + random.random()) / len(facts) for part in range(len(facts))]
 
     fact_tokens = [count_tokens(" " + fact) for fact in facts]
     sentences: list[str] = []
@@ -163,7 +184,7 @@ def build_haystack(
             break
         if not sentences:
             raise FathomError(
-                f"{num_tokens:,} tokens do not hold the {NUM_FACTS} facts of a haystack: they and"
+                f"{num_tokens:,} tokens do not hold the {len(facts)} facts of a haystack: they and"
                 f" the prompt around them take {num_tokens - room:,}",
                 hint=f"give lengths of {2 * (num_tokens - room):,} tokens or more",
             )
@@ -200,10 +221,15 @@ def load_filler(path: Path) -> tuple[str, ...]:
             f"{path} cannot be read as filler: {type(error).__name__}: {error}",
             hint="give a text file in UTF-8, or JSON Lines with a passage in each line",
         ) from error
-    sentences = tuple(" ".join(text[start:end].split()) for start, end in sentence_spans(text))
+    sentences = filler_of(text)
     if not sentences:
         raise ReadError(f"{path} holds no sentence", hint="give a longer text")
     return sentences
+
+
+def filler_of(text: str) -> tuple[str, ...]:
+    """Return the sentences of a text, each in one line."""
+    return tuple(" ".join(text[start:end].split()) for start, end in sentence_spans(text))
 
 
 def exact_score(question: SyntheticQuestion, reply: str) -> float:

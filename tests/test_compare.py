@@ -723,14 +723,15 @@ def test_looks_at_held_out_questions_are_counted(
         (folder / "questions.jsonl.gz").write_bytes(gzip.compress(b"%d" % number))
     begins = [keep_examples(EXAMPLES, tmp_path / "report") for _ in range(2)]
     assert begins == [True, False]
-    assert [_look(home, one, "test", is_new=is_new) for is_new in begins] == [1, 1]
+    first, second = sha256_of_files(one), sha256_of_files(other)
+    assert [_look(home, "one test", first, is_new=is_new) for is_new in begins] == [1, 1]
     assert "one test: looked at for the first time here" in capsys.readouterr().err
     with (home / LOG).open("ab") as log:
         log.write(b'{"data": "one te')  # as a process that was killed leaves it
-    assert _look(home, one, "test", is_new=True) == 2
+    assert _look(home, "one test", first, is_new=True) == 2
     assert "look 2 at these held-out questions" in " ".join(capsys.readouterr().err.split())
-    assert _look(home, other, "test", is_new=True) == 1
-    looks = looks_at(home, sha256_of_files(one))
+    assert _look(home, "other test", second, is_new=True) == 1
+    looks = looks_at(home, first)
     assert [look.data for look in looks] == ["one test"] * 2
     analysis = analyse(EXAMPLES, Journal((_run(held_out_looks=2),), ()))
     page = write_report(analysis, EXAMPLES, Journal((), ()), tmp_path / "page").read_text()

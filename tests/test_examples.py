@@ -120,6 +120,7 @@ def test_every_fault_of_every_row_is_named(tmp_path: Path) -> None:
         ({"evidence": 12}, "evidence is 12; expected list"),
         ({"metric": "bleu"}, "metric is 'bleu'; expected contains, f1, number, option"),
         ({"metric": "option"}, "answers holds no letter of the options"),
+        ({"question_class": "hop"}, "question_class is 'hop'; expected lookup, multi-hop"),
         ({"options": {"one": "x"}}, 'options is no {"A": "words", ...}'),
         (
             {"metric": "option", "options": {"A": "x"}, "answers": ["B"]},
@@ -147,6 +148,7 @@ FULL = EvalExample(
     pages=(2, 4),
     options={"A": "red", "B": "green"},
     metric="option",
+    question_class="comparison",
 )
 
 

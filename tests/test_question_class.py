@@ -10,6 +10,7 @@ from rag.routing.question_class import (
     _weights,
     classify_by_rule,
     classify_question,
+    offers_options,
 )
 from rag.types import QuestionClass
 
@@ -25,6 +26,10 @@ from rag.types import QuestionClass
         ("Give me an overview of the contract.", QuestionClass.SUMMARY),
         ("What are the main themes?", QuestionClass.SUMMARY),
         ("What is the difference between plan A and plan B?", QuestionClass.COMPARISON),
+        ("How many times does the report say that it rained?", QuestionClass.AGGREGATE),
+        ("Which mill is older, the red one or the green one?", QuestionClass.COMPARISON),
+        ("Is the red mill older than the green one?", QuestionClass.COMPARISON),
+        ("What is the fee of the berth in the harbour where Ann lives?", QuestionClass.MULTI_HOP),
     ],
 )
 def test_a_rule_decides_and_quotes_its_words(question: str, expected: QuestionClass) -> None:
@@ -50,6 +55,23 @@ def test_a_number_that_a_sentence_states_is_looked_up(question: str) -> None:
     assert "%" in found.reason
 
 
+@pytest.mark.parametrize(
+    ("question", "offers"),
+    [
+        ("Which is it?\n(A) red\n(B) green", True),
+        ("Which is it?\nA. all of them\nB. none\nC. one\n", True),
+        ("What stands in section (A) of the contract?", False),
+        ("Which is it?\n(B) green\n(C) red", False),
+        ("Which is it?\n(A) red", False),
+    ],
+)
+def test_options_are_seen_and_say_nothing_of_the_class(question: str, offers: bool) -> None:
+    assert offers_options(question) is offers
+    if offers:
+        stem = question.partition("\n")[0]
+        assert classify_question(question) == classify_question(stem)
+
+
 def test_the_weights_are_those_of_the_features_and_classes() -> None:
     weights = _weights()
     assert list(weights["features"]) == list(FEATURES)
@@ -61,6 +83,8 @@ def test_the_weights_are_those_of_the_features_and_classes() -> None:
 def test_a_long_question_of_one_character_costs_nothing() -> None:
     assert classify_question("a " * 50_000).question_class is QuestionClass.LOOKUP
     assert classify_question("how many " * 5_000)
+    assert classify_question("which is more, " * 2_000)
+    assert not offers_options("(A) x\n" * 5_000)
 
 
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="no shared data beside the project")

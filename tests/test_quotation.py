@@ -35,7 +35,7 @@ from rag.answering.sentence_choice import (
     weights,
 )
 from rag.answering.sentences import LONGEST_SENTENCE_CHARS, sentence_spans
-from rag.lm.catalog import fetched_models
+from rag.lm.catalog import fetched_models, load_catalog
 from rag.lm.local_engine import LocalEngine
 from rag.retrieval.lexical_score import stems
 from rag.settings import Settings
@@ -420,3 +420,26 @@ def test_a_quotations_receipt_predicts_its_seconds(small_fathom: Fathom) -> None
     assert asked[-1][1] == prompt - 1
     expected = sum(predict(n, cached_tokens=cached) or 0 for n, cached in asked[-3:])
     assert seconds.prefill_predicted == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_of_options_one_is_named_not_quoted(
+    small_fathom: Fathom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalEngine, "name", property(lambda self: "qwen2.5-coder-0.5b"))
+    service, documents = small_fathom.service(), small_fathom.documents()
+    assert service.plan(QUESTION, documents).decision.mode is AnswerMode.QUOTED
+    options = "\n(A) twenty crowns\n(B) thirty crowns"
+    assert service.plan(QUESTION + options, documents).decision.mode is AnswerMode.WRITTEN
+
+
+def test_a_listed_model_is_weighed_by_the_length_it_was_measured_to_use(
+    small_fathom: Fathom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this machine has not calibrated it; of others the context alone is known."""
+    service, documents = small_fathom.service(), small_fathom.documents()
+    context_tokens = small_fathom.engine.context_tokens
+    assert service.features("What?", documents).effective_tokens == context_tokens
+    monkeypatch.setattr(LocalEngine, "name", property(lambda self: "qwen2.5-coder-0.5b"))
+    listed = load_catalog()["qwen2.5-coder-0.5b"].effective_tokens
+    assert service.features("What?", documents).effective_tokens == listed
+    assert listed is not None

@@ -17,7 +17,8 @@ from rag.answering.scan import frame_tokens
 from rag.answering.scan_receipt import predicted_scan_seconds, scan_gates
 from rag.answering.sentence_choice import NUM_CHUNKS
 from rag.errors import ModelError, OutOfMemoryError
-from rag.lm.engine import DocumentPrefix, Engine, Prompt
+from rag.lm.catalog import load_catalog
+from rag.lm.engine import DocumentPrefix, Engine, Prompt, model_named
 from rag.retrieval.retriever import Hit, Retriever
 from rag.routing.gates import Limits, Need, check_gates, describe, failed, hard
 from rag.routing.model_plan import longest_context
@@ -454,10 +455,12 @@ class Planner:
             num_chunks += document.num_chunks
         nearest = hits[:NUM_HITS]
         document_tokens, limits = self._document_tokens(documents), self.limits()
+        listed = load_catalog().get(model_named(self._engine.name))
+        effective_tokens = limits.effective_tokens or (listed and listed.effective_tokens)
         return RouteFeatures(
             question=question,
             document_tokens=document_tokens,
-            effective_tokens=limits.effective_tokens or limits.context_tokens or document_tokens,
+            effective_tokens=effective_tokens or limits.context_tokens or document_tokens,
             shares=tuple(sorted((hit.lexical for hit in nearest), reverse=True)),
             places=places_of(
                 [before[h.chunk.document_id] + h.chunk.chunk.ordinal for h in nearest], num_chunks

@@ -23,7 +23,7 @@ from rag.errors import OutOfMemoryError
 from rag.lm.catalog import load_catalog
 from rag.lm.engine import Engine, model_named
 from rag.retrieval.retriever import Retriever
-from rag.routing.question_class import classify_question
+from rag.routing.question_class import classify_question, offers_options
 from rag.settings import Settings
 from rag.store.documents import DocumentStore
 from rag.types import (
@@ -71,8 +71,8 @@ def decide_quotation(
     else:
         if not engine.can_score or not quotes_only(engine):
             return None
-        if classified.question_class is not QuestionClass.LOOKUP:
-            return None
+        if classified.question_class is not QuestionClass.LOOKUP or offers_options(question):
+            return None  # of a chain no sentence is the answer, and no quotation names an option
         reason = f"a lookup, and {engine.name} is small: the answer is quoted, not written"
     return RouteDecision(
         Route.RETRIEVAL,

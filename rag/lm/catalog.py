@@ -79,7 +79,8 @@ class CatalogEntry:
     """One model of models.toml; `use` is embedder or language-model.
 
     `answers` of a language model is free, or quotation where it is too small to be trusted with
-    words of its own.
+    words of its own. `effective_tokens` is how long a prompt it was measured to use well, by
+    `fathom calibrate` before it was put here; None where that was not measured.
     A model without `files` is the snapshot of its hub repository, and its checksums are the hub's.
     """
 
@@ -91,6 +92,7 @@ class CatalogEntry:
     notes: str
     files: tuple[ModelFile, ...] = ()
     answers: str = "free"
+    effective_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,12 @@ _PARTS = (
     r"|footnotes|columns|sheets)"
 )
 
+_COMPARATIVE = (
+    r"(?:more|less|fewer|higher|lower|larger|smaller|bigger|greater|longer|shorter|older|younger"
+    r"|earlier|later|taller|faster|slower|heavier|lighter|cheaper|better|worse|nearer|farther"
+    r"|further|first)"
+)
+
 # Tried in order: the first pattern found decides.
 _RULES: tuple[tuple[QuestionClass, str, re.Pattern[str]], ...] = tuple(
     (question_class, words, re.compile(pattern, re.I))
@@ -47,7 +53,8 @@ _RULES: tuple[tuple[QuestionClass, str, re.Pattern[str]], ...] = tuple(
             QuestionClass.AGGREGATE,
             "it asks how often something stands in the text",
             r"\bhow (?:often|many times) (?:is|are|does|do|was|were)\b.*"
-            r"\b(?:mention\w*|occurs?|appears?|named|used|repeated)\b",
+            r"\b(?:mention\w*|occurs?|appears?|named|used|repeated)\b"
+            rf"|\bhow (?:often|many times) (?:does|do) (?:this|the|these) (?:\w+ )?{_DOCUMENT} \w+",
         ),
         (
             QuestionClass.AGGREGATE,
@@ -72,12 +79,16 @@ _RULES: tuple[tuple[QuestionClass, str, re.Pattern[str]], ...] = tuple(
             "it asks to compare",
             r"^\W*compare\b|\bhow (?:do|does|did|is|are|was|were)\b.*\bcompared?\b"
             r"|\bversus\b|\bvs\b"
-            r"|\bdiffer(?:s|ed)?\b|\bdifferences? between\b|\bsimilarit\w*|\bhow similar\b",
+            r"|\bdiffer(?:s|ed)?\b|\bdifferences? between\b|\bsimilarit\w*|\bhow similar\b"
+            rf"|^\W*(?:which|who|what)\b[^,]{{0,200}}\b{_COMPARATIVE}\b[^,]{{0,200}},[^,]*\bor\b"
+            r"|^\W*(?:is|are|was|were|do|does|did|has|have)\b[^,]{0,200}"
+            rf"\b{_COMPARATIVE}\b[^,]{{0,200}}\bthan\b",
         ),
         (
             QuestionClass.MULTI_HOP,
             "one thing is described by another",
-            r"\b(?:who|which|what)\b.+\b(?:whose|of the \w+ (?:that|who|which))\b",
+            r"\b(?:who|which|what)\b.{1,300}?\b(?:whose|(?:of|in|at|on|from|with|by) the \w+"
+            r" (?:that|who|which|where))\b",
         ),
     )
 )
@@ -134,6 +145,10 @@ FEATURES: dict[str, re.Pattern[str]] = {
 }
 
 
+# "(A) red", "B. green": two lines or more, from A on, that end the question.
+_OPTIONS = re.compile(r"(?:^|\n)[ \t]*\(?A[).:] [^\n]+(?:\n+[ \t]*\(?[B-Z][).:] [^\n]+)+\s*\Z")
+
+
 @dataclass(frozen=True, slots=True)
 class ClassifiedQuestion:
     """A question's class, and why: the rule that it matched or the features that weighed most."""
@@ -142,8 +157,17 @@ class ClassifiedQuestion:
     reason: str
 
 
+def offers_options(question: str) -> bool:
+    """Say whether a question ends in lines of lettered options, of which one is to be chosen."""
+    return _OPTIONS.search(question) is not None
+
+
 def classify_question(question: str) -> ClassifiedQuestion:
-    """Return what a question asks for; English wording only, anything else is a lookup."""
+    """Return what a question asks for; English wording only, anything else is a lookup.
+
+    Options to choose from say nothing of it.
+    """
+    question = _OPTIONS.sub("", question)
     by_rule = classify_by_rule(question)
     return by_rule or classify_by_weights(question)
 

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from rag.errors import ReadError
-from rag.settings import load_settings
-from ui.console import Json, Model, err, open_fathom, out, print_json, stages_bar
+from rag.settings import Settings, load_settings
+from ui.console import Home, Json, Model, err, open_fathom, out, print_json, stages_bar
 from ui.verbs.bench_options import Data, Split, app
+from ui.verbs.comparison import MAX_NEW_TOKENS, ask_paired
 
 VectorCache = Annotated[
     Path | None, typer.Option("--cache", help="Folder that keeps the chunks' vectors between runs.")
@@ -156,18 +157,40 @@ def bench_quotation_verb(
     print_json(line)
 
 
-@app.command("router", epilog="Examples: fathom bench router --data sets --split dev")
+@app.command(
+    "router",
+    epilog="Examples: fathom bench router --data sets --split dev"
+    "  |  fathom bench router --data sets --split test -o slices",
+)
 def bench_router_verb(
-    data: Annotated[Path, typer.Option("--data", help="Folder that holds the folder lara.")],
+    data: Data,
     split: Annotated[
         str, typer.Option(help="dev (in folds, to tune) or test (to report).")
     ] = "dev",
     weights: Annotated[
         Path | None, typer.Option(help="From fathom fit-router, for test; default: those shipped.")
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Ask the model, too: folder of its answers; goes on there where it was ended.",
+        ),
+    ] = None,
+    size: Annotated[
+        int, typer.Option(min=1, help="With -o: documents of each kind and length.")
+    ] = 2,
+    model: Model = None,
+    home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Judge the router on stored answers of eleven models, beside simple rules; no model runs."""
+    """Judge the router on stored answers of eleven models; with -o on those of the model here, too.
+
+    The latter ask questions of every class on documents of several lengths by retrieval, by reading
+    everything, and as the router would have it, and tell for each slice how far the router is from
+    the better of the two.
+    """
     from eval.bench.router import Round, bench_router, card, cross_validation, label_pairs
     from eval.lara import load_lara
     from rag.routing.utility import load_weights
@@ -188,7 +211,43 @@ def bench_router_verb(
         rounds = cross_validation(dev)
     bench = bench_router(rounds, split=split)
     (err if as_json else out).print(card(bench), markup=False)
-    print_json(bench.to_json())
+    line = bench.to_json()
+    if output is not None:
+        settings = load_settings(home=home, model=model, max_new_tokens=MAX_NEW_TOKENS)
+        line["asked"] = _ask_suite(data, split, size, output, settings, as_json=as_json)
+    print_json(line)
+
+
+def _ask_suite(
+    data: Path, split: str, size: int, folder: Path, settings: Settings, *, as_json: bool
+) -> dict[str, Any]:
+    """Ask the suite in three ways, show the slices, and leave the report in the folder."""
+    from eval.analysis import analyse
+    from eval.arms import Arm
+    from eval.bench.router_slices import judge_slices, slices_card
+    from eval.compare import load_comparison
+    from eval.provenance import sha256_of_files
+    from eval.report import write_report
+    from eval.router_suite import SETS, router_suite
+    from rag.routing.utility import load_weights
+
+    suite = router_suite(data, split, size=size)
+    ask_paired(
+        suite.examples,
+        folder,
+        (Arm.HYBRID, Arm.FULL, Arm.ROUTER),
+        texts=suite.documents,
+        name="router suite",
+        split=split,
+        sha256=sha256_of_files(*(data / name for name in SETS)),
+        settings=settings,
+    )
+    asked, journal = load_comparison(folder)
+    slices = judge_slices(asked, journal)
+    (err if as_json else out).print(slices_card(slices), markup=False)
+    analysis = analyse(asked, journal, load_weights(settings.router_weights))
+    page = write_report(analysis, asked, journal, folder)
+    return {"report": str(page), "slices": [asdict(part) for part in slices]}
 
 
 @app.command(

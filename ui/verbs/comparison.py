@@ -5,7 +5,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,14 @@ from ui.console import Home, Json, Model, err, open_fathom, out, print_json, sta
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from eval.arms import Arm
+    from eval.evidence_sets import EvidenceDocument
+    from eval.examples import EvalExample
+
 app = typer.Typer()
+
+# Longest answer of every arm.
+MAX_NEW_TOKENS = 64
 
 
 @app.command(
@@ -44,7 +51,7 @@ def compare(
     documents: Annotated[int | None, typer.Option(min=1, help="Documents; default: all.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer of every arm, in tokens.")
-    ] = 64,
+    ] = MAX_NEW_TOKENS,
     seed: Annotated[int, typer.Option(help="Of the choice, and of random passages.")] = 0,
     shard: Annotated[
         str, typer.Option(help="i/n: every n-th document from the i-th, beside other processes.")
@@ -103,7 +110,7 @@ def compare(
 def _ask(
     examples: Path,
     folder: Path,
-    arms: "Sequence[Any]",
+    arms: "Sequence[Arm]",
     *,
     split: str,
     limit: int | None,
@@ -113,12 +120,9 @@ def _ask(
     settings: Settings,
 ) -> None:
     """Ask what has not been asked yet."""
-    from eval.arms import Workplace
-    from eval.compare import check_evidence, compare, find_documents, keep_examples
-    from eval.evidence_sets import ingest_set, is_example_set, load_example_set
+    from eval.evidence_sets import is_example_set, load_example_set
     from eval.examples import choose, load_examples
-    from eval.held_out import HELD_OUT
-    from eval.provenance import made_with, sha256_of_files
+    from eval.provenance import sha256_of_files
 
     is_set = examples.is_dir() and is_example_set(examples)
     found = load_example_set(examples, split) if is_set else None
@@ -128,21 +132,69 @@ def _ask(
         limit=limit,
         seed=seed,
     )
+    ask_paired(
+        asked,
+        folder,
+        arms,
+        texts=found.documents if found else None,
+        name=examples.name,
+        split=split if found else "",
+        sha256=sha256_of_files(examples),
+        seed=seed,
+        shard=shard,
+        settings=settings,
+    )
+
+
+def ask_paired(
+    asked: "Sequence[EvalExample]",
+    folder: Path,
+    arms: "Sequence[Arm]",
+    *,
+    texts: "Sequence[EvidenceDocument] | None",
+    name: str,
+    split: str,
+    sha256: str,
+    settings: Settings,
+    seed: int = 0,
+    shard: tuple[int, int] = (1, 1),
+) -> None:
+    """Ask these questions by every arm, as far as the folder does not hold the answers already.
+
+    Args:
+        asked: the questions.
+        folder: of the comparison.
+        arms: the ways to answer.
+        texts: the documents asked about, for a library inside the folder; None asks those of the
+            person's own.
+        name: of the questions, for the report.
+        split: theirs; a look at held-out ones is counted.
+        sha256: of the files that they come from.
+        settings: with the model that answers.
+        seed: of random passages.
+        shard: (i, n), as in `eval.compare.compare`.
+    """
+    from eval.arms import Workplace
+    from eval.compare import check_evidence, compare, find_documents, keep_examples
+    from eval.evidence_sets import ingest_set
+    from eval.held_out import HELD_OUT
+    from eval.provenance import made_with
+
     is_new = keep_examples(asked, folder)
     looks = 0
-    if found and split == HELD_OUT:
-        looks = _look(settings.home, examples, split, is_new=is_new)
+    if texts is not None and split == HELD_OUT:
+        looks = _look(settings.home, f"{name} {split}", sha256, is_new=is_new)
     calibrations = open_fathom(settings).calibrations  # the person's own, whatever the library
-    if found is not None:
+    if texts is not None:
         own = {"home": folder / "library", "database_url": None, "document_kv_disk_bytes": 0}
         settings = settings.model_copy(update=own | {"user": ""})
     fathom = open_fathom(settings)
     with stages_bar("compare") as on_progress:
-        if found is not None:
+        if texts is not None:
             names = {example.document for example in asked}
             with TemporaryDirectory(prefix="fathom-compare-") as files:
                 by_name = ingest_set(
-                    [document for document in found.documents if document.id in names],
+                    [document for document in texts if document.id in names],
                     fathom.ingest_files,
                     Path(files),
                     on_progress=lambda done, total: on_progress("documents", done, total),
@@ -167,8 +219,8 @@ def _ask(
                 place,
                 by_name,
                 command=shlex.join(["fathom", *sys.argv[1:]]),
-                data=f"{examples.name} {split if found else ''}".strip(),
-                examples_sha256=sha256_of_files(examples),
+                data=f"{name} {split}".strip(),
+                examples_sha256=sha256,
                 seed=seed,
                 held_out_looks=looks,
             ),
@@ -178,31 +230,20 @@ def _ask(
         )
 
 
-def _look(home: Path, examples: Path, split: str, *, is_new: bool) -> int:
+def _look(home: Path, data: str, sha256: str, *, is_new: bool) -> int:
     """Write down that held-out questions are looked at, and say how often that has been done."""
     from eval.held_out import Look, in_words, looks_at, write_down
-    from eval.provenance import sha256_of_files
 
-    sha256 = sha256_of_files(examples)
     if is_new:  # one that goes on looks no second time
-        command = shlex.join(["fathom", *sys.argv[1:]])
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        write_down(
-            home,
-            Look(
-                f"{examples.name} {split}",
-                sha256,
-                now,
-                command,
-            ),
-        )
+        write_down(home, Look(data, sha256, now, shlex.join(["fathom", *sys.argv[1:]])))
     looks = looks_at(home, sha256)
     if looks:
         err.print(in_words(looks), markup=False)
     return len(looks)
 
 
-def _arms(names: str) -> "list[Any]":
+def _arms(names: str) -> "list[Arm]":
     from eval.arms import Arm
 
     if names == "all":
