@@ -93,6 +93,11 @@ class Settings(BaseSettings):
         " that the model's GGUF file holds so: two to three times sooner, not word for word the"
         " same; where there are none for this CPU, the stored ones.",
     )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="On a GPU an answer is written by a recorded step, where the model shows that"
+        " this gives the same; false calls the model for each token.",
+    )
 
     chunk_tokens: int = Field(
         default=128,

@@ -1,14 +1,25 @@
 """GPU paths against their plain twins; skipped, with the reason, where there is no GPU."""
 
+from threading import Event
+
 import faiss
 import numpy as np
 import pytest
 import torch
 
-from conftest import make_tiny_engine
+from conftest import make_tiny_engine, make_tiny_tokenizer, prompt_of
+from rag.lm.engine import GenerationDone, TextPiece
+from rag.lm.forward import forward
+from rag.lm.local_engine import LocalEngine
+from rag.lm.native_cache import native_cache
+from rag.lm.spec import ModelSpec
+from rag.lm.static_cache import STATIC_FAMILIES
+from rag.lm.static_decode import PLAIN_STEPS, StaticDecoder, can_decode_statically
+from rag.lm.windowed_attention import difference, tolerance
 from rag.retrieval.vector_index import IndexPlan
 from test_vector_index import FLAT, HALF, TRAINED, Shelf, clustered
 from test_vector_index import shelf as shelf
+from tiny_families import tiny_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 needs_gpu_faiss = pytest.mark.skipif(
@@ -54,3 +65,60 @@ def test_gpu_logits_agree_with_cpu_logits() -> None:
         on_cpu = model(input_ids=ids).logits
         on_gpu = model.to("cuda")(input_ids=ids.to("cuda")).logits.cpu()
     assert torch.allclose(on_cpu, on_gpu, atol=1e-3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(STATIC_FAMILIES))
+def test_a_recorded_step_gives_the_logits_of_the_plain_way(family: str, dtype: torch.dtype) -> None:
+    """Recorded, called, and calling the model: three ways to the same tokens, fed alike."""
+    model = tiny_model(family).to("cuda", dtype)
+    ids = [(7 + 7919 * index) % 250 for index in range(40)]
+
+    def prefilled() -> object:
+        cache = native_cache(model.config)
+        forward(model, [ids], cache)
+        return cache
+
+    plain = prefilled()
+    recorded, called = (
+        StaticDecoder(model, prefilled(), 7, max_new_tokens=24, records=records)  # type: ignore[arg-type]
+        for records in (True, False)
+    )
+    newest = 7
+    for step in range(23):
+        expected = forward(model, [[newest]], plain)[0, -1]  # type: ignore[arg-type]
+        called.token.fill_(newest)
+        recorded.token.fill_(newest)
+        recorded.advance()
+        called.advance()
+        torch.cuda.synchronize()
+        assert torch.equal(recorded.logits, called.logits)
+        assert difference(recorded.logits[0], expected) < tolerance(model)
+        newest = int(expected.argmax())
+        assert recorded.is_recorded == (step >= PLAIN_STEPS)
+    assert not called.is_recorded
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_an_answer_on_a_gpu_is_the_plain_one(family: str) -> None:
+    """The whole way: self-test, copy, steps, tokens read one behind, the stop; twice in a row."""
+    model = tiny_model(family).to("cuda")
+    assert can_decode_statically(model, ModelSpec.from_config(model.config, dtype_bytes=4))
+
+    def answer(*, static: bool) -> tuple[str, GenerationDone]:
+        engine = LocalEngine(model, make_tiny_tokenizer(), name="tiny", decodes_statically=static)
+        prompt = prompt_of([(7 + 7919 * index) % 250 for index in range(40)])
+        steps = list(engine.generate(prompt, max_new_tokens=24, stop=Event()))
+        done = steps[-1]
+        assert isinstance(done, GenerationDone)
+        return "".join(step.text for step in steps if isinstance(step, TextPiece)), done
+
+    text, done = answer(static=False)
+    for _ in range(2):
+        found, found_done = answer(static=True)
+        assert found == text
+        assert (found_done.kv_tokens, found_done.kv_bytes) == (done.kv_tokens, done.kv_bytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from threading import Event
 from typing import Any
@@ -24,6 +25,7 @@ from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 from rag.lm.prefill_rate import PrefillClock
 from rag.lm.shared_prefix import SharedPrefixCache, can_share, forward_shared
 from rag.lm.spec import ModelSpec
+from rag.lm.static_decode import PLAIN_STEPS, StaticDecoder, can_decode_statically
 
 # Most answers written in step: beyond, a row more costs a CPU nearly what it costs alone.
 MOST_ROWS = 32
@@ -102,6 +104,7 @@ class BatchGeneration:
         *,
         max_new_tokens: int,
         stop: Event,
+        decodes_statically: bool = False,
     ) -> None:
         """Take what all batches have in common.
 
@@ -112,10 +115,14 @@ class BatchGeneration:
             clock: learns from prompts that are read alone.
             max_new_tokens: the longest answer.
             stop: looked at between the layers of a prefill, and between tokens.
+            decodes_statically: one answer alone is written by a `StaticDecoder` where the model
+                can be.
         """
         self._model, self._prefill, self._tokenizer, self._clock = model, prefill, tokenizer, clock
         self._spec = prefill.spec
         self._max_new_tokens, self._stop = max_new_tokens, stop
+        # The step has to be recorded before it is sooner.
+        self._decodes_statically = decodes_statically and max_new_tokens > PLAIN_STEPS + 1
 
     def answer(
         self, prompts: Sequence[Prompt], prefix: DocumentPrefix | None
@@ -176,12 +183,32 @@ class BatchGeneration:
             for row in ready:
                 if len(ready) > 1:  # joined: what a row held alone is no longer needed
                     row.state.cache.layers.clear()
-            yield from self._decoded(ready, cache)
+            if len(ready) == 1 and self._can_decode_statically():
+                yield from self._decoded_statically(ready[0], cache)
+            else:
+                yield from self._decoded(ready, cache)
         for number, ids in zip(numbers, all_ids, strict=True):
             if number not in rows:  # the stop came before it
                 yield number, _not_begun(len(ids))
             elif rows[number] not in ready:
                 yield number, rows[number].stopped_early()
+
+    def _can_decode_statically(self) -> bool:
+        return self._decodes_statically and can_decode_statically(self._model, self._spec)
+
+    def _decoded_statically(self, row: Row, cache: Any) -> Iterator[tuple[int, GenerationStep]]:  # noqa: ANN401
+        first_id = row.state.next_id
+        assert first_id is not None  # its prompt was read
+        begun = time.perf_counter()
+        decoder = allocated(
+            lambda: StaticDecoder(
+                self._model, cache, first_id, max_new_tokens=self._max_new_tokens
+            ),
+            f"where a cache of {row.prompt_tokens:,} tokens was copied",
+        )
+        row.decode_seconds += time.perf_counter() - begun
+        with closing(decoder):
+            yield from self._decoded([row], decoder)
 
     # ---- one document for all -------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from rag.lm.kv_bytes import measured_row_bytes
 from rag.lm.native_cache import select
 from rag.lm.prefill import Prefilled
 from rag.lm.shared_prefix import SharedPrefixCache, forward_shared
+from rag.lm.static_decode import StaticDecoder
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -61,7 +62,7 @@ class Row:
 def decode(
     model: Any,  # noqa: ANN401 - a causal model of transformers
     rows: Sequence[Row],
-    cache: Cache,
+    cache: Cache | StaticDecoder,
     *,
     end_ids: frozenset[int],
     max_new_tokens: int,
@@ -77,10 +78,11 @@ def decode(
     Args:
         model: ready to run.
         rows: their prompts are read, and their padding is known.
-        cache: of all of them, in their order; a `SharedPrefixCache` where they share one.
+        cache: of all of them, in their order; a `SharedPrefixCache` where they share one, and what
+            writes on from its own where there is but one row.
         end_ids: the tokens that end an answer.
         max_new_tokens: the longest answer.
-        stop: looked at before each token.
+        stop: looked at before each token that is shown.
 
     Yields:
         Each row's number with its text pieces and, last, its GenerationDone.
@@ -101,11 +103,12 @@ def decode(
             if is_end or is_full or stop.is_set():
                 if piece := row.text.flush():
                     yield row.number, TextPiece(piece)
+                kv_tokens, kv_bytes = _held(cache, row)
                 yield (
                     row.number,
                     row.done(
-                        kv_tokens=cache.get_seq_length() - row.padding,
-                        kv_bytes=measured_row_bytes(cache, row.padding),
+                        kv_tokens=kv_tokens,
+                        kv_bytes=kv_bytes,
                         stopped=not is_end and not is_full,
                         is_cut_off=is_full,
                     ),
@@ -116,16 +119,36 @@ def decode(
             active = [active[index] for index in left]
             if not active:
                 return
+            assert not isinstance(cache, StaticDecoder)  # it has one row, which has not ended
             select(cache, left)
         begun = time.perf_counter()
-        newest = [[row.state.next_id or 0] for row in active]
-        padding = [row.padding for row in active]
-        if isinstance(cache, SharedPrefixCache):
-            logits = forward_shared(model, newest, cache, front_padding=padding)
-        else:
-            logits = forward(model, newest, cache, front_padding=padding)
-        next_ids = logits[:, -1].argmax(-1).tolist()  # waits for the GPU
+        next_ids = _next_ids(model, active, cache)
         seconds = time.perf_counter() - begun
         for row, next_id in zip(active, next_ids, strict=True):
             row.state.next_id = next_id
             row.decode_seconds += seconds
+
+
+def _next_ids(
+    model: Any,  # noqa: ANN401
+    rows: Sequence[Row],
+    cache: Cache | StaticDecoder,
+) -> list[int]:
+    """Return the likeliest next token of each row; waits for the GPU."""
+    if isinstance(cache, StaticDecoder):
+        return [cache.next_id()]
+    newest = [[row.state.next_id or 0] for row in rows]
+    padding = [row.padding for row in rows]
+    if isinstance(cache, SharedPrefixCache):
+        logits = forward_shared(model, newest, cache, front_padding=padding)
+    else:
+        logits = forward(model, newest, cache, front_padding=padding)
+    found: list[int] = logits[:, -1].argmax(-1).tolist()
+    return found
+
+
+def _held(cache: Cache | StaticDecoder, row: Row) -> tuple[int, int]:
+    """Return the tokens and the logical bytes that the cache holds of a row."""
+    if isinstance(cache, StaticDecoder):
+        return cache.num_tokens, cache.kv_bytes
+    return cache.get_seq_length() - row.padding, measured_row_bytes(cache, row.padding)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 _FLOAT32_BYTES = 4
 # A full layer that decodes has room for up to so many tokens more than it holds.
 ROOM_TOKENS = 128
+# A cache that stays where it is has a multiple of so many slots: attention is summed in so many
+# parts. Less than the room that any cache may have.
+STATIC_PARTS = 64
 # What a cache layer keeps beside what it caches: counters, and what is the model's.
 _NOT_CACHED = frozenset({"_sliding_window_tensor", "cumulative_length", "key_sizes"})
 
@@ -75,6 +78,29 @@ def room_bytes(spec: ModelSpec, num_tokens: int) -> int:
     They are no part of `kv_cache_bytes`, for nothing is in them, but of what a request takes.
     """
     return kv_cache_bytes(spec, num_tokens + ROOM_TOKENS) - kv_cache_bytes(spec, num_tokens)
+
+
+def static_capacity(num_tokens: int) -> int:
+    """Return the slots of a full layer in a static cache that is to hold `num_tokens` tokens."""
+    return -(-num_tokens // STATIC_PARTS) * STATIC_PARTS
+
+
+def static_kv_bytes(spec: ModelSpec, num_tokens: int) -> int:
+    """Return the bytes of all tensors of a static cache that has room for `num_tokens` tokens.
+
+    Beside what `kv_cache_bytes` counts there are the slots up to the next multiple, and in each
+    window one for the token being computed; never more than that and `room_bytes` together, and a
+    token a window.
+
+    Args:
+        spec: of a model with full and sliding layers alone.
+        num_tokens: prompt and new tokens.
+    """
+    slots = static_capacity(num_tokens)
+    return sum(
+        layer.elements_per_token * min(slots, layer.window or slots) * spec.dtype_bytes
+        for layer in spec.layers
+    )
 
 
 def measured_kv_bytes(cache: Cache) -> int:

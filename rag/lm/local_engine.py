@@ -71,6 +71,7 @@ class LocalEngine:
         weights_id: str = "",
         kv_reserve_bytes: int = 0,
         extra_weights_bytes: int = 0,
+        decodes_statically: bool = False,
     ) -> None:
         """Wrap a model that is loaded, or one that a function will load.
 
@@ -86,6 +87,8 @@ class LocalEngine:
             weights_id: what tells these weights and their dtype from others of the same name.
             kv_reserve_bytes: device memory that no kept cache may take.
             extra_weights_bytes: what the function will load beside the model's own weights.
+            decodes_statically: answers are written by a `rag.lm.static_decode` where the model can
+                be: sooner on a GPU, not on a CPU.
 
         Raises:
             UnsupportedModelError: if its cache cannot be predicted exactly.
@@ -122,6 +125,7 @@ class LocalEngine:
             reserve_bytes=kv_reserve_bytes,
         )
         self._prefill = self._new_prefill(self._spec)
+        self._decodes_statically = decodes_statically
         self._windowed: WindowedModel | None = None
         self._last_scored: tuple[tuple[int, ...], Cache] | None = None
         self._lock = Lock()
@@ -166,6 +170,7 @@ class LocalEngine:
             weights_id=opened.weights_id,
             kv_reserve_bytes=settings.kv_reserve_bytes,
             extra_weights_bytes=opened.extra_bytes,
+            decodes_statically=settings.cuda_graphs and opened.device.type == "cuda",
         )
 
     @property
@@ -343,6 +348,7 @@ class LocalEngine:
                 self._prefill_clock,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
+                decodes_statically=self._decodes_statically,
             )
             yield from batch.answer(prompts, prefix)
             if not stop.is_set():  # who stops does not wait for the disk

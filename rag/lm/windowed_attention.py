@@ -76,7 +76,7 @@ WINDOWED_FAMILIES = frozenset(
     }
 )
 # `dynamic` and `longrope` turn by other angles once a text grows: cached keys would be stale.
-_EXACT_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
+EXACT_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
 
 _ATTENTION = "fathom_windowed"
 _PROBE = "fathom_windowed_probe"
@@ -521,7 +521,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
         return "some of its layers keep more, or less, than keys and values of their own"
     if not rope:
         return "its positions are not rotary (a learned table, or none)"
-    if (kind := rope.get("rope_type", "default")) not in _EXACT_ROPES:
+    if (kind := rope.get("rope_type", "default")) not in EXACT_ROPES:
         return f"its {kind!r} rope is not the same for every length, so cached keys would be stale"
     if config.model_type not in WINDOWED_FAMILIES:
         return f"model type {config.model_type!r} is not among the verified families"

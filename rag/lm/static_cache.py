@@ -1,0 +1,259 @@
+"""A cache whose tensors never move: what a CUDA graph of one decoded token reads and writes.
+
+A graph is a recording of kernels and of the addresses they work on. So keys and values have room
+for prompt and answer from the start, the position stands in a tensor, and a step writes the new
+token where that says. A layer with a window is a ring: the new token takes the place of the one
+that leaves, and as a softmax does not ask for the order of its keys, nothing is moved.
+
+Whatever the step is given, it reads all slots, so the capacity is that of this prompt and this
+answer and no more: for an 8B model the slots that stay empty are 0.2% of what a step reads.
+
+Source: gpt-fast, and StaticCache of transformers 5.23; docs/decisions/0040.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, Cache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+from rag.lm.kv_bytes import STATIC_PARTS
+from rag.lm.native_cache import GrowingLayer, OwningWindowLayer, native_cache
+from rag.lm.windowed_attention import EXACT_ROPES, WINDOWED_FAMILIES
+
+ATTENTION = "fathom_static"
+
+# Families for which tests compare the step with the plain way. Experts are chosen by reading which
+# on the host, which no graph can; the families with windows of their own are added.
+STATIC_FAMILIES = (WINDOWED_FAMILIES - {"mixtral", "qwen3_moe"}) | {
+    "cohere2",
+    "exaone4",
+    "gemma2",
+    "gemma3_text",
+    "ministral",
+    "olmo3",
+}
+
+
+def static_refusal(config: PreTrainedConfig) -> str | None:
+    """Return why the config rules a static cache out, or None.
+
+    Args:
+        config: the decoder's.
+    """
+    layers = native_cache(config).layers
+    if any(type(layer) not in (GrowingLayer, OwningWindowLayer) for layer in layers):
+        return "some of its layers keep more, or less, than keys and values of their own"
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    kinds = {parameters.get("rope_type", "default") for parameters in nested or [rope]}
+    if not rope or not kinds <= EXACT_ROPES:
+        return "its positions are not rotary, or turn by other angles once a text grows"
+    if config.model_type not in STATIC_FAMILIES:
+        return f"model type {config.model_type!r} is not among the verified families"
+    return None
+
+
+class StaticCache(Cache):
+    """The cache of one sequence, with room for `capacity` tokens; layers read `place` of theirs."""
+
+    def __init__(self, layers: Sequence[StaticLayer], num_tokens: int, capacity: int) -> None:
+        """Take layers that hold `num_tokens` tokens; see `static_copy`."""
+        super().__init__(layers=list(layers))
+        self.static_layers = tuple(layers)
+        self.capacity = capacity
+        self.position = torch.tensor([num_tokens], device=layers[0].states[0].device)
+        self._places = list({id(layer.place): layer.place for layer in layers}.values())
+
+    def point(self) -> None:
+        """Let every layer write at the position, and see what is there up to it; in place."""
+        for place in self._places:
+            place.point(self.position)
+
+    def used_bytes(self, num_tokens: int) -> int:
+        """Return the logical bytes of the first `num_tokens` tokens, as `measured_kv_bytes`."""
+        return sum(layer.used_bytes(num_tokens) for layer in self.static_layers)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all keys and values, room included; `static_kv_bytes` of the spec."""
+        return sum(
+            states.untyped_storage().nbytes()
+            for layer in self.static_layers
+            for states in layer.states
+        )
+
+
+class _Place:
+    """Where the layers of one size write a token, and which of their slots hold one."""
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        self.num_slots = num_slots
+        self.parts = math.gcd(num_slots, STATIC_PARTS)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.visible = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self._slots = torch.arange(num_slots, device=device)
+
+    def point(self, position: Tensor) -> None:
+        self.slot.copy_(position % self.num_slots)
+        torch.le(self._slots, position, out=self.visible)
+
+
+class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Keys and values of one layer, [1, heads, slots, width], where they stay."""
+
+    is_compileable = True
+
+    def __init__(self, states: tuple[Tensor, Tensor], window: int | None, place: _Place) -> None:
+        """Take the tensors; `window` counts the keys that a token sees, itself included."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.states = self.keys, self.values = states
+        self.place = place
+        self.is_sliding = window is not None
+        self._kept = place.num_slots if window is None else window - 1
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: the tensors are there."""
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """Write one token at the place; return all slots, those that hold nothing too."""
+        keys, values = self.states
+        keys.index_copy_(2, self.place.slot, key_states)
+        values.index_copy_(2, self.place.slot, value_states)
+        return keys, values
+
+    def used_bytes(self, num_tokens: int) -> int:
+        """Return the bytes of what the layer keeps of `num_tokens` tokens."""
+        num_bytes = sum(states.numel() * states.element_size() for states in self.states)
+        return num_bytes // self.place.num_slots * min(num_tokens, self._kept)
+
+    def get_seq_length(self) -> int:
+        """Refuse: how far it is stands in a tensor, which nobody may wait for."""
+        raise RuntimeError("a static cache does not know its length on the host")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of slots, the first of which is slot 0."""
+        return self.place.num_slots, 0
+
+    def get_max_length(self) -> int:
+        """Return the number of slots."""
+        return self.place.num_slots
+
+
+def static_copy(cache: Cache, capacity: int) -> StaticCache:
+    """Return a static cache that goes on from a prefilled one, whose layers are dropped.
+
+    Each layer is dropped once it is copied: beside the static cache, one layer is in memory twice.
+
+    Args:
+        cache: one sequence in the layers of `native_cache`.
+        capacity: tokens of prompt and answer, at least as many as `cache` holds.
+    """
+    num_tokens = cache.get_seq_length()
+    places: dict[int, _Place] = {}
+    layers = []
+    while cache.layers:
+        layer: Any = cache.layers.pop(0)
+        window = int(layer.sliding_window) if isinstance(layer, OwningWindowLayer) else None
+        num_slots = capacity if window is None else min(window, capacity)
+        place = places.setdefault(num_slots, _Place(num_slots, layer.keys.device))
+        held = layer.keys.shape[-2]
+        at = torch.arange(num_tokens - held, num_tokens, device=layer.keys.device) % num_slots
+        states = _in_slots(layer.keys, at, num_slots), _in_slots(layer.values, at, num_slots)
+        layers.append(StaticLayer(states, window, place))
+    return StaticCache(layers, num_tokens, capacity)
+
+
+def _in_slots(states: Tensor, at: Tensor, num_slots: int) -> Tensor:
+    """Return [1, heads, num_slots, width] with the states at their slots, and zeros elsewhere.
+
+    Slots that hold nothing are given no weight, and nothing times what is not a number is none.
+    """
+    _, heads, _, width = states.shape
+    return states.new_zeros((1, heads, num_slots, width)).index_copy_(2, at, states)
+
+
+# ---- attention of one token --------------------------------------------------------------------
+
+
+def _static_attention(
+    module: Any,  # noqa: ANN401
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    fathom_static: StaticCache | None = None,
+    **kwargs: Any,  # noqa: ANN401 - what other attention functions use
+) -> tuple[Tensor, None]:
+    """The attention of a step, as transformers calls it; `query` is [1, H, 1, D]."""
+    if fathom_static is None:
+        raise RuntimeError("the model is writing an answer; wait until it has")
+    place = fathom_static.static_layers[module.layer_idx].place
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attend_one(
+        query, key, value, place.visible, parts=place.parts, scale=scale, softcap=softcap
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _static_attention)
+
+
+def attend_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    *,
+    parts: int,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attend with one query to the slots that hold a token; every shape is known beforehand.
+
+    Two batched products with a softmax in float32 between. The second sums over the slots, and a
+    product with few rows and columns would occupy few of a GPU's processors: it is computed in
+    parts, whose sums are added.
+
+    Args:
+        query: [1, H, 1, D].
+        key: [1, G, S, D] with H a multiple of G; so is `value`.
+        value: [1, G, S, D].
+        visible: bool [S].
+        parts: a divisor of S.
+        scale: the factor of the scores.
+        softcap: what the scores are bent to stay below, if anything.
+
+    Returns:
+        [1, H, 1, D].
+    """
+    _, H, _, D = query.shape
+    _, G, S, _ = key.shape
+    scores = _product(query.reshape(G, H // G, D), key[0].mT) * scale  # [G, H/G, S]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(value.dtype)
+    each = weights.view(G, H // G, parts, -1).transpose(1, 2).flatten(0, 1)  # [G*parts, H/G, S/p]
+    sums = _product(each, value.view(G * parts, S // parts, -1))
+    return sums.view(G, parts, H // G, -1).sum(1).view(1, H, 1, -1).to(query.dtype)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the batched product in float32; a CPU cannot without a copy of the operands."""
+    if left.dtype == torch.float32 or left.device.type == "cpu":
+        return torch.bmm(left.float(), right.float())
+    return torch.bmm(left, right, out_dtype=torch.float32)
