@@ -3,6 +3,8 @@
 Here the step is called, which is the plain twin of what a GPU records; test_gpu.py records it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -26,7 +28,7 @@ from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import native_cache
 from rag.lm.spec import ModelSpec
 from rag.lm.static_cache import STATIC_FAMILIES, attend_one, static_refusal
-from rag.lm.static_decode import PLAIN_STEPS, StaticDecoder, can_decode_statically
+from rag.lm.static_decode import PLAIN_STEPS, GraphedStep, StaticDecoder, can_decode_statically
 from rag.lm.windowed_attention import difference, tolerance
 from tiny_families import FAMILIES, WINDOW, tiny_model
 
@@ -177,8 +179,9 @@ def test_a_step_that_gives_something_else_is_found_out_and_not_used(
     assert answer(engine_of(model, static=True), 40)[0] == text
 
 
-def test_a_document_that_is_kept_is_gone_on_from_and_not_changed() -> None:
-    model = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_document_that_is_kept_is_gone_on_from_and_not_changed(family: str) -> None:
+    model = tiny_model(family)
     prefix = DocumentPrefix(documents=("one@1",), num_tokens=60)
     text, done = answer(engine_of(model, static=False), 80)
     engine = engine_of(
@@ -359,6 +362,54 @@ def test_a_step_is_one_graph_for_every_position(family: str) -> None:
     for _ in range(2 * WINDOW - 1):
         assert decoder.next_id() == plain.next_id()
     assert len(graphs) == 1
+
+
+class _Card:
+    """What of torch.cuda a recording uses, and what is asked of it in which order."""
+
+    def __init__(self, *, can_record: bool) -> None:
+        self.done: list[str] = []
+        self._can_record = can_record
+        self._is_recording = False
+
+    def step(self) -> None:
+        self.done.append("recorded" if self._is_recording else "called")
+
+    def replay(self) -> None:
+        self.done.append("replayed")
+
+    def wait_stream(self, _: object) -> None:
+        """Nothing runs beside the host here."""
+
+    @contextmanager
+    def graph(self, *_: object, **options: object) -> Iterator[None]:
+        assert options["capture_error_mode"] == "thread_local"
+        self._is_recording = True
+        try:
+            yield
+            if not self._can_record:
+                raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            self._is_recording = False
+
+
+@pytest.mark.parametrize("can_record", [True, False])
+def test_each_step_runs_once_whether_it_can_be_recorded_or_not(
+    can_record: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    card = _Card(can_record=can_record)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: card)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: card)
+    monkeypatch.setattr(torch.cuda, "graph", card.graph)
+    step = GraphedStep(card.step, torch.device("cuda"))
+    for _ in range(PLAIN_STEPS + 4):
+        step()
+    after = "replayed" if can_record else "called"
+    assert card.done == ["called"] * PLAIN_STEPS + ["recorded"] + [after] * 4
+    assert step.is_recorded == can_record
+    assert ("was not recorded" in caplog.text) != can_record
 
 
 def test_a_cpu_is_not_asked_to_record_and_does_not_do_so_by_itself() -> None:

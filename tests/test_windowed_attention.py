@@ -27,12 +27,12 @@ from rag.lm.windowed_attention import (
     WINDOWED_FAMILIES,
     WindowedSession,
     WindowPlan,
+    WindowStep,
     attend_flex,
     attend_sdpa,
     check_windowed,
+    visible_keys,
 )
-from rag.lm.windowed_attention import _Step as Step
-from rag.lm.windowed_attention import _visible as visible
 from rag.settings import load_settings
 
 NUM_TOKENS = 110
@@ -369,17 +369,17 @@ def test_compiled_flex_attention_agrees_with_its_plain_twin(
 
 def attention_case(
     num_queries: int, with_sinks: bool, grouped: int, device: str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor, Step, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, WindowStep, Tensor | None]:
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
     plan, num_keys = WindowPlan(5, 32), 36 + num_queries
-    step = Step(
+    step = WindowStep(
         num_sinks=5,
         window=32,
-        mask=visible(plan, num_queries, num_keys, torch.device(device)),
+        mask=visible_keys(plan, num_queries, num_keys, torch.device(device)),
         turn=None,
         turning_layers=frozenset(),
         attend=attend_sdpa,

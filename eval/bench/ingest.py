@@ -117,11 +117,20 @@ def bench_ingest(
     )
 
 
-def plain_sentence_transformers(folder: Path, *, device: str) -> Peer:
-    """Return the peer: `SentenceTransformer.encode` as its documentation shows it."""
+def plain_sentence_transformers(folder: Path, *, device: str, dtype: str | None = None) -> Peer:
+    """Return the peer: `SentenceTransformer.encode` as its documentation shows it.
+
+    Args:
+        folder: the model's.
+        device: cuda or cpu.
+        dtype: of its weights; by default as stored.
+    """
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), device=device, local_files_only=True)
+    options = {"dtype": dtype} if dtype else {}
+    model = SentenceTransformer(
+        str(folder), device=device, local_files_only=True, model_kwargs=options
+    )
     model.encode(["warm up"])
 
     def embed(texts: list[str]) -> npt.NDArray[np.float32]:

@@ -214,7 +214,7 @@ class WindowedSession:
         other._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
         return other
 
-    def _step(self, positions: Tensor) -> _Step:
+    def _step(self, positions: Tensor) -> WindowStep:
         """Return what the attention of every layer needs to know of this piece."""
         plan = self._plan
         num_queries = positions.shape[1]
@@ -225,10 +225,10 @@ class WindowedSession:
             back = positions.clamp(max=furthest) - positions  # 0 or less
             if int(back.min()) < 0:
                 turn = _turn(self._checked.model, back)
-        return _Step(
+        return WindowStep(
             num_sinks=min(plan.num_sinks, num_keys),
             window=plan.window,
-            mask=_visible(plan, num_queries, num_keys, positions.device),
+            mask=visible_keys(plan, num_queries, num_keys, positions.device),
             turn=turn,
             turning_layers=self._checked.turning_layers,
             attend=choose_attention(positions.device, num_queries),
@@ -259,7 +259,7 @@ def check_windowed(model: Any) -> WindowedModel:  # noqa: ANN401 - a causal mode
         found = torch.cat([session.logits(part) for part in (ids[:13], ids[13:14], ids[14:])])
     except _NoStepError:
         raise _unsupported(model, "its layers do not hand the plan on to the attention") from None
-    mask = _visible(plan, len(ids), len(ids), model.device)
+    mask = visible_keys(plan, len(ids), len(ids), model.device)
     with torch.inference_mode(), attention_named(model, "sdpa"):
         expected = model(
             input_ids=torch.tensor([ids], device=model.device),
@@ -281,7 +281,12 @@ def choose_attention(device: torch.device, num_queries: int) -> Attend:
 
 
 def attend_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, step: _Step, sink_scores: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: WindowStep,
+    sink_scores: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Attend by one call of scaled_dot_product_attention with a mask; any device.
 
@@ -317,7 +322,12 @@ def attend_sdpa(
 
 
 def attend_flex(
-    query: Tensor, key: Tensor, value: Tensor, step: _Step, sink_scores: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: WindowStep,
+    sink_scores: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Attend by FlexAttention, which skips the blocks that no query sees; as `attend_sdpa`."""
     T, K = query.shape[2], key.shape[2]
@@ -391,11 +401,11 @@ class _SinkWindowLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return torch.cat([sinks, rest], dim=-2)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, "_Step", Tensor | None, float], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, "WindowStep", Tensor | None, float], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class WindowStep:
     """One forward pass: handed through the model to every layer's attention.
 
     `mask` is bool [T, K]; `turn` are the cosines and sines that turn this pass's queries to where
@@ -421,7 +431,7 @@ def _windowed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    fathom_step: _Step | None = None,
+    fathom_step: WindowStep | None = None,
     **kwargs: Any,  # noqa: ANN401 - what other attention functions use
 ) -> tuple[Tensor, None]:
     """The attention function of a session's model, as transformers calls it."""
@@ -439,7 +449,7 @@ def _windowed_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _visible(plan: WindowPlan, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+def visible_keys(plan: WindowPlan, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     """Return who sees whom, bool [num_queries, num_keys]; the queries are the newest keys.
 
     Slots of the cache stand for positions: those of the window are contiguous up to the newest,
@@ -494,7 +504,7 @@ def _plain_flex() -> Any:  # noqa: ANN401
 
 @cache
 def _block_mask(num_sinks: int, window: int, num_queries: int, num_keys: int, device: str) -> Any:  # noqa: ANN401
-    """Return FlexAttention's form of `_visible`; the same for every chunk of a full window."""
+    """Return FlexAttention's form of `visible_keys`; the same for every chunk of a full window."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     before = num_keys - num_queries
