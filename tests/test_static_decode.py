@@ -117,8 +117,8 @@ def test_attention_in_parts_is_attention(dtype: torch.dtype, parts: int) -> None
     torch.manual_seed(1)
     query = torch.randn(1, 6, 1, 8).to(dtype)
     key, value = (torch.randn(1, 2, 192, 8).to(dtype) for _ in range(2))
-    visible = torch.arange(192) <= 100
-    found = attend_one(query, key, value, visible, parts=parts, scale=0.3)
+    hidden = torch.arange(192) > 100
+    found = attend_one(query, key, value, hidden, parts=parts, scale=0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.float(),
         key[:, :, :101].float(),
@@ -165,11 +165,11 @@ def test_a_step_that_gives_something_else_is_found_out_and_not_used(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        visible: torch.Tensor,
+        hidden: torch.Tensor,
         **options: Any,  # noqa: ANN401
     ) -> torch.Tensor:
-        first = torch.arange(len(visible)) == 0  # a slot too few
-        return right(query, key, value, visible & ~first, **options)
+        first = torch.arange(len(hidden)) == 0  # a slot too few is seen
+        return right(query, key, value, hidden | first, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("rag.lm.static_cache.attend_one", blind)
@@ -295,7 +295,7 @@ def test_nothing_that_a_step_reads_or_writes_moves(family: str) -> None:
         static = decoder.cache
         tensors = [decoder.token, decoder.logits, static.position]
         for layer in static.static_layers:
-            tensors += [*layer.states, layer.place.slot, layer.place.visible]
+            tensors += [*layer.states, layer.place.slot, layer.place.hidden]
         return [tensor.data_ptr() for tensor in tensors]
 
     before = addresses()

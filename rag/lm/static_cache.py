@@ -60,13 +60,12 @@ def static_refusal(config: PreTrainedConfig) -> str | None:
 
 
 class StaticCache(Cache):
-    """The cache of one sequence, with room for `capacity` tokens; layers read `place` of theirs."""
+    """The cache of one sequence; layers of one size share a place, which the position moves."""
 
-    def __init__(self, layers: Sequence[StaticLayer], num_tokens: int, capacity: int) -> None:
+    def __init__(self, layers: Sequence[StaticLayer], num_tokens: int) -> None:
         """Take layers that hold `num_tokens` tokens; see `static_copy`."""
         super().__init__(layers=list(layers))
         self.static_layers = tuple(layers)
-        self.capacity = capacity
         self.position = torch.tensor([num_tokens], device=layers[0].states[0].device)
         self._places = list({id(layer.place): layer.place for layer in layers}.values())
 
@@ -90,18 +89,18 @@ class StaticCache(Cache):
 
 
 class _Place:
-    """Where the layers of one size write a token, and which of their slots hold one."""
+    """Where the layers of one size write a token, and which of their slots hold none."""
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self.num_slots = num_slots
         self.parts = math.gcd(num_slots, STATIC_PARTS)
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        self.visible = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self.hidden = torch.ones(num_slots, dtype=torch.bool, device=device)
         self._slots = torch.arange(num_slots, device=device)
 
     def point(self, position: Tensor) -> None:
         self.slot.copy_(position % self.num_slots)
-        torch.le(self._slots, position, out=self.visible)
+        torch.gt(self._slots, position, out=self.hidden)
 
 
 class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -173,7 +172,7 @@ def static_copy(cache: Cache, capacity: int) -> StaticCache:
         at = torch.arange(num_tokens - held, num_tokens, device=layer.keys.device) % num_slots
         states = _in_slots(layer.keys, at, num_slots), _in_slots(layer.values, at, num_slots)
         layers.append(StaticLayer(states, window, place))
-    return StaticCache(layers, num_tokens, capacity)
+    return StaticCache(layers, num_tokens)
 
 
 def _in_slots(states: Tensor, at: Tensor, num_slots: int) -> Tensor:
@@ -205,7 +204,7 @@ def _static_attention(
     place = fathom_static.static_layers[module.layer_idx].place
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend_one(
-        query, key, value, place.visible, parts=place.parts, scale=scale, softcap=softcap
+        query, key, value, place.hidden, parts=place.parts, scale=scale, softcap=softcap
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -217,7 +216,7 @@ def attend_one(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Tensor,
+    hidden: Tensor,
     *,
     parts: int,
     scale: float,
@@ -233,7 +232,7 @@ def attend_one(
         query: [1, H, 1, D].
         key: [1, G, S, D] with H a multiple of G; so is `value`.
         value: [1, G, S, D].
-        visible: bool [S].
+        hidden: which slots hold nothing, bool [S].
         parts: a divisor of S.
         scale: the factor of the scores.
         softcap: what the scores are bent to stay below, if anything.
@@ -246,7 +245,7 @@ def attend_one(
     scores = _product(query.reshape(G, H // G, D), key[0].mT) * scale  # [G, H/G, S]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(value.dtype)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(value.dtype)
     each = weights.view(G, H // G, parts, -1).transpose(1, 2).flatten(0, 1)  # [G*parts, H/G, S/p]
     sums = _product(each, value.view(G * parts, S // parts, -1))
     return sums.view(G, parts, H // G, -1).sum(1).view(1, H, 1, -1).to(query.dtype)
