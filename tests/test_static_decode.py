@@ -3,6 +3,8 @@
 Here the step is called, which is the plain twin of what a GPU records; test_gpu.py records it.
 """
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -302,6 +304,27 @@ def test_nothing_that_a_step_reads_or_writes_moves(family: str) -> None:
     for _ in range(2 * WINDOW - 1):
         decoder.next_id()
         assert addresses() == before
+
+
+def test_its_memory_is_free_at_once_when_an_answer_ends() -> None:
+    """Gigabytes on a GPU: they may not wait for Python to look for circles."""
+    model = tiny_model("llama")
+    kept = []
+    gc.collect()
+    gc.disable()
+    try:
+        for ends in (NEW - 1, 2):  # at its end, and when the caller goes away
+            cache, first_id = prefilled(model, 40)
+            decoder = StaticDecoder(model, cache, first_id, max_new_tokens=NEW)
+            for _ in range(ends):
+                decoder.next_id()
+            kept.append(weakref.ref(decoder.cache.static_layers[0].states[0]))
+            assert kept[-1]() is not None
+            decoder.close()
+            del decoder
+            assert kept[-1]() is None
+    finally:
+        gc.enable()
 
 
 class _Devices(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -159,11 +160,11 @@ def _static(
         records=records,
         wrap=wrap or (lambda step: step),
     )
-    found = [decoder.next_id() for _ in range(PLAIN_STEPS + 1)]
-    seconds = run.timed(lambda: found.extend(decoder.next_id() for _ in range(num_tokens)))
-    if records and run.device.type == "cuda" and not decoder.is_recorded:
-        raise RuntimeError("the step was not recorded; the log says why")
-    decoder.close()
+    with closing(decoder):
+        found = [decoder.next_id() for _ in range(PLAIN_STEPS + 1)]
+        seconds = run.timed(lambda: found.extend(decoder.next_id() for _ in range(num_tokens)))
+        if records and run.device.type == "cuda" and not decoder.is_recorded:
+            raise RuntimeError("the step was not recorded; the log says why")
     return seconds, found
 
 

@@ -1,6 +1,6 @@
 """An answer written by one step that is the same each time: on a GPU, a graph replayed.
 
-Decoding one token launches a thousand kernels, each from Python; on a GPU that takes several times
+Decoding one token launches hundreds of kernels, each from Python; on a GPU that takes several times
 as long as the kernels do. Here the step knows nothing of the host: it reads token and position from
 tensors, and writes the next ones there. The first few tokens run it as it is, then it is recorded
 (`GraphedStep`), and a token is one launch. On a CPU it is called as it is, which is the plain twin.
@@ -140,9 +140,14 @@ class StaticDecoder:
         return self._outbox.read(self._num_read - 1)
 
     def close(self) -> None:
-        """Wait for what is being computed: a graph may not go while it runs."""
+        """Wait for what is being computed, and let go of step and cache; no token comes any more.
+
+        A graph may not go while it runs. And the step holds its decoder, which holds the step: the
+        memory of both would be free no sooner than Python looks for such circles.
+        """
         if self._num_launched:
             self._outbox.read(self._num_launched - 1)
+        self._step.close()
 
     def step(self) -> None:
         """Compute the next token from tensors into tensors: what is recorded.
@@ -189,7 +194,7 @@ class GraphedStep:
             step: runs once.
             device: where it is recorded, if that is a GPU.
         """
-        self._function = step
+        self._function: Step | None = step
         self._num_runs = 0
         self._graph: Any = None
         # Recording wants a stream of its own, on which the kernels have run before.
@@ -203,8 +208,9 @@ class GraphedStep:
 
     def __call__(self) -> None:
         """Run the step once."""
+        assert self._function is not None  # it is not closed
         if self._stream is not None and self._num_runs == PLAIN_STEPS:
-            self._record()
+            self._record(self._function)
         self._num_runs += 1
         if self._graph is not None:
             self._graph.replay()
@@ -216,7 +222,11 @@ class GraphedStep:
                 self._function()
             torch.cuda.current_stream().wait_stream(self._stream)
 
-    def _record(self) -> None:
+    def close(self) -> None:
+        """Let go of the function, and of its recording."""
+        self._function = self._graph = None
+
+    def _record(self, function: Step) -> None:
         """Record the step, which does not run it."""
         graph = torch.cuda.CUDAGraph()
         try:
@@ -226,7 +236,7 @@ class GraphedStep:
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
-                self._function()
+                function()
         except RuntimeError as error:
             logger.warning("the step of decoding was not recorded, and is called: %s", error)
         else:
@@ -275,6 +285,8 @@ def _is_exact(model: Any, spec: ModelSpec) -> bool:  # noqa: ANN401
             raise
         logger.warning("answers are decoded in the plain way: the static one failed: %s", error)
         return False
+    finally:
+        decoder.close()
     if largest > tolerance(model):
         logger.warning(
             "answers are decoded in the plain way: the static one's logits differ by %.1f%%",
