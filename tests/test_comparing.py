@@ -14,7 +14,8 @@ from eval.journal import read_journals
 from rag.errors import DocumentNotFoundError, ReadError, SettingsError
 from ui.assembly import Fathom
 from ui.comparing import Comparisons, comparisons_dir, folder_name
-from ui.tabs.compare_table import faults_html, list_html, read_questions, template_csv
+from ui.given_tables import read_questions
+from ui.tabs.compare_table import faults_html, list_html, template_csv
 
 EXAMPLES = tuple(
     EvalExample(f"q{n}", question, "handbook.md", answers, answerable=bool(answers))

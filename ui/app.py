@@ -24,6 +24,7 @@ from ui.sign_in import Door, is_loopback
 from ui.tabs.batch import build_batch, tables_router
 from ui.tabs.chat import build_chat
 from ui.tabs.compare import build_compare
+from ui.tabs.compare_table import questions_router
 from ui.tabs.library import build_library
 from ui.tabs.limits import build_limits
 from ui.tabs.upload import uploads_router
@@ -84,7 +85,7 @@ def build_app(fathom: Fathom, *, is_public: bool = False, with_mcp: bool = False
         with gr.Tab("Batch") as batch_tab:
             build_batch(fathom.for_user, batch_tab)
         with gr.Tab("Compare") as compare_tab:
-            build_compare(fathom.for_user, compare_tab)
+            build_compare(fathom.for_user, fathom.given_tables, compare_tab)
         with gr.Tab("Limits") as limits_tab:
             build_limits(fathom, blocks, limits_tab, thrift)
 
@@ -123,6 +124,7 @@ def build_api(fathom: Fathom, *, is_public: bool = False, with_mcp: bool = False
     add_api(api, fathom)
     api.include_router(uploads_router(fathom))
     api.include_router(tables_router(fathom))
+    api.include_router(questions_router(fathom))
     if with_mcp:
         from ui.mcp_server import add_mcp
 

@@ -25,6 +25,7 @@ from rag.types import Document
 from ui.batch_runs import BatchRuns
 from ui.comparing import forget_deleted
 from ui.fair_queue import FairQueue
+from ui.given_tables import GivenTables
 from ui.library import Library, PageCache
 from ui.metrics import Metrics
 
@@ -147,6 +148,11 @@ class Fathom(Library):
         )
         documents.shrink()
         return documents
+
+    @cached_property
+    def given_tables(self) -> GivenTables:
+        """The tables given to Compare that are not asked yet."""
+        return GivenTables()
 
     @cached_property
     def batch_runs(self) -> BatchRuns:

@@ -181,6 +181,7 @@ window.fathom ??= (() => {
   const MADE_BY_TOOLS = new Set(["node_modules", "__pycache__", "venv", "site-packages"]);
   const isHidden = ({ name }) =>
     name.includes("/") && name.split("/").some((part) => /^\./.test(part) || MADE_BY_TOOLS.has(part));
+  const DROP_A_TABLE = "Drop a table of questions";
   const places = [];  // where files can be dropped; the one that is in sight takes them
 
   const promised = (ask) => new Promise((good, bad) => ask(good, bad));
@@ -204,11 +205,18 @@ window.fathom ??= (() => {
     veil.className = "veil";
     veil.hidden = true;
     const place = () => places.find(({ element }) => element.isConnected && element.offsetParent);
+    // On Compare the place is behind a tab of its own, and not made before that was opened.
+    const way = () => [...document.querySelectorAll("#of-tables-button")].find((tab) => tab.offsetParent);
+    const opened = async () => {
+      way()?.click();
+      while (way() && !place()) await new Promise(requestAnimationFrame);
+      return place();
+    };
     const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
     document.addEventListener("dragenter", (event) => {
-      if (!hasFiles(event) || !place()) return;
+      if (!hasFiles(event) || !(place() || way())) return;
       if (!veil.isConnected) document.body.append(veil);
-      veil.textContent = place().words;
+      veil.textContent = place()?.words ?? DROP_A_TABLE;
       veil.hidden = false;
     });
     document.addEventListener("dragover", (event) => hasFiles(event) && event.preventDefault());
@@ -217,12 +225,12 @@ window.fathom ??= (() => {
       if (!hasFiles(event)) return;
       event.preventDefault();
       veil.hidden = true;
-      const taking = place();
+      const taking = place() ?? opened();
       const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.());
       const loose = [...event.dataTransfer.files].map((file) => ({ file, name: file.name }));
       const found = [];
       for (const entry of entries) if (entry) await filesOf(entry, found);
-      taking?.take(found.length ? found : loose);
+      (await taking)?.take(found.length ? found : loose);
     });
   };
 
@@ -307,21 +315,24 @@ window.fathom ??= (() => {
     window.addEventListener("beforeunload", (event) => lots.length && event.preventDefault());
   };
 
-  // A component that takes a table of questions; `made` tells of the batch that came of it.
-  const table = (element, made) => {
+  // A component that takes a table of questions; `made` tells of what came of it, "" if nothing did.
+  const table = (element, address, made) => {
     const note = element.querySelector(".note");
-    takes(element, "Drop a table of questions", async ([given]) => {
+    takes(element, DROP_A_TABLE, async ([given]) => {
       const form = new FormData();
       form.append("file", given.file, given.file.name);
+      note.fathomHtml = undefined;
       note.textContent = `Reading ${given.file.name}`;
       try {
-        const answer = await fetch("/uploads/table", { method: "POST", body: form });
-        const { batch, html } = await answer.json();
+        const answer = await fetch(address, { method: "POST", body: form });
+        const { made: found, html, error } = await answer.json();
+        if (error) throw new Error(`${error.message}; ${error.hint}`);
         put(note, html);
-        if (batch) made({ batch });
-      } catch {
-        put(note, undefined);
-        note.replaceChildren(fault("The table could not be sent; give it again."));
+        made(found);
+      } catch (error) {
+        note.fathomHtml = undefined;
+        const isSent = !(error instanceof TypeError);
+        note.replaceChildren(fault(isSent ? error.message : "The table could not be sent; give it again."));
       }
     });
   };

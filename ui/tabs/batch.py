@@ -16,9 +16,10 @@ from ui.assembly import Fathom
 from ui.batch_folder import UNFINISHED, Batch, State
 from ui.formatting import error_html, plain_html, plural
 from ui.library import Library
-from ui.tabs.parts import MOST_ROWS, LibraryOf, html_view, unexpected
+from ui.tabs.parts import MOST_ROWS, LibraryOf, html_view, table_view, unexpected
 from ui.uploads import upload_name
 
+_KINDS = (".csv", ".tsv", ".xlsx", ".jsonl", ".parquet")
 _ROUTES = {"Auto": None} | {name: route for route, name in ROUTE_NAMES.items()}
 _SECONDS_BETWEEN = 1.0  # of two looks at a batch that runs
 _SHOWN_CHARS = 400  # of an answer in the list of rows
@@ -28,11 +29,6 @@ _EMPTY = (
     " if you like, <code>id</code>, <code>document</code> and <code>route</code>. Each row is"
     " answered with its quotations and its receipt; you may close the page meanwhile.</p></div>"
 )
-_FRAME = """<p class="label-of">Questions</p>
-<label class="drop"><input type="file" name="table" accept=".csv,.tsv,.xlsx,.jsonl,.parquet"
- aria-label="Table of questions" class="unseen"><span>Drop a table here, or <u>choose one</u>
-</span></label>
-<p class="none">CSV, XLSX, JSON Lines or Parquet</p><div class="note" aria-live="polite"></div>"""
 _STATES = {
     State.READY: "Not started",
     State.WAITING: "Waits for another batch of yours",
@@ -57,12 +53,13 @@ def build_batch(library_of: LibraryOf, tab: gr.Tab) -> None:
     timer = gr.Timer(_SECONDS_BETWEEN, active=False)
     with gr.Row(elem_id="batch"):
         with gr.Column(elem_id="batch-side", min_width=0):
-            table = gr.HTML(
-                html_template=_FRAME,
-                apply_default_css=False,
-                js_on_load='fathom.table(element, (made) => trigger("made", made))',
+            table = table_view(
+                "/uploads/table",
+                "batch",
+                label="Questions",
+                kinds=_KINDS,
+                about='<p class="none">CSV, XLSX, JSON Lines or Parquet</p>',
                 elem_id="batch-table",
-                elem_classes=["adds", "ingest-note"],
             )
             documents = gr.Dropdown(
                 [],
@@ -91,6 +88,8 @@ def build_batch(library_of: LibraryOf, tab: gr.Tab) -> None:
     def look_at_made(
         event: gr.EventData, chosen: list[int], route_name: str, request: gr.Request
     ) -> Shown:
+        if not event.batch:  # nothing came of the table; what is open stays open
+            return tuple(gr.skip() for _ in whole)
         return aim(str(event.batch), chosen, route_name, request)
 
     def look_at(event: gr.EventData, request: gr.Request) -> Shown:
@@ -126,7 +125,7 @@ def build_batch(library_of: LibraryOf, tab: gr.Tab) -> None:
     quiet |= {"concurrency_id": "batch", "concurrency_limit": 1}
     tab.select(look, [current], whole, **quiet)
     timer.tick(look, [current], whole, **quiet)
-    table.made(look_at_made, [documents, route], whole, **quiet)
+    table.batch(look_at_made, [documents, route], whole, **quiet)
     gr.on(
         [documents.input, route.input],
         aim,
@@ -154,10 +153,10 @@ def tables_router(fathom: Fathom) -> APIRouter:
             name = Path(upload_name(file.filename)).name
             batch = own.batches.create(name, file.file.read())
         except FathomError as error:
-            return {"batch": "", "html": error_html(error.message, error.hint)}
+            return {"made": "", "html": error_html(error.message, error.hint)}
         except Exception:
-            return {"batch": "", "html": unexpected()}
-        return {"batch": batch.id, "html": ""}
+            return {"made": "", "html": unexpected()}
+        return {"made": batch.id, "html": ""}
 
     return router
 

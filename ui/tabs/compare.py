@@ -12,6 +12,7 @@ from rag.errors import FathomError
 from rag.types import Route
 from ui.answer_html import ROUTE_NAMES, answer_card, gates_html
 from ui.formatting import error_html, plain_html, sentence
+from ui.given_tables import GivenTables
 from ui.library import Library
 from ui.tabs.compare_table import build_compare_table
 from ui.tabs.conversations import View, document_lengths
@@ -26,7 +27,7 @@ _EMPTY = (
 )
 
 
-def build_compare(library_of: LibraryOf, tab: gr.Tab) -> None:
+def build_compare(library_of: LibraryOf, given_tables: GivenTables, tab: gr.Tab) -> None:
     """Lay out the tab inside the running Blocks and wire it."""
     stops: dict[str, threading.Event] = {}
     running = gr.State("")
@@ -50,8 +51,8 @@ def build_compare(library_of: LibraryOf, tab: gr.Tab) -> None:
                 )
             with gr.Column(elem_id="compare-beside", min_width=0):
                 build_evidence(library_of, view)
-        with gr.Tab("A table of questions") as inner:
-            build_compare_table(library_of, tab, inner)
+        with gr.Tab("A table of questions", elem_id="of-tables") as inner:
+            build_compare_table(library_of, given_tables, tab, inner)
 
     def known(chosen: list[int], request: gr.Request) -> Any:  # noqa: ANN401 - a Gradio update
         there = library_of(request).documents()

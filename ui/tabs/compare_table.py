@@ -3,18 +3,21 @@
 import csv
 import io
 import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
 import gradio as gr
+from fastapi import APIRouter, Depends, Request, UploadFile
 
 from eval.arms import DEFAULT_ARMS, Arm
-from eval.examples import TABLES, EvalExample, load_examples
-from rag.errors import FathomError, ReadError
+from rag.errors import FathomError
+from ui.assembly import Fathom
 from ui.comparing import Comparison
 from ui.formatting import amount, error_html, plain_html, plural
+from ui.given_tables import KINDS, GivenTable, GivenTables, read_questions
 from ui.library import Library
 from ui.tabs.parts import (
     MOST_ROWS,
@@ -23,14 +26,14 @@ from ui.tabs.parts import (
     html_view,
     say_stopping,
     stop_shown,
+    table_view,
     unexpected,
 )
+from ui.uploads import upload_name
 
 _SECONDS_BETWEEN = 1.0  # of two looks at what runs
-_LARGEST_TABLE = 32 * 2**20  # bytes
-_KINDS = (*TABLES, ".jsonl", ".json", ".gz")
 _COLUMNS = (
-    '<p class="none">CSV, TSV, XLSX or JSON Lines, a question a row: <code>id</code>,'
+    '<p class="none columns">CSV, TSV, XLSX or JSON Lines, a question a row: <code>id</code>,'
     " <code>question</code>, <code>document</code> (title or number), <code>answers</code>,"
     " <code>answerable</code>; where it is known also <code>evidence</code>.</p>"
 )
@@ -44,26 +47,28 @@ _ABOUT_ARMS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table that was read and has no fault."""
-
-    title: str
-    examples: tuple[EvalExample, ...]
-
-
-def build_compare_table(library_of: LibraryOf, tab: gr.Tab, inner: gr.Tab) -> None:
+def build_compare_table(
+    library_of: LibraryOf, given_tables: GivenTables, tab: gr.Tab, inner: gr.Tab
+) -> None:
     """Lay out the part inside the running Blocks and wire it.
 
     Args:
         library_of: whose comparisons they are.
+        given_tables: what was given of them and waits for its button.
         tab: Compare.
         inner: this part of it.
     """
-    table = gr.State(None)
+    table = gr.State("")
     with gr.Row(elem_id="compare-table"):
         with gr.Column(elem_id="asking", min_width=0):
-            file = gr.File(label="Table of questions", height=112, elem_id="questions")
+            file = table_view(
+                "/uploads/questions",
+                "table",
+                label="Table of questions",
+                kinds=KINDS,
+                about=_COLUMNS,
+                elem_id="questions",
+            )
             template = gr.Button("Save a template", size="sm", elem_id="template")
             arms = gr.CheckboxGroup(
                 [arm.value for arm in Arm],
@@ -77,7 +82,7 @@ def build_compare_table(library_of: LibraryOf, tab: gr.Tab, inner: gr.Tab) -> No
             )
             stop = gr.Button("Stop", visible=False, elem_id="table-stop")
         with gr.Column(elem_id="outcomes", min_width=0):
-            note = html_view(elem_classes="compare-note", value=_COLUMNS)
+            note = html_view(elem_classes="compare-note")
             now = html_view(elem_classes="compare-now")
             report = html_view(
                 ("save", "open", "failures"), kind="evidence", elem_classes="report-panel"
@@ -85,25 +90,16 @@ def build_compare_table(library_of: LibraryOf, tab: gr.Tab, inner: gr.Tab) -> No
             past = html_view(("open", "resume", "remove"), elem_classes="comparisons")
     saving = download_view()
     clock = gr.Timer(_SECONDS_BETWEEN, active=False)
-    # Gradio's own makes an empty file beside each upload, and leaves it.
-    file._process_single_file = _path_of  # type: ignore[method-assign,assignment]
 
-    def take(given: str | None) -> tuple[Any, ...]:
-        if not given:
-            return None, gr.skip(), gr.update(interactive=False)
-        path = Path(given)
-        try:
-            read = read_questions(path)
-        except FathomError as error:
-            return None, faults_html(path.name, error), gr.update(interactive=False)
-        except Exception:
-            return None, unexpected(), gr.update(interactive=False)
-        finally:
-            path.unlink(missing_ok=True)  # nothing of it stays where Gradio could give it out
-        return read, table_html(read), gr.update(interactive=True)
+    def take(event: gr.EventData, request: gr.Request) -> tuple[str, str, Any]:
+        # What is said of a table, and that it can be asked, are true from the same moment on.
+        name = str(event.table)
+        read = given_tables.find(library_of(request).owner, name)
+        return name, table_html(read) if read else "", gr.update(interactive=read is not None)
 
-    def begin(read: Table | None, chosen: list[str], request: gr.Request) -> tuple[Any, ...]:
+    def begin(given: str, chosen: list[str], request: gr.Request) -> tuple[Any, ...]:
         library = library_of(request)
+        read = given_tables.find(library.owner, given)
         if read is None or not chosen:
             problem = error_html("nothing is to be compared", "give a table and choose a way")
             return problem, *shown(library)
@@ -173,9 +169,7 @@ def build_compare_table(library_of: LibraryOf, tab: gr.Tab, inner: gr.Tab) -> No
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     state = [now, past, go, stop, clock]
-    file.upload(take, [file], [table, note, go], **quiet).then(
-        None, None, [file], js="() => null", api_visibility="private"
-    )
+    file.table(take, None, [table, note, go], **quiet)
     past.open(open_report, None, [report], **quiet)
     report.open(open_report, None, [report], **quiet)
     report.failures(open_failures, None, [report], **quiet)
@@ -191,23 +185,31 @@ def build_compare_table(library_of: LibraryOf, tab: gr.Tab, inner: gr.Tab) -> No
     stop.click(halt, None, None, queue=False, api_visibility="private")
 
 
-def read_questions(path: Path) -> Table:
-    """Return the questions of an uploaded table.
+def questions_router(fathom: Fathom) -> APIRouter:
+    """Return the route that the page sends a table to; programs use `fathom compare`."""
+    router = APIRouter()
 
-    Raises:
-        ReadError: naming every faulty row.
-    """
-    if not path.name.lower().endswith(_KINDS):
-        raise ReadError(
-            f"{path.name} is no table of questions",
-            hint=f"expected one of {', '.join(_KINDS)}",
-        )
-    if path.stat().st_size > _LARGEST_TABLE:
-        raise ReadError(
-            f"{path.name} has {path.stat().st_size / 2**20:,.0f} MiB",
-            hint=f"at most {_LARGEST_TABLE / 2**20:,.0f} are taken; fathom compare takes more",
-        )
-    return Table(path.name, tuple(load_examples(path)))
+    def library(request: Request) -> Library:
+        return fathom.for_user(request)
+
+    @router.post("/uploads/questions", include_in_schema=False)
+    def upload(own: Annotated[Library, Depends(library)], file: UploadFile) -> dict[str, str]:
+        name = Path(upload_name(file.filename)).name
+        scratch = own.settings.home / "tmp"
+        scratch.mkdir(parents=True, exist_ok=True)
+        try:
+            with TemporaryDirectory(dir=scratch) as folder:
+                path = Path(folder) / name
+                with path.open("wb") as copy:
+                    shutil.copyfileobj(file.file, copy)
+                read = read_questions(path)
+        except FathomError as error:
+            return {"made": "", "html": faults_html(name, error)}
+        except Exception:
+            return {"made": "", "html": unexpected()}
+        return {"made": fathom.given_tables.hold(own.owner, read), "html": ""}
+
+    return router
 
 
 def template_csv(titles: Sequence[str]) -> str:
@@ -225,7 +227,7 @@ def template_csv(titles: Sequence[str]) -> str:
 # ---- drawing ------------------------------------------------------------------------------------
 
 
-def table_html(read: Table) -> str:
+def table_html(read: GivenTable) -> str:
     """Return what a table holds, in a sentence."""
     names = {example.document for example in read.examples}
     without = sum(not example.answerable for example in read.examples)
@@ -360,7 +362,3 @@ def _time(seconds: float) -> str:
     if seconds < 90:
         return amount(round(seconds), "seconds").replace(".0 s", " s")
     return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
-
-
-def _path_of(file: Any) -> str:  # noqa: ANN401 - Gradio's FileData
-    return str(file.path)

@@ -18,6 +18,11 @@ LibraryOf = Callable[[gr.Request], Library]
 _MOST_THRIFT = 0.05  # a point of accuracy is worth 200 tokens; the settings may ask for more
 _THRIFT_STEP = 0.0005
 
+_TABLE_FRAME = """<p class="label-of">{label}</p>
+<label class="drop"><input type="file" name="table" accept="{kinds}"
+ aria-label="Table of questions" class="unseen"><span>Drop a table here, or <u>choose one</u>
+</span></label>{about}<div class="note" aria-live="polite"></div>"""
+
 # What is shown while there is more of it is found by searching.
 MOST_ROWS = 200
 
@@ -40,6 +45,29 @@ def html_view(events: Sequence[str] = (), *, kind: str = "show", **options: Any)
         apply_default_css=False,
         js_on_load=f"fathom.{kind}(element, props, trigger, watch, {list(events)})",
         **options,
+    )
+
+
+def table_view(
+    address: str, event: str, *, label: str, kinds: Sequence[str], about: str, elem_id: str
+) -> gr.HTML:
+    """Return a place to drop a table of questions on, which the page sends on.
+
+    Args:
+        address: where to; the answer says what was `made` of the table, "" if nothing, in `html`.
+        event: tells of what was made, as an attribute of the same name.
+        label: what it is called.
+        kinds: suffixes of the files that can be chosen.
+        about: HTML below it.
+        elem_id: its id.
+    """
+    return gr.HTML(
+        html_template=_TABLE_FRAME.format(label=label, kinds=",".join(kinds), about=about),
+        apply_default_css=False,
+        js_on_load=f'fathom.table(element, "{address}",'
+        f' (made) => trigger("{event}", {{ {event}: made }}))',
+        elem_id=elem_id,
+        elem_classes=["adds", "ingest-note"],
     )
 
 
