@@ -71,6 +71,38 @@ def test_a_folder_keeps_its_paths_and_a_second_upload_makes_versions(
     assert sorted(rows) == [("harbour/docs/README.md", "1"), ("harbour/src/README.md", "2")]
 
 
+def test_a_folder_dropped_from_outside_keeps_its_paths(pages: Watched, tmp_path: Path) -> None:
+    """Chromium is told of a drag from the desktop: the page gets real entries of real folders."""
+    log = tmp_path / "ship" / "log"
+    log.mkdir(parents=True)
+    (tmp_path / "ship" / ".git").mkdir()
+    for name in ("ship/crew.md", "ship/log/crew.md", "ship/.git/crew.md", "alone.md"):
+        (tmp_path / name).write_text(f"# {name}\n\nAll about the crew of {name}.\n")
+    for number in range(120):  # a folder is listed in pieces of 100
+        (log / f"day-{number}.txt").write_text(f"Day {number}: nothing new.\n")
+    page = pages.open(DESK)
+    page.get_by_role("tab", name="Library").click()
+    page.locator(".documents").get_by_role("button", name="handbook.md").wait_for()
+    devtools = page.context.new_cdp_session(page)
+    dropped = [str(tmp_path / "ship"), str(tmp_path / "alone.md")]
+    drag = {"items": [], "files": dropped, "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        event = {"type": kind, "x": 700, "y": 400, "data": drag}
+        devtools.send("Input.dispatchDragEvent", event)
+        if kind == "dragEnter":
+            page.locator(".veil").wait_for()
+    page.locator(".veil").wait_for(state="hidden")
+    lots = page.locator("#library-files .note section")
+    page.wait_for_function(
+        "[...document.querySelectorAll('#library-files .note [role=status]')]"
+        ".map(told => parseInt(told.innerText)).reduce((a, b) => a + b, 0) === 123",
+        timeout=120_000,
+    )
+    for name in ("ship/crew.md", "ship/log/crew.md", "ship/log/day-119.txt", "alone.md"):
+        lots.get_by_text(f"{name}: added as document").wait_for(state="attached")
+    assert lots.get_by_text(".git").count() == 0
+
+
 def test_files_dropped_anywhere_while_an_answer_is_written(pages: Watched) -> None:
     page = pages.open(DESK)
     begin(page, "What is the harbour fee?")

@@ -197,6 +197,30 @@ def test_a_table_of_questions_is_compared_stopped_and_its_report_opens(
     shoot(phone, "phone-dark-report")
 
 
+def test_a_table_dropped_on_compare_finds_its_place(pages: Watched) -> None:
+    page = pages.open(DESK)
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#compare-question textarea").wait_for()
+    for number in (1, 2):  # from the other part of the tab, and from its own
+        page.evaluate(
+            """(number) => {
+              const transfer = new DataTransfer();
+              const rows = Array(number).fill().map((_, n) => `q${n},What is it?,handbook.md,it`);
+              const table = ["id,question,document,answers", ...rows].join("\\n");
+              transfer.items.add(new File([table], `dropped-${number}.csv`));
+              for (const [kind, at] of [["dragenter", "#compare-kinds"], ["drop", ".veil"]]) {
+                document.querySelector(at).dispatchEvent(new DragEvent(
+                  kind, { bubbles: true, cancelable: true, dataTransfer: transfer }));
+              }
+            }""",
+            number,
+        )
+        page.get_by_text(f"dropped-{number}.csv: {number} question").wait_for()
+        expect(page.get_by_role("button", name="Compare them all")).to_be_enabled(timeout=60_000)
+    page.get_by_role("tab", name="One question").click()
+    page.locator("#compare-question").wait_for()
+
+
 def _another(page: Any) -> Any:  # noqa: ANN401 - Playwright pages
     """Return a new page in the same browser."""
     another = page.context.new_page()
