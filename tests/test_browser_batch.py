@@ -180,20 +180,27 @@ def test_a_table_is_checked_asked_left_alone_stopped_gone_on_with_saved_and_dele
     assert page.locator("#batch .past button").count() == 0
 
 
-def test_the_batches_fit_a_phone_in_the_dark_and_need_no_mouse(pages: Watched) -> None:
-    page = pages.open(PHONE, dark=True)
+@pytest.mark.parametrize(("size", "dark"), [(PHONE, True), (PHONE, False), (DESK, True)])
+def test_the_batches_fit_a_phone_and_need_no_mouse(
+    pages: Watched, size: dict[str, int], dark: bool
+) -> None:
+    page = pages.open(size, dark=dark)
     page.get_by_role("tab", name="Batch").click()
     page.get_by_role("heading", name="A table of questions").wait_for()
     lines = "".join(f'{{"question": "What is fee {n}?", "route": "fast"}}\n' for n in range(3))
     table = {"name": "q.jsonl", "mimeType": "application/jsonl", "buffer": lines.encode()}
     page.locator("#batch-table input[name=table]").set_input_files(table)
     page.get_by_text("Not started; 3 rows; 3 cannot be asked").wait_for(timeout=60_000)
-    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
     assert complaints(page) == []
-    shoot(page, "phone-dark-batch")
+    shoot(page, f"{'phone' if size is PHONE else 'desk'}-{'dark' if dark else 'light'}-batch")
     page.locator("#batch-table input[name=table]").focus()
     outline = "getComputedStyle(document.querySelector('#batch-table .drop')).outlineStyle"
     assert page.evaluate(outline) == "solid"
     page.get_by_role("button", name="Start").focus()
     page.keyboard.press("Enter")
     page.get_by_text("Done; 3 rows; 3 with a fault").wait_for(timeout=60_000)
+    assert complaints(page) == []
+    page.locator("#batch-shown").get_by_text("Delete", exact=True).click()
+    page.get_by_role("button", name="Delete for good").click()
+    page.get_by_role("heading", name="A table of questions").wait_for()

@@ -83,7 +83,8 @@ def test_thrift_is_one_dial_in_two_places_and_the_receipt_names_it(pages: Watche
     assert found == [0.04, 0, 0.001, 0.001, 0.001, 0.001]
 
 
-@pytest.mark.parametrize(("size", "dark"), [(DESK, False), (PHONE, True)])
+@pytest.mark.parametrize("size", [DESK, PHONE])
+@pytest.mark.parametrize("dark", [False, True])
 def test_a_calibration_is_shown_by_length_and_depth(
     pages: Watched, size: dict[str, int], dark: bool
 ) -> None:
@@ -96,7 +97,8 @@ def test_a_calibration_is_shown_by_length_and_depth(
     assert table.get_by_role("cell", name="0% of 4", exact=True).count() == 1
     assert complaints(page) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
-    shoot(page, f"limits-calibrated{'-phone-dark' if dark else ''}")
+    name = f"{'phone' if size is PHONE else 'desk'}-{'dark' if dark else 'light'}"
+    shoot(page, f"{name}-limits-calibrated")
     model = page.get_by_label("Model")
     for name, said in (
         ("smollm2-135m", "smollm2-135m: effective length not measurable"),
@@ -188,13 +190,23 @@ def test_a_table_of_questions_is_compared_stopped_and_its_report_opens(
     page.locator(".report").wait_for(state="detached")
     assert opening.evaluate("button => button === document.activeElement")
 
-    phone = pages.open(PHONE, dark=True)
-    _to_the_table(phone)
-    phone.get_by_role("button", name="Open the report of short.csv").click()
-    phone.get_by_role("heading", name="Verdict").wait_for()
-    assert complaints(phone) == []
-    assert phone.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
-    shoot(phone, "phone-dark-report")
+    for size, dark in ((PHONE, True), (PHONE, False), (DESK, True)):
+        page = pages.open(size, dark=dark)
+        _to_the_table(page)
+        opening = page.get_by_role("button", name="Open the report of short.csv")
+        opening.wait_for()
+        assert complaints(page) == []
+        opening.click()
+        page.get_by_role("heading", name="Verdict").wait_for()
+        assert complaints(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+        name = f"{'phone' if size is PHONE else 'desk'}-{'dark' if dark else 'light'}"
+        shoot(page, f"{name}-report")
+        page.get_by_role("button", name="Where they disagree").click()
+        page.get_by_role("heading", name="where the ways to answer disagree").wait_for()
+        assert complaints(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+        shoot(page, f"{name}-failures")
 
 
 def test_a_table_dropped_on_compare_finds_its_place(pages: Watched) -> None:
