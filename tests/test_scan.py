@@ -231,10 +231,40 @@ def test_a_document_that_fits_is_read_in_one_piece(small_fathom: Fathom) -> None
 
 def test_windows_are_all_of_the_text(ships: Fathom) -> None:
     documents = ships.documents()
-    windows = list(cut_windows(documents, ships.store, len, 500))
+    windows = list(cut_windows(documents, ships.store, len, 500, Event()))
     assert "".join(window.text for window in windows) == ships.store.text(documents[0].id)
     assert all(a.end == b.start for a, b in pairwise(windows))
     assert max(len(window.text) for window in windows) <= 500
+
+    stop, counted = Event(), []
+
+    def count(piece: str) -> int:
+        counted.append(piece)
+        if len(counted) == 7:
+            stop.set()
+        return len(piece)
+
+    windows = list(cut_windows(documents, ships.store, count, 500, stop))
+    assert len(counted) < 20  # what is left is neither counted nor cut
+    assert "".join(window.text for window in windows) == ships.store.text(documents[0].id)
+
+
+def test_a_scan_that_is_stopped_before_it_reads_says_so(
+    ships: Fathom, copying: CopyingEngine
+) -> None:
+    stop, passes = Event(), []
+    hook = copying._model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for event in ships.service().stream(QUESTION, stop=stop):
+        if isinstance(event, RouteChosen):
+            passes.clear()  # the rate was measured before
+            stop.set()
+    hook.remove()
+    assert isinstance(event, AnswerReady)
+    assert passes == []
+    read = event.answer.receipt.read
+    assert (read.tokens, read.chunks) == (0, 0)
+    assert read.not_read.startswith("it was stopped before the first window; about ")
+    assert ships.receipts.load(event.answer.receipt.id) == event.answer
 
 
 def test_prompts_come_apart_where_the_text_begins_and_ends(tiny_engine: LocalEngine) -> None:

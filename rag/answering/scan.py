@@ -140,7 +140,7 @@ def scan(
         max_new_tokens: the longest summary.
         stop: ends the scan; what was found until then is the answer.
     """
-    windows = list(cut_windows(documents, store, engine.count_tokens, stride_tokens))
+    windows = list(cut_windows(documents, store, engine.count_tokens, stride_tokens, stop))
     reading = _Reading()
     texts: dict[int, list[str]] = {}
     findings: list[Finding] = []
@@ -195,16 +195,21 @@ def cut_windows(
     store: DocumentStore,
     count_tokens: Callable[[str], int],
     stride_tokens: int,
+    stop: Event,
 ) -> Iterator[Window]:
     """Yield stretches that together are all of every document, each at most `stride_tokens` long.
 
-    They are cut where its chunks end, and inside a chunk only where that alone is longer.
+    They are cut where its chunks end, and inside a chunk only where that alone is longer. Once
+    `stop` is set, what is left of a document is one stretch, for nobody is going to read it.
     """
     for document in documents:
         text = store.text(document.id)
         ends = sorted({stored.chunk.end for stored in store.chunks_of(document.id)} - {len(text)})
         start = end = num_tokens = 0
         for chunk_end in [*ends, len(text)]:
+            if stop.is_set():
+                end = len(text)
+                break
             for following, more in _pieces(text, end, chunk_end, count_tokens, stride_tokens):
                 if end > start and num_tokens + more > stride_tokens:
                     yield Window(document, start, end, text[start:end])

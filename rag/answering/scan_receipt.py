@@ -75,13 +75,15 @@ def scan_extent(done: ScanDone, documents: Sequence[Document], document_tokens: 
     chars = sum(window.end - window.start for window in done.unread)
     unread = document_tokens * chars // sum(document.num_chars for document in documents)
     read = document_tokens - unread
+    how_far = "before the first window"
+    if done.tally.windows:
+        how_far = f"after {done.tally.windows:,} of {done.num_windows:,} windows"
     return ReadExtent(
         tokens=read,
         of_tokens=document_tokens,
         chunks=of_chunks * read // max(1, document_tokens),
         of_chunks=of_chunks,
-        not_read=f"it was stopped after {done.tally.windows:,} of {done.num_windows:,} windows;"
-        f" about {unread:,} tokens were not read",
+        not_read=f"it was stopped {how_far}; about {unread:,} tokens were not read",
     )
 
 
