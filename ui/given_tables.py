@@ -42,7 +42,8 @@ class GivenTables:
     def find(self, owner: str, name: str) -> GivenTable | None:
         """Return a table of an owner, None if it is not held any more."""
         with self._lock:
-            return self._held.get(owner, {}).get(name)
+            held = self._held.get(owner)
+            return held.get(name) if held else None
 
 
 def read_questions(path: Path) -> GivenTable:
