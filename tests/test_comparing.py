@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from eval.arms import Arm
 from eval.examples import EvalExample
 from eval.journal import read_journals
 from rag.errors import DocumentNotFoundError, ReadError, SettingsError
+from served import serving
 from ui.assembly import Fathom
 from ui.comparing import Comparisons, comparisons_dir, folder_name
-from ui.given_tables import read_questions
+from ui.given_tables import GivenTable, GivenTables, read_questions
 from ui.tabs.compare_table import faults_html, list_html, template_csv
 
 EXAMPLES = tuple(
@@ -204,3 +206,31 @@ def test_every_faulty_row_of_an_upload_is_named_and_a_template_has_none(tmp_path
     read = read_questions(table)
     assert [example.document for example in read.examples[::2]] == ["a.pdf", "b, with a comma.txt"]
     assert "Which way of reading" in list_html([])
+
+
+def test_a_given_table_is_its_owner_s_and_the_latest_are_held() -> None:
+    tables = GivenTables()
+    names = [tables.hold("anna", GivenTable(f"{n}.csv", EXAMPLES)) for n in range(5)]
+    assert [tables.find("ben", name) for name in names] == [None] * 5
+    found = [tables.find("anna", name) for name in names]
+    assert [table and table.title for table in found] == [None, "1.csv", "2.csv", "3.csv", "4.csv"]
+
+
+def test_what_is_wrong_with_an_upload_is_told_and_not_where_it_lay(small_fathom: Fathom) -> None:
+    with serving(small_fathom) as url, httpx.Client(base_url=url, timeout=60) as page:
+
+        def give(name: str, words: str) -> dict[str, str]:
+            sent = page.post("/uploads/questions", files={"file": (name, words)})
+            assert sent.status_code == 200, sent.text
+            told: dict[str, str] = sent.json()
+            return told
+
+        for name, words in (("a.png", "x"), ("a.jsonl", ""), ("../../b.csv", "id\n1\n")):
+            told = give(name, words)
+            assert told["made"] == ""
+            assert 'role="alert"' in told["html"]
+            assert str(small_fathom.settings.home) not in told["html"]
+        read = small_fathom.given_tables.find("", give("c.csv", template_csv(["x"]))["made"])
+        assert read is not None
+        assert read.title == "c.csv"
+    assert list((small_fathom.settings.home / "tmp").glob("*")) == []
