@@ -17,16 +17,20 @@ from scipy.optimize import minimize
 from eval.bench.retrieval import CachedEmbedder, ingested_library
 from eval.evidence_sets import EvidenceQuestion, EvidenceSet
 from eval.metrics import token_f1
-from rag.answering.quotation import EVIDENCE, SPAN_FEATURES, candidate_spans
+from rag.answering.answerable import EVIDENCE, evidence
+from rag.answering.quotation import SPAN_FEATURES, candidate_spans
 from rag.answering.sentence_choice import (
     FEATURES,
+    Candidate,
     candidates,
+    rank,
     rank_sentences,
     sentence_features,
 )
 from rag.lm.engine import Engine
 from rag.retrieval.embedding import Embedder
 from rag.settings import Settings
+from rag.types import Document
 
 # Strengths of the pull towards zero, in units of features divided by their standard deviation;
 # chosen by leaving documents out: docs/decisions/0024.
@@ -49,6 +53,17 @@ class QuotationWeights:
     span: dict[str, float] | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A question, the sentences found for it, what is known of each, and whether it is the one."""
+
+    question: EvidenceQuestion
+    found: Sequence[Candidate]
+    documents: Sequence[Document]
+    features: Table
+    gold: npt.NDArray[np.float64]
+
+
 def fit_quotation(
     sets: Sequence[tuple[EvidenceSet, Sequence[EvidenceQuestion]]],
     *,
@@ -69,18 +84,18 @@ def fit_quotation(
         on_progress: called with the stage, what is done of it and its total.
     """
     progress = on_progress or (lambda stage, done, total: None)
-    tables: list[tuple[Table, npt.NDArray[np.float64], bool]] = []
+    asked_of: list[_Asked] = []
     spans: list[tuple[Table, npt.NDArray[np.float64]]] = []
-    for evidence, unanswerable in sets:
+    for chosen, unanswerable in sets:
         with TemporaryDirectory(prefix="fathom-fit-") as folder:
             library = settings.model_copy(update={"home": Path(folder), "database_url": None})
             store, retrievers, documents = ingested_library(
-                evidence, embedder, library, None, cache_folder, progress
+                chosen, embedder, library, None, cache_folder, progress
             )
             retriever = retrievers["hybrid"]
             if cache_folder:
                 retriever = retriever.with_embedder(CachedEmbedder(embedder, cache_folder))
-            questions = [*evidence.questions, *unanswerable]
+            questions = [*chosen.questions, *unanswerable]
             for number, asked in enumerate(questions, start=1):
                 of = [documents[asked.document]]
                 hits = retriever.retrieve(
@@ -89,7 +104,7 @@ def fit_quotation(
                 found = candidates(hits, store)
                 gold = np.array([float(_covers(s.start, s.end, asked)) for s in found])
                 features = sentence_features(asked.question, found, retriever.similarities)
-                tables.append((features, gold, bool(asked.spans)))
+                asked_of.append(_Asked(asked, found, of, features, gold))
                 if engine and asked.spans:
                     ranked = rank_sentences(
                         asked.question,
@@ -114,12 +129,16 @@ def fit_quotation(
                         spans.append((np.array([s.features for s in read.spans]), np.array(worth)))
                 progress("fitting", number, len(questions))
     sentence = conditional_logit(
-        [(table, gold) for table, gold, answerable in tables if answerable], _SENTENCE_RIDGE
+        [(one.features, one.gold) for one in asked_of if one.question.spans], _SENTENCE_RIDGE
     )
     return QuotationWeights(
         sentence=_named(FEATURES, sentence),
         answerable=fit_answerable(
-            [(_evidence(table, sentence), answerable) for table, _, answerable in tables]
+            [
+                (evidence(one.question.question, ranked), bool(one.question.spans))
+                for one in asked_of
+                if (ranked := rank(one.found, one.features, sentence, one.documents))
+            ]
         ),
         span=_named(SPAN_FEATURES, conditional_logit(spans, _SPAN_RIDGE)) if spans else None,
     )
@@ -174,15 +193,6 @@ def fit_answerable(rows: Sequence[tuple[Sequence[float], bool]]) -> dict[str, fl
     w = minimize(loss, np.zeros(z.shape[1])).x
     intercept = round(float(w[-1] - (w[:-1] / scale) @ mean), 4)
     return _named(EVIDENCE, w[:-1] / scale) | {"intercept": intercept}
-
-
-def _evidence(table: Table, weights: npt.NDArray[np.float64]) -> tuple[float, ...]:
-    """Return EVIDENCE of one question, from its sentences' features and their weights."""
-    scores = table @ weights
-    best = int(scores.argmax())
-    log_probability = -float(np.log(np.exp(scores - scores[best]).sum()))
-    share = float(table[best, FEATURES.index("share")])
-    return log_probability, float(table[:, FEATURES.index("cosine")].max()), share, scores[best]
 
 
 def _spread(x: Table) -> npt.NDArray[np.float64]:

@@ -15,6 +15,7 @@ from eval.bench.quotation import QuotedRow as Row
 from eval.bench.quotation import spread, summarise
 from eval.evidence_sets import EvidenceDocument, EvidenceQuestion, EvidenceSet
 from eval.fit_quotation import conditional_logit, fit_answerable
+from rag.answering.answerable import EVIDENCE, answer_probability, evidence
 from rag.answering.citations import verified_citation
 from rag.answering.prompt import CANNOT_ANSWER
 from rag.answering.quotation import (
@@ -115,6 +116,27 @@ def test_what_a_question_asks_for_is_seen_and_found() -> None:
 def test_the_shipped_weights_are_those_of_the_features() -> None:
     assert set(weights()["sentence"]) == set(FEATURES)
     assert set(weights()["span"]) == set(SPAN_FEATURES)
+    assert set(weights()["answerable"]) == {*EVIDENCE, "intercept"}
+
+
+def test_what_the_best_sentence_lacks_speaks_against_an_answer() -> None:
+    """A name, a number or a "not" changed: the words as near as before, the answer gone."""
+    ranked = sentences("In 1804 the harbour was dredged by Anna.", "It did not freeze.")
+
+    def lacks(question: str) -> tuple[float, float]:
+        known = dict(zip(EVIDENCE, evidence(question, ranked), strict=True))
+        return known["denied"], known["names_missing"]
+
+    assert lacks("When was the harbour dredged by Anna?") == (0, 0)
+    assert lacks("Was the harbour dredged by Bruno in 1905?") == (0, 2)
+    assert lacks("When was the harbour not dredged by Anna?") == (1, 0)
+    assert lacks("Who? (asked after: What was dredged by Anna?)") == (0, 0)
+    told = answer_probability("When was the harbour dredged by Anna?", ranked)
+    for question in ("When was it dredged by Bruno?", "When wasn't it dredged by Anna?"):
+        assert answer_probability(question, ranked) < told
+    ranked.reverse()  # the best sentence denies, too
+    assert lacks("Why did it not freeze?") == (0, 0)
+    assert all(0 <= answer_probability(q, ranked) <= 1 for q in ("", "?", "A1 " * 9_000))
 
 
 def test_the_sentence_that_answers_comes_first(small_fathom: Fathom) -> None:
@@ -346,7 +368,8 @@ def test_the_report_counts_what_was_shown_and_declined() -> None:
 
 
 def test_the_fit_finds_what_separates() -> None:
-    rows = [((0.0, n / 10, 0.0, 0.0), n >= 5) for n in range(10)]
+    without = len(EVIDENCE) - EVIDENCE.index("cosine") - 1
+    rows = [((0.0, n / 10, *[0.0] * without), n >= 5) for n in range(10)]
     chosen = [
         (np.array([[n, 1.0], [-n, 1.0], [n / 2, 1.0]]), np.array([1.0, 0.0, 0.1]))
         for n in (1.0, 2.0, 3.0)

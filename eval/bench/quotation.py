@@ -16,9 +16,9 @@ from eval.bench.retrieval import CachedEmbedder, ingested_library
 from eval.evidence_sets import EvidenceQuestion, EvidenceSet
 from eval.metrics import contains_answer, exact_match, token_f1
 from eval.statistics import Interval, cluster_bootstrap
+from rag.answering.answerable import answer_probability
 from rag.answering.quotation import (
     Quotation,
-    answer_probability,
     quote,
     sentence_beside,
 )
@@ -272,7 +272,7 @@ def _row(
         f1=token_f1(quotation.text, question.answers) if quotation else None,
         exact=exact_match(quotation.text, question.answers) if quotation else None,
         words=sum(len(text.split()) for text in shown),
-        probability=answer_probability(ranked) if ranked else 0.0,
+        probability=answer_probability(question.question, ranked) if ranked else 0.0,
         seconds=seconds,
         free_seconds=free,
     )

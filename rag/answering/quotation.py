@@ -7,8 +7,8 @@ one. With S its sentence, a stretch s has the score
     a (log p(s | prompt) + log p(closing mark | prompt, s)) + b log P(S) + c words(s) - ...
 
 so the answer is the document's text by construction, and the closing mark decides where it ends.
-Whether there is an answer at all is judged by the sentences, before the model reads: its own
-likelihoods do not tell. Source: docs/decisions/0024.
+Whether there is an answer at all is judged before: rag/answering/answerable.py.
+Source: docs/decisions/0024.
 """
 
 import math
@@ -20,6 +20,7 @@ from threading import Event
 
 import numpy as np
 
+from rag.answering.answerable import answer_probability
 from rag.answering.sentence_choice import Sentence, kind_asked_for, weights
 from rag.lm.engine import Engine, Message, ScoreRequest, Scores
 from rag.lm.kv_bytes import kv_cache_bytes
@@ -33,10 +34,6 @@ NUM_STARTS = 6
 MAX_SPAN_TOKENS = 24
 # Below this probability of the quoted sentence another is shown beside it.
 SURE = 0.8
-# Below this probability that there is an answer, none is given. Where as many questions have one as
-# have none, 0.5 would be the border; of dev questions with an answer 0.2 declines 1 to 5 in 100.
-ANSWERABLE = 0.2
-EVIDENCE = ("log_probability", "cosine", "share", "score")
 SPAN_FEATURES = (
     "likelihood",  # log, of the stretch and the closing mark after it
     "log_probability",  # of its sentence
@@ -148,7 +145,7 @@ def quote(
     """
     if not ranked:
         return None
-    probability = answer_probability(ranked)
+    probability = answer_probability(question, ranked)
     read = candidate_spans(question, ranked, engine, max_prompt_tokens=max_prompt_tokens, stop=stop)
     if read is None:
         return None
@@ -170,11 +167,11 @@ def quote(
     )
 
 
-def unread_quotation(ranked: Sequence[Sentence]) -> Quotation:
+def unread_quotation(question: str, ranked: Sequence[Sentence]) -> Quotation:
     """Return the likeliest sentence whole, which no model has read."""
     first = ranked[0]
     beside = sentence_beside(first, ranked)
-    probability = answer_probability(ranked)
+    probability = answer_probability(question, ranked)
     return Quotation(first, first.start, first.end, beside, probability, (), KVBytes(0, 0))
 
 
@@ -218,29 +215,6 @@ def candidate_spans(
         predicted = widest.kv_rows * kv_cache_bytes(engine.spec, widest.kv_tokens)
     return SpansRead(
         _spans(question, options, scores), prompt_ids, KVBytes(predicted, widest.kv_bytes), seconds
-    )
-
-
-def answer_probability(ranked: Sequence[Sentence]) -> float:
-    """Return the probability that one of the sentences holds the answer: logistic in EVIDENCE.
-
-    It is that of a question from a mixture of as many with an answer as without.
-    """
-    fitted = weights()["answerable"]
-    logit = fitted["intercept"] + sum(
-        fitted[name] * value for name, value in zip(EVIDENCE, evidence(ranked), strict=True)
-    )
-    return float(1 / (1 + math.exp(-logit)))
-
-
-def evidence(ranked: Sequence[Sentence]) -> tuple[float, ...]:
-    """Return what speaks for an answer being there: EVIDENCE of sentences, likeliest first."""
-    first = ranked[0]
-    return (
-        math.log(first.probability),
-        max(sentence.cosine for sentence in ranked),
-        first.share,
-        first.score,
     )
 
 

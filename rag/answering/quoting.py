@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Event
 
+from rag.answering.answerable import ANSWERABLE, answer_probability
 from rag.answering.citations import verified_citation, without_markers
 from rag.answering.outcome import Outcome, sha256_of
 from rag.answering.prompt import CANNOT_ANSWER
 from rag.answering.quotation import (
-    ANSWERABLE,
     Quotation,
-    answer_probability,
     quote,
     unread_quotation,
 )
@@ -138,7 +137,7 @@ def quote_answer(
     quotation: Quotation | None = None
     escalations: tuple[str, ...] = ()
     caps = (settings.retrieval_tokens, settings.max_context_tokens, engine.context_tokens)
-    if ranked and answer_probability(ranked) >= ANSWERABLE:
+    if ranked and answer_probability(question, ranked) >= ANSWERABLE:
         try:
             quotation = quote(
                 question,
@@ -148,7 +147,7 @@ def quote_answer(
                 stop=stop,
             )
         except OutOfMemoryError as error:
-            quotation = unread_quotation(ranked)
+            quotation = unread_quotation(question, ranked)
             escalations = (
                 f"{error.message}; so the likeliest sentence is quoted whole, unread by the model",
             )

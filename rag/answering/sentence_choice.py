@@ -135,7 +135,18 @@ def rank_sentences(
     if not found:
         return []
     features = sentence_features(question, found, similarities)
-    logits = features @ np.array([weights()["sentence"][name] for name in FEATURES])
+    fitted = np.array([weights()["sentence"][name] for name in FEATURES])
+    return rank(found, features, fitted, documents)
+
+
+def rank(
+    found: Sequence[Candidate],
+    features: npt.NDArray[np.float64],
+    fitted: npt.NDArray[np.float64],
+    documents: Sequence[Document],
+) -> list[Sentence]:
+    """Return the candidates as sentences, likeliest first, by their features and the weights."""
+    logits = features @ fitted
     odds = np.exp(logits - logits.max())
     probabilities = odds / odds.sum()
     by_id = {document.id: document for document in documents}
