@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from conftest import make_tiny_tokenizer
-from eval.bench import decode, document_kv, generation_peers, prefill, windowed
+from eval.bench import decode, document_kv, generation_peers, prefill, threads, windowed
 from eval.bench.decode_quality import decode_quality
 from eval.bench.machine import this_machine
 from eval.evidence_sets import EvidenceDocument, EvidenceQuestion, EvidenceSet
@@ -128,14 +130,39 @@ def test_peers_are_measured_beside_ours_or_said_to_be_missing(
         rounds=2,
     )
     for row in bench.rows:
-        assert [way.name for way in row.ways] == ["fathom", "transformers", "llama.cpp"]
-        ours, plain, missing = row.ways
+        names = ["fathom", "fathom, drafts", "transformers", "llama.cpp"]
+        assert [way.name for way in row.ways] == names
+        ours, _, plain, missing = row.ways
         assert ours.prefill_ratio == ours.token_ratio == 1.0
         assert plain.prefill_ratio is not None
         assert plain.prefill_ratio > 0
         assert missing.token_seconds is None
         assert missing.note == "not installed"
+        assert row.same_text is None
     assert "not installed" in generation_peers.card(bench)
+    json.dumps(bench.to_json())
+
+
+def test_an_answer_that_copies_is_measured_with_drafts_and_without() -> None:
+    model = tiny_model("llama")
+    use_grouped_attention(model)
+    assert use_lean_forward(model)
+    bench = generation_peers.bench_generation(
+        model,
+        tiny_model("llama"),
+        [16],
+        name="tiny",
+        gguf=None,
+        new_tokens=8,
+        rounds=1,
+        copied=lambda number: [5, 6, 7, 8, 9, 10] * 4,
+    )
+    made_up, copied = bench.rows
+    assert (made_up.num_tokens, made_up.same_text) == (16, None)
+    assert (copied.num_tokens, copied.same_text) == (24, True)
+    assert {way.name: way.token_ratio for way in made_up.ways}["fathom"] == 1.0
+    assert {way.name: way.token_ratio for way in copied.ways}["fathom, drafts"] == 1.0
+    assert "with drafts the same text as without" in generation_peers.card(bench)
     json.dumps(bench.to_json())
 
 
@@ -164,6 +191,23 @@ def test_peers_of_kept_documents_and_windows(tmp_path: Path) -> None:
     assert through.full == "transformers"
     assert through.rows[0].full.kv_bytes == kv_cache_bytes(spec_of(tiny_model("llama")), 1200)
     assert through.rows[0].windowed.kv_bytes < through.rows[0].full.kv_bytes
+
+
+def test_threads_are_compared_under_a_load_that_ends_with_the_bench() -> None:
+    model = tiny_model("llama")
+    before = torch.get_num_threads()
+    bench = threads.bench_threads(
+        model, spec_of(model), name="tiny", busy=1, prompt_tokens=16, new_tokens=2, rounds=2
+    )
+    assert torch.get_num_threads() == before
+    assert [row.work for row in bench.rows] == ["16 tokens read", "2 tokens written"]
+    assert all(row.ratio.wall > 0 for row in bench.rows)
+    assert "2 threads" in threads.card(bench)
+    json.dumps(bench.to_json())
+    with threads.busy_processes(2) as ids:
+        assert len(ids) == 2
+        assert all(psutil.pid_exists(number) for number in ids)
+    assert not any(psutil.pid_exists(number) for number in ids)
 
 
 def test_what_other_weights_do_to_answers_is_told() -> None:

@@ -115,7 +115,16 @@ def test_all_runs_every_bench_of_a_cpu() -> None:
     done = CliRunner().invoke(app, ["bench", "all", "--small", "--json"])
     assert done.exit_code == 0, done.stderr
     names = [each["bench"] for each in json.loads(done.stdout.splitlines()[-1])["results"]]
-    assert names == ["embed", "frameworks", "search", "prefill", "decode", "document-kv", "cold"]
+    assert names == [
+        "embed",
+        "frameworks",
+        "search",
+        "prefill",
+        "decode",
+        "threads",
+        "document-kv",
+        "cold",
+    ]
 
 
 def _cpu() -> object:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from eval.bench import llama_cpp
+from eval.bench.corpus import python_texts
 from eval.bench.decode_quality import DecodeQuality
 from eval.bench.machine import CLOCKS, Clock, Machine, this_machine
+from rag.lm.chat_tokenizer import ChatTokenizer
 from rag.lm.forward import forward, prefill_chunks
 from rag.lm.four_bit import without_four_bit
 from rag.lm.native_cache import branch, native_cache
+from rag.lm.prompt_lookup import PromptLookup, without_drafts
+
+# A passage of running text, and how much of it the prompt of `copying_prompt` begins to say again.
+_PASSAGE_BEGIN, _PASSAGE_END = 2_000, 4_000
+_SAID_AGAIN_CHARS = 300
 
 NOT_INSTALLED = "not installed"
 
@@ -35,10 +44,15 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class PeersRow:
-    """What each way takes for a prompt of `num_tokens`, and for a token written after it."""
+    """What each way takes for a prompt of `num_tokens`, and for a token written after it.
+
+    `same_text` says whether ours writes the same with drafts as without, where the answer copies
+    from the prompt; None where the prompt is made up.
+    """
 
     num_tokens: int
     ways: tuple[Way, ...]
+    same_text: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +83,12 @@ def bench_generation(
     rounds: int = 3,
     clock: str = "cpu",
     quality: DecodeQuality | None = None,
+    copied: Callable[[int], list[int]] | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> PeersBench:
     """Read a prompt and write after it, each way in turn.
+
+    In made-up prompts there is little to copy: drafts should cost nothing there.
 
     Args:
         model: as the engine runs it; with `use_four_bit`, both its ways are shown.
@@ -83,18 +100,18 @@ def bench_generation(
         rounds: how often all is run.
         clock: `cpu` or `wall`.
         quality: what decoding in 4 bits does to answers, for the card.
+        copied: returns a round's prompt whose answer copies from it; None leaves its row out.
         on_progress: called with what is run next.
     """
     import torch
 
     read_clock = CLOCKS[clock]
-    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     ways: dict[str, Callable[[list[int]], tuple[float, float]]] = {
-        "fathom": lambda ids: _ours(model, ids, new_tokens, read_clock, four_bit=False),
-        "transformers": lambda ids: _plain(plain, ids, new_tokens, read_clock),
+        kind.name: partial(_ours, model, kind, new_tokens=new_tokens, clock=read_clock)
+        for kind in _OURS
+        if is_four_bit(model) or not kind.four_bit
     }
-    if is_four_bit(model):
-        ways["fathom, 4-bit"] = lambda ids: _ours(model, ids, new_tokens, read_clock, four_bit=True)
+    ways["transformers"] = partial(_plain, plain, new_tokens=new_tokens, clock=read_clock)
     notes: dict[str, str] = {}
     if not llama_cpp.is_installed():
         notes["llama.cpp"] = NOT_INSTALLED
@@ -103,36 +120,48 @@ def bench_generation(
     else:
         peer = llama_cpp.LlamaCpp(
             gguf,
-            context_tokens=max(lengths) + 2 * new_tokens + 64,
+            context_tokens=max([*lengths, len(copied(0)) + 16 if copied else 0])
+            + 2 * new_tokens
+            + 64,
             num_threads=torch.get_num_threads(),
         )
         ways[peer.name] = lambda ids: peer.seconds(ids, new_tokens, read_clock)
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+    prompts: list[Callable[[int], list[int]]] = [
+        partial(_made_up, vocabulary, length) for length in lengths
+    ]
+    if copied is not None:
+        prompts.append(copied)
     taken: dict[tuple[int, str], list[tuple[float, float]]] = {}
-    for number in range(rounds + 1):  # the first warms up, at the shortest length
-        for length in lengths if number else [min(lengths)]:
-            # Another prompt each round: a server would remember one that it has read.
-            ids = [(1013 * number + 7919 * index) % vocabulary for index in range(length)]
+    for number in range(rounds + 1):  # the first warms up, on the first prompt
+        for index, prompt in enumerate(prompts if number else prompts[:1]):
+            ids = prompt(number)
             for way, run in ways.items():
-                on_progress(f"round {number} of {rounds}: {length:,} tokens, {way}")
+                on_progress(f"round {number} of {rounds}: {len(ids):,} tokens, {way}")
                 found = run(ids)
                 if number:
-                    taken.setdefault((length, way), []).append(found)
+                    taken.setdefault((index, way), []).append(found)
+    missing = tuple(Way(way, note=note) for way, note in notes.items())
+    rows = []
+    for index, prompt in enumerate(prompts):
+        is_copied = index == len(lengths)
+        # What writes fastest of ours: nothing is drafted where there is nothing to copy.
+        ours = [kind.name for kind in _OURS if kind.name in ways and kind.drafts == is_copied][-1]
+        measured = (_way(way, taken[index, way], taken[index, ours]) for way in ways)
+        rows.append(
+            PeersRow(
+                len(prompt(0)),
+                (*measured, *missing),
+                same_text=_same_text(model, prompt(0), new_tokens) if is_copied else None,
+            )
+        )
     return PeersBench(
         model=name,
         clock=clock,
         rounds=rounds,
         new_tokens=new_tokens,
         machine=this_machine(model.device),
-        rows=tuple(
-            PeersRow(
-                length,
-                (
-                    *(_way(way, taken[length, way], _best(taken, length)) for way in ways),
-                    *(Way(way, note=note) for way, note in notes.items()),
-                ),
-            )
-            for length in lengths
-        ),
+        rows=tuple(rows),
         quality=quality,
     )
 
@@ -146,6 +175,9 @@ def card(bench: PeersBench) -> str:
         f"{'tokens':>7}  {'way':<44} {'prefill s':>9} {'ratio':>6} {'tokens/s':>9} {'ratio':>6}",
     ]
     for row in bench.rows:
+        if row.same_text is not None:
+            same = "the same text" if row.same_text else "ANOTHER TEXT"
+            lines.append(f"an answer that copies; with drafts {same} as without")
         for way in row.ways:
             if way.prefill_seconds is None or not way.token_seconds:
                 lines.append(f"{row.num_tokens:>7,}  {way.name:<44} {way.note}")
@@ -190,35 +222,99 @@ def is_four_bit(model: Any) -> bool:  # noqa: ANN401
     return lean is not None and lean.most_few_rows > 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One of our ways to write."""
+
+    name: str
+    four_bit: bool = False
+    drafts: bool = False
+
+
+_OURS = (
+    _Kind("fathom"),
+    _Kind("fathom, 4-bit", four_bit=True),
+    _Kind("fathom, drafts", drafts=True),
+    _Kind("fathom, 4-bit, drafts", four_bit=True, drafts=True),
+)
+
+
+def copying_prompt(tokenizer: ChatTokenizer, number: int) -> list[int]:
+    """Return about 500 tokens that begin to say again what they have said, others each round."""
+    passage = python_texts(_PASSAGE_END)[0][_PASSAGE_BEGIN:]
+    return tokenizer.encode(f"Text {number}\n\n{passage}\n\n{passage[:_SAID_AGAIN_CHARS]}")
+
+
+def _made_up(vocabulary: int, length: int, number: int) -> list[int]:
+    """Return a prompt, another one each round: a server would remember one that it has read."""
+    return [(1013 * number + 7919 * index) % vocabulary for index in range(length)]
+
+
 def _ours(
     model: Any,  # noqa: ANN401
+    kind: _Kind,
     ids: list[int],
+    *,
     new_tokens: int,
     clock: Clock,
-    *,
-    four_bit: bool,
 ) -> tuple[float, float]:
+    """Return seconds of reading a prompt and of each token written after it."""
     cache = native_cache(model.config)
     begun = clock()
     for start, end in prefill_chunks(0, 0, len(ids)):
         logits = forward(model, [ids[start:end]], cache)
-    next_id = int(logits[0, -1].argmax())
+    newest = int(logits[0, -1].argmax())
     read = clock() - begun
-
-    def write() -> float:
-        own, written = branch(cache, 1), next_id
-        begun = clock()
-        for _ in range(new_tokens):
-            written = int(forward(model, [[written]], own)[0, -1].argmax())
-        return (clock() - begun) / new_tokens
-
-    if four_bit:
-        return read, write()
-    with without_four_bit(model):
-        return read, write()
+    begun = clock()
+    _written(model, kind, ids, cache, newest, new_tokens)
+    return read, (clock() - begun) / new_tokens
 
 
-def _plain(model: Any, ids: list[int], new_tokens: int, clock: Clock) -> tuple[float, float]:  # noqa: ANN401
+def _written(
+    model: Any,  # noqa: ANN401
+    kind: _Kind,
+    ids: list[int],
+    cache: Any,  # noqa: ANN401
+    newest: int,
+    new_tokens: int,
+) -> list[int]:
+    """Return the tokens written after a prompt and `newest`, whichever they are."""
+    written = [newest]
+    lookup = PromptLookup(model, ids)
+    with ExitStack() as stack:
+        if not kind.four_bit:
+            stack.enter_context(without_four_bit(model))
+        if not kind.drafts:
+            stack.enter_context(without_drafts(model))
+        for left in range(new_tokens, 0, -1):
+            written.append(lookup.next_id(written[-1], cache, most=left))
+    return written[1:]
+
+
+def _same_text(model: Any, ids: list[int], new_tokens: int) -> bool:  # noqa: ANN401
+    """Say whether drafts leave every token as it is, in each of our ways."""
+    cache = native_cache(model.config)
+    for start, end in prefill_chunks(0, 0, len(ids)):
+        logits = forward(model, [ids[start:end]], cache)
+    newest = int(logits[0, -1].argmax())
+    texts = {
+        kind.name: _written(model, kind, ids, branch(cache, 1), newest, new_tokens)
+        for kind in _OURS
+    }
+    return all(
+        texts[kind.name] == texts[kind.name.removesuffix(", drafts")]
+        for kind in _OURS
+        if kind.drafts
+    )
+
+
+def _plain(
+    model: Any,  # noqa: ANN401
+    ids: list[int],
+    *,
+    new_tokens: int,
+    clock: Clock,
+) -> tuple[float, float]:
     """Let transformers' own `generate` write, with and without the tokens after the first."""
     import torch
 
@@ -236,17 +332,6 @@ def _plain(model: Any, ids: list[int], new_tokens: int, clock: Clock) -> tuple[f
             )
         seconds.append(clock() - begun)
     return seconds[0], max(seconds[1] - seconds[0], 1e-9) / new_tokens
-
-
-def _best(
-    taken: dict[tuple[int, str], list[tuple[float, float]]], length: int
-) -> list[tuple[float, float]]:
-    """Return our seconds of each round: those of 4 bits where there are such."""
-    fast = taken.get((length, "fathom, 4-bit"))
-    plain = taken[length, "fathom"]
-    if fast is None:
-        return plain
-    return [(read, token) for (read, _), (_, token) in zip(plain, fast, strict=True)]
 
 
 def _way(

@@ -164,7 +164,7 @@ class BatchGeneration:
         for index, state in states:
             number, total = numbers[index], len(all_ids[index])
             if number not in rows:
-                rows[number] = Row(number, total, state, self._tokenizer.stream())
+                rows[number] = Row(number, all_ids[index], state, self._tokenizer.stream())
             else:
                 yield number, PrefillProgress(state.num_tokens, total)
         ready = [row for row in rows.values() if row.state.num_tokens == row.prompt_tokens]
@@ -247,7 +247,7 @@ class BatchGeneration:
                 state = Prefilled(document.cache, shared, shared)
                 if number == first:  # it alone has paid for the document
                     state = replace(document)
-                rows.append(Row(number, len(all_ids[number]), state, self._tokenizer.stream()))
+                rows.append(Row(number, all_ids[number], state, self._tokenizer.stream()))
             yield from self._answer_behind(rows, [all_ids[n][shared:] for n in batch])
 
     def _stopped(
@@ -261,7 +261,7 @@ class BatchGeneration:
         for number in batch:
             total = len(all_ids[number])
             if number == first and document:
-                row = Row(number, total, document, self._tokenizer.stream())
+                row = Row(number, all_ids[number], document, self._tokenizer.stream())
                 yield number, row.stopped_early()
             else:
                 yield number, _not_begun(total)

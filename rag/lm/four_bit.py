@@ -53,6 +53,7 @@ class FourBitLinear(torch.nn.Module):
         """Take what `pack` gave."""
         super().__init__()
         self._blocks, self._scales, self._bias = blocks, scales, bias
+        self.in_features, self.out_features = scales.shape[0] * _GROUP, scales.shape[1]
 
     def forward(self, states: Tensor) -> Tensor:
         """Return bfloat16 [..., out] of [..., in]."""

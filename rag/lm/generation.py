@@ -14,6 +14,7 @@ from rag.lm.forward import forward
 from rag.lm.kv_bytes import measured_row_bytes
 from rag.lm.native_cache import select
 from rag.lm.prefill import Prefilled
+from rag.lm.prompt_lookup import PromptLookup
 from rag.lm.shared_prefix import SharedPrefixCache, forward_shared
 from rag.lm.static_decode import StaticDecoder
 
@@ -30,12 +31,17 @@ class Row:
     """
 
     number: int
-    prompt_tokens: int
+    prompt_ids: Sequence[int]
     state: Prefilled
     text: TextStream
     new_tokens: int = 0
     decode_seconds: float = 0.0
     padding: int = field(default=0, init=False)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens the prompt has."""
+        return len(self.prompt_ids)
 
     def stopped_early(self) -> GenerationDone:
         """Return the last step of an answer whose prompt was not read to its end."""
@@ -75,6 +81,8 @@ def decode(
     batch adds up in another order, which in 16 bits can tip a close choice. The bytes of a row are
     those of its own tokens, a prefix that it shares included, its padding not.
 
+    One row alone is written several tokens a pass where it copies, see `rag.lm.prompt_lookup`.
+
     Args:
         model: ready to run.
         rows: their prompts are read, and their padding is known.
@@ -91,6 +99,9 @@ def decode(
         OutOfMemoryError: if memory runs out; every row not yet done is lost.
     """
     active = list(rows)
+    lookup = None
+    if len(rows) == 1 and not isinstance(cache, (SharedPrefixCache, StaticDecoder)):
+        lookup = PromptLookup(model, rows[0].prompt_ids)
     while True:
         ended: set[int] = set()
         for row in active:
@@ -103,6 +114,8 @@ def decode(
             if is_end or is_full or stop.is_set():
                 if piece := row.text.flush():
                     yield row.number, TextPiece(piece)
+                if lookup is not None:
+                    lookup.take_back(cache)
                 kv_tokens, kv_bytes = _held(cache, row)
                 yield (
                     row.number,
@@ -122,7 +135,11 @@ def decode(
             assert not isinstance(cache, StaticDecoder)  # it has one row, which has not ended
             select(cache, left)
         begun = time.perf_counter()
-        next_ids = _next_ids(model, active, cache)
+        if lookup is None:
+            next_ids = _next_ids(model, active, cache)
+        else:
+            newest, most = active[0].state.next_id or 0, max_new_tokens - active[0].new_tokens
+            next_ids = [lookup.next_id(newest, cache, most=most)]
         seconds = time.perf_counter() - begun
         for row, next_id in zip(active, next_ids, strict=True):
             row.state.next_id = next_id

@@ -1,9 +1,13 @@
-"""One token through a plain decoder on a CPU, without what transformers does beside the arithmetic.
+"""A token through a plain decoder on a CPU, without what transformers does beside the arithmetic.
 
 A small model spends a third of a decoded token in Python and in operations on a few hundred
 numbers. This is the same arithmetic in the same order, on the model's own weights and cache, for
 families whose decoder is nothing but attention with rotary positions and a gated feed-forward
 layer; tests hold its logits equal to the model's bit for bit.
+
+Several tokens of one answer can go through at once, and each gets the logits that it has alone: a
+product is computed for all of them where that gives the same bits (`rag.lm.row_check`), else token
+by token, as the attention always is.
 
 Source: modelling code of transformers 5.23; docs/decisions/0034.
 """
@@ -26,6 +30,8 @@ from rag.lm.native_cache import GrowingLayer
 LEAN_FAMILIES = frozenset({"llama", "qwen2"})
 # Those whose angles are the same for every length.
 _ROPES = frozenset({"default", "linear", "llama3"})
+
+Kind = tuple[type, int, int, bool]
 
 _PASSES: WeakKeyDictionary[Any, LeanPass] = WeakKeyDictionary()
 
@@ -84,7 +90,8 @@ class LeanLayer:
 class LeanPass:
     """The weights of a model in the order in which a pass needs them; they are the model's own.
 
-    Up to `most_few_rows` rows are multiplied by `few_layers` and `few_head`.
+    Up to `most_few_rows` rows are multiplied by `few_layers` and `few_head`. `alone` are the kinds
+    of products whose result for a token depends on those beside it, see `kind_of`.
     """
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401
@@ -102,39 +109,72 @@ class LeanPass:
         self.layers = [_parts(layer) for layer in decoder.layers]
         self.few_layers = self.layers
         self.most_few_rows = 0
+        self.alone: frozenset[Kind] = frozenset()
 
     def logits(self, rows: Sequence[Sequence[int]], cache: Any) -> Tensor:  # noqa: ANN401
-        """See `lean_logits`; in inference mode."""
-        B, D = len(rows), self._width
+        """Return logits [rows, tokens of a row, vocabulary]; see `lean_logits`. In inference mode.
+
+        Each token sees what is cached and those before it, itself included.
+        """
+        are_few = self.most_few_rows >= len(rows)
+        states = self.through(self.few_layers if are_few else self.layers, rows, cache)
+        head = self.few_head if are_few else self.head
+        return self._products((head,), self._normed(states, self._norm))
+
+    def through(
+        self,
+        layers: Sequence[LeanLayer],
+        rows: Sequence[Sequence[int]],
+        cache: Any,  # noqa: ANN401
+    ) -> Tensor:
+        """Return the states [rows, tokens, width] that leave some layers; in inference mode."""
+        B, T, D = len(rows), len(rows[0]), self._width
+        held = cache.get_seq_length()
         states: Tensor = self._embed(torch.tensor(rows))
-        at = torch.tensor([[cache.get_seq_length()]])
-        cos, sin = self._rotary(states, position_ids=at)
+        cos, sin = self._rotary(states, position_ids=torch.arange(held, held + T)[None])
         # Turning takes (-second, first) times the sine; here (second, first) times (-sine, sine).
         sin = torch.cat([-sin[..., : D // 2], sin[..., D // 2 :]], dim=-1)
-        are_few = self.most_few_rows >= B
-        layers = self.few_layers if are_few else self.layers
         for layer, cached in zip(layers, cache.layers, strict=True):
-            found = _side_by_side(layer.qkv, self._normed(states, layer.before_attention))
-            heads = found.view(B, -1, 1, D)
+            found = self._products(layer.qkv, self._normed(states, layer.before_attention))
+            heads = found.view(B, T, -1, D).transpose(1, 2)
             kv_heads = heads.shape[1] // (self._groups + 2)
             turning = heads[:, :-kv_heads]
             turned = turning * cos + turning.roll(D // 2, -1) * sin
             keys, values = cached.update(turned[:, -kv_heads:], heads[:, -kv_heads:])
-            queries = turned[:, :-kv_heads].reshape(B, kv_heads, self._groups, D)
-            seen = scaled_dot_product_attention(queries, keys, values, scale=self._scale)
-            states = states + _side_by_side(layer.out, seen.reshape(B, 1, -1))
-            gate_up = _side_by_side(
+            queries = turned[:, :-kv_heads]
+            seen = [
+                self._attended(queries[:, :, t], keys[:, :, :upto], values[:, :, :upto])
+                for t, upto in enumerate(range(held + 1, held + T + 1))
+            ]
+            states = states + self._products(layer.out, _joined(seen))
+            gate, up = self._products(
                 layer.gate_up, self._normed(states, layer.before_feed_forward)
             ).chunk(2, -1)
-            states = states + _side_by_side(layer.down, layer.act(gate_up[0]) * gate_up[1])
-        head = self.few_head if are_few else self.head
-        found_logits: Tensor = head(self._normed(states, self._norm))
-        return found_logits
+            states = states + self._products(layer.down, layer.act(gate) * up)
+        return states
+
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Return [B, 1, H * D] of one token's queries [B, H, D], those of a group as rows."""
+        B, kv_heads = keys.shape[:2]
+        rows = queries.reshape(B, kv_heads, self._groups, self._width)
+        seen = scaled_dot_product_attention(rows, keys, values, scale=self._scale)
+        return seen.reshape(B, 1, -1)
+
+    def _products(self, linears: tuple[Any, ...], states: Tensor) -> Tensor:
+        if states.shape[1] == 1 or not any(kind_of(linear) in self.alone for linear in linears):
+            return _side_by_side(linears, states)
+        return _joined([_side_by_side(linears, token) for token in torch.split(states, 1, dim=1)])
 
     def _normed(self, states: Tensor, weight: Tensor) -> Tensor:
         wide = states.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
         return weight * wide.to(states.dtype)
+
+
+def kind_of(linear: Any) -> Kind:  # noqa: ANN401
+    """Return what decides which kernel a linear layer's product is computed by."""
+    has_bias = getattr(linear, "bias", None) is not None
+    return type(linear), linear.in_features, linear.out_features, has_bias
 
 
 def _parts(layer: Any) -> LeanLayer:  # noqa: ANN401 - a decoder layer of transformers
@@ -155,3 +195,7 @@ def _side_by_side(linears: tuple[Any, ...], states: Tensor) -> Tensor:
         found: Tensor = linears[0](states)
         return found
     return torch.cat([linear(states) for linear in linears], dim=-1)
+
+
+def _joined(tokens: list[Tensor]) -> Tensor:
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)

@@ -31,6 +31,7 @@ _ALL = (
         ["decode", "--peers", "--context", "512", "--clock", "cpu"],
         ["--context", "16", "--rounds", "1"],
     ),
+    (["threads"], ["--tokens", "16", "--rounds", "1"]),
     (["document-kv", "--clock", "cpu"], ["--document-tokens", "64", "--rounds", "1"]),
     (["cold"], ["--rounds", "1"]),
 )

@@ -1,5 +1,7 @@
 """fathom bench, of speed: ours, the limit and the peer, measured in turn in one run."""
 
+import os
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -229,9 +231,17 @@ def _beside_peers(
     questions: int,
     status: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
-    """Run the bench beside peers; with a GGUF file its own 4-bit blocks decode as well."""
+    """Run the bench beside peers; with a GGUF file its own 4-bit blocks decode as well.
+
+    An answer that copies is written too, with drafts and without.
+    """
     from eval.bench.decode_quality import decode_quality
-    from eval.bench.generation_peers import bench_generation, is_four_bit, load_plain
+    from eval.bench.generation_peers import (
+        bench_generation,
+        copying_prompt,
+        is_four_bit,
+        load_plain,
+    )
     from eval.evidence_sets import load_evidence_set
     from rag.lm.chat_tokenizer import ChatTokenizer
     from rag.lm.four_bit import four_bit_file, use_four_bit, write_four_bit
@@ -259,8 +269,45 @@ def _beside_peers(
             rounds=rounds,
             clock=clock,
             quality=quality,
+            copied=partial(copying_prompt, ChatTokenizer(opened.tokenizer)),
             on_progress=status.update,
         )
+
+
+@app.command(
+    "threads",
+    epilog="Examples: fathom bench threads  |  fathom bench threads --busy 4 --threads 2",
+)
+def bench_threads_verb(
+    model: Annotated[
+        str, typer.Option(help="Catalog name, folder or hub id of a model.")
+    ] = "smollm2-135m",
+    busy: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that keep a core busy. Default: one for each core."),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=2, help="Set beside one thread.")] = 2,
+    tokens: Annotated[int, typer.Option(min=1, help="Of the prompt that is read.")] = 512,
+    rounds: Rounds = 3,
+    as_json: Json = False,
+) -> None:
+    """Read and write with one thread and with several while other processes use the cores."""
+    from eval.bench.threads import bench_threads, card
+
+    with err.status("loading the model") as status:
+        opened, loaded, spec = _loaded(model)
+        bench = bench_threads(
+            loaded,
+            spec,
+            name=opened.name,
+            busy=busy if busy is not None else os.cpu_count() or 1,
+            num_threads=threads,
+            prompt_tokens=tokens,
+            rounds=rounds,
+            on_progress=status.update,
+        )
+    (err if as_json else out).print(card(bench), markup=False)
+    print_json(bench.to_json())
 
 
 @app.command(

@@ -1,0 +1,174 @@
+"""Several tokens of an answer in one pass, where it copies: drafts that are kept only if right.
+
+An answer about a document says again what the document said. Where its last three tokens, or as
+long as drafts are of use its last two, stood before, what followed them there is a draft. One pass
+reads the newest token and the draft; as far as the draft is what the model chooses itself, each
+token of it is a pass saved, and the first that is not is taken from the model. What was read in
+vain leaves the cache. A pass of a few tokens costs little more than one of one, as it reads the
+same weights.
+
+The text is the one without drafts, for the logits of each token are those that it has alone, bit
+for bit: that is tried before the first draft of a process, and there are none where it does not
+hold.
+
+Source: Saxena, Prompt Lookup Decoding, 2023; docs/decisions/0034.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from rag.lm.forward import allocated, forward
+from rag.lm.lean_forward import LeanPass, lean_pass
+from rag.lm.native_cache import GrowingLayer
+from rag.lm.row_check import check_rows
+
+logger = logging.getLogger(__name__)
+
+# Tokens of a pass, the newest included: more after each draft that was right to its end.
+_LENGTHS = (4, 8, 16)
+# After drafts that were of no use, in a row, so many tokens are written without one at most.
+_LONGEST_PAUSE = 8
+
+# Of each model's lean pass: the threads it was tried with, and whether it holds.
+_TRIED: WeakKeyDictionary[LeanPass, tuple[int, bool]] = WeakKeyDictionary()
+
+
+@contextmanager
+def without_drafts(model: Any) -> Iterator[None]:  # noqa: ANN401
+    """Let a model write token by token meanwhile: the plain twin, for comparisons."""
+    lean = lean_pass(model)
+    tried = _TRIED.get(lean) if lean else None
+    if lean:
+        _TRIED[lean] = torch.get_num_threads(), False
+    try:
+        yield
+    finally:
+        if lean:
+            _TRIED.pop(lean)
+        if lean and tried:
+            _TRIED[lean] = tried
+
+
+class PromptLookup:
+    """Writes one answer; what it reads ahead is in the cache until it is asked for."""
+
+    def __init__(self, model: Any, prompt_ids: Sequence[int]) -> None:  # noqa: ANN401
+        """Begin behind a prompt.
+
+        Args:
+            model: ready to run; without a lean pass every pass is of one token.
+            prompt_ids: all tokens in the cache.
+        """
+        self._model = model
+        self._lean = lean_pass(model)
+        self._ids = np.array(prompt_ids)
+        self._ahead: deque[int] = deque()
+        self._length = 0  # of the next draft's pass, in _LENGTHS
+        self._useless = 0
+        self._pause = 0
+
+    def next_id(self, newest: int, cache: Any, *, most: int) -> int:  # noqa: ANN401
+        """Return the token that the model chooses after `newest`.
+
+        Args:
+            newest: the last token of the text, the last one returned if there was one.
+            cache: holds the text before it, and what was read ahead.
+            most: tokens that the answer may still get; no pass reads beyond them.
+        """
+        self._ids = np.append(self._ids, newest)
+        if self._ahead:
+            return self._ahead.popleft()
+        draft = self._draft(most) if self._can_draft(cache) else []
+        if not draft:
+            return int(forward(self._model, [[newest]], cache)[0, -1].argmax())
+        chosen = self._read([newest, *draft], cache)
+        right = 0
+        while right < len(draft) and draft[right] == chosen[right]:
+            right += 1
+        cache.crop(right - len(draft))
+        self._learn(right, len(draft))
+        self._ahead.extend(chosen[1 : right + 1])
+        return chosen[0]
+
+    def take_back(self, cache: Any) -> None:  # noqa: ANN401
+        """Remove from the cache what was read ahead and not asked for."""
+        if self._ahead:
+            cache.crop(-len(self._ahead))
+            self._ahead.clear()
+
+    def _can_draft(self, cache: Any) -> bool:  # noqa: ANN401
+        return self._lean is not None and all(type(layer) is GrowingLayer for layer in cache.layers)
+
+    def _draft(self, most: int) -> list[int]:
+        """Return what stood after the last tokens before, as many as the next pass takes."""
+        if self._pause:
+            self._pause -= 1
+            return []
+        begin = _place(self._ids, two=not self._useless)
+        if begin is None:
+            return []
+        reach = min(_LENGTHS[self._length], most, len(self._ids) - begin + 1)
+        length = max((length for length in _LENGTHS if length <= reach), default=0)
+        if not length or not self._holds():
+            return []
+        draft: list[int] = self._ids[begin : begin + length - 1].tolist()
+        return draft
+
+    def _read(self, ids: list[int], cache: Any) -> list[int]:  # noqa: ANN401
+        """Return the likeliest token after each of `ids`, which enter the cache."""
+        lean = self._lean
+        assert lean is not None
+
+        def chosen() -> list[int]:
+            with torch.inference_mode():
+                found: list[int] = lean.logits([ids], cache)[0].argmax(-1).tolist()
+            return found
+
+        return allocated(
+            chosen, f"with {cache.get_seq_length():,} tokens in the cache, at the next {len(ids)}"
+        )
+
+    def _learn(self, right: int, drafted: int) -> None:
+        """Draft more where drafts are right, and less often where they are not."""
+        if right == drafted:
+            self._length = min(self._length + 1, len(_LENGTHS) - 1)
+        else:
+            self._length = 0
+        self._useless = 0 if right else self._useless + 1
+        self._pause = min(2**self._useless - 1, _LONGEST_PAUSE)
+
+    def _holds(self) -> bool:
+        """Say whether passes of several tokens are exact here; tried once a model and threads."""
+        lean, threads = self._lean, torch.get_num_threads()
+        assert lean is not None
+        tried = _TRIED.get(lean)
+        if tried is None or tried[0] != threads:
+            tried = threads, check_rows(self._model, lean, _LENGTHS)
+            _TRIED[lean] = tried
+            if not tried[1]:
+                logger.info("products of several tokens round otherwise here: no drafts")
+        return tried[1]
+
+
+def _place(ids: np.ndarray, *, two: bool) -> int | None:
+    """Return where the last three tokens stood before: after them, the latest place.
+
+    Args:
+        ids: the text so far.
+        two: whether the last two will do where three were nowhere.
+    """
+    if len(ids) < 3:
+        return None
+    ends = np.flatnonzero((ids[:-2] == ids[-2]) & (ids[1:-1] == ids[-1])) + 2
+    threes = ends[(ends > 2) & (ids[ends - 3] == ids[-3])]
+    found = ends if two and not len(threes) else threes
+    return int(found[-1]) if len(found) else None
