@@ -13,6 +13,7 @@ import pytest
 
 from rag.retrieval import openvino_embedder
 from rag.retrieval.embedding import Embedder, SentenceTransformerEmbedder, open_embedder
+from rag.retrieval.gpu_embedder import GpuEmbedder
 from rag.retrieval.openvino_embedder import OpenVinoEmbedder
 from tiny_bert import save_bert
 
@@ -25,7 +26,7 @@ needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openv
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a random embedder as sentence-transformers saves one."""
     from sentence_transformers import SentenceTransformer
 
@@ -35,21 +36,28 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["torch", pytest.param("openvino", marks=needs_openvino)])
-def embedder(request: pytest.FixtureRequest, tiny_model: Path) -> Embedder:
-    """Return the tiny model, run by each in turn."""
-    made = SentenceTransformerEmbedder if request.param == "torch" else OpenVinoEmbedder
-    return made(tiny_model, name="tiny")
+@pytest.fixture(
+    scope="module", params=["torch", "gpu", pytest.param("openvino", marks=needs_openvino)]
+)
+def embedder(request: pytest.FixtureRequest, tiny_embedder: Path) -> Embedder:
+    """Return the tiny model, run by each in turn, that for a GPU on the CPU."""
+    if request.param == "torch":
+        return SentenceTransformerEmbedder(tiny_embedder, name="tiny")
+    if request.param == "gpu":
+        return GpuEmbedder(tiny_embedder, name="tiny", device="cpu")
+    return OpenVinoEmbedder(tiny_embedder, name="tiny")
 
 
 def _least_cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.sum(ours * theirs, axis=1).min())
 
 
-def test_vectors_are_those_of_sentence_transformers(embedder: Embedder, tiny_model: Path) -> None:
+def test_vectors_are_those_of_sentence_transformers(
+    embedder: Embedder, tiny_embedder: Path
+) -> None:
     from sentence_transformers import SentenceTransformer
 
-    plain = SentenceTransformer(str(tiny_model), device="cpu", local_files_only=True)
+    plain = SentenceTransformer(str(tiny_embedder), device="cpu", local_files_only=True)
     expected = plain.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
     vectors = embedder.embed(TEXTS)
     assert vectors.dtype == np.float32
@@ -69,24 +77,26 @@ def test_a_text_has_the_same_vector_in_any_batch(embedder: Embedder) -> None:
 
 
 @needs_openvino
-def test_what_runs_a_model_is_not_part_of_its_name(tiny_model: Path) -> None:
+def test_what_runs_a_model_is_not_part_of_its_name(tiny_embedder: Path) -> None:
     """A library made with one is searched with the other."""
-    torch, openvino = (
-        made(tiny_model, name="tiny") for made in (SentenceTransformerEmbedder, OpenVinoEmbedder)
-    )
-    for fact in ("fingerprint", "dim", "max_tokens"):
-        assert getattr(torch, fact) == getattr(openvino, fact)
-    assert torch.token_offsets("The fee") == openvino.token_offsets("The fee")
+    torch = SentenceTransformerEmbedder(tiny_embedder, name="tiny")
+    for other in (
+        OpenVinoEmbedder(tiny_embedder, name="tiny"),
+        GpuEmbedder(tiny_embedder, name="tiny", device="cpu"),
+    ):
+        for fact in ("fingerprint", "dim", "max_tokens"):
+            assert getattr(torch, fact) == getattr(other, fact)
+        assert torch.token_offsets("The fee") == other.token_offsets("The fee")
 
 
 @needs_openvino
 def test_once_converted_neither_torch_nor_the_library_that_reports_is_loaded(
-    tiny_model: Path,
+    tiny_embedder: Path,
 ) -> None:
-    open_embedder(tiny_model, name="tiny")
+    open_embedder(tiny_embedder, name="tiny")
     code = (
         "import sys; from pathlib import Path; from rag.retrieval.embedding import open_embedder;"
-        f"e = open_embedder(Path({str(tiny_model)!r}), name='tiny'); e.embed(['fee']);"
+        f"e = open_embedder(Path({str(tiny_embedder)!r}), name='tiny'); e.embed(['fee']);"
         "heavy = ('torch', 'transformers', 'sentence_transformers', 'openvino_telemetry');"
         "print(type(e).__name__, [m for m in heavy if sys.modules.get(m)])"
     )
@@ -96,10 +106,10 @@ def test_once_converted_neither_torch_nor_the_library_that_reports_is_loaded(
 
 @needs_openvino
 def test_a_model_whose_vectors_differ_is_left_to_torch_and_not_converted_again(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "embedder"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("openvino-*"))
+    shutil.copytree(tiny_embedder, folder, ignore=shutil.ignore_patterns("openvino-*"))
     monkeypatch.setattr(openvino_embedder, "MIN_AGREEMENT", 1.1)
     assert isinstance(open_embedder(folder, name="tiny"), SentenceTransformerEmbedder)
     (facts,) = folder.glob("openvino-*/facts.json")
@@ -110,10 +120,10 @@ def test_a_model_whose_vectors_differ_is_left_to_torch_and_not_converted_again(
 
 @needs_openvino
 def test_a_graph_that_cannot_be_kept_or_read_leaves_torch_and_nothing_behind(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_embedder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "embedder"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("openvino-*"))
+    shutil.copytree(tiny_embedder, folder, ignore=shutil.ignore_patterns("openvino-*"))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", _disk_full)
         assert isinstance(open_embedder(folder, name="tiny"), SentenceTransformerEmbedder)

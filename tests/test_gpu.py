@@ -1,5 +1,6 @@
 """GPU paths against their plain twins; skipped, with the reason, where there is no GPU."""
 
+from pathlib import Path
 from threading import Event
 
 import faiss
@@ -16,7 +17,11 @@ from rag.lm.spec import ModelSpec
 from rag.lm.static_cache import STATIC_FAMILIES
 from rag.lm.static_decode import PLAIN_STEPS, StaticDecoder, can_decode_statically
 from rag.lm.windowed_attention import difference, tolerance
+from rag.retrieval.embedding import open_embedder
+from rag.retrieval.gpu_embedder import GpuEmbedder
 from rag.retrieval.vector_index import IndexPlan
+from test_embedding import tiny_embedder as tiny_embedder
+from test_gpu_embedder import SAME, TEXTS, plain_vectors, shrink_lots
 from test_vector_index import FLAT, HALF, TRAINED, Shelf, clustered
 from test_vector_index import shelf as shelf
 from tiny_families import tiny_model
@@ -122,3 +127,16 @@ def test_an_answer_on_a_gpu_is_the_plain_one(family: str) -> None:
         found, found_done = answer(static=True)
         assert found == text
         assert (found_done.kv_tokens, found_done.kv_bytes) == (done.kv_tokens, done.kv_bytes)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_embeds_as_a_cpu_does(tiny_embedder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In lots, their batches queued behind one another, read a batch behind; three times."""
+    shrink_lots(monkeypatch)
+    embedder = open_embedder(tiny_embedder, name="tiny", device="cuda")
+    assert isinstance(embedder, GpuEmbedder)
+    expected = plain_vectors(tiny_embedder, TEXTS)
+    for _ in range(3):  # pinned memory is used anew
+        assert np.sum(embedder.embed(TEXTS) * expected, axis=1).min() >= SAME
+    assert float(embedder.embed(TEXTS[5:6])[0] @ expected[5]) >= SAME

@@ -47,7 +47,8 @@ class EmbedRow:
 def bench_embed(run: Run, shapes: EmbedShapes) -> list[EmbedRow]:
     """Embed the same texts by sentence-transformers in bfloat16, its default batches, and ours."""
     from eval.bench.ingest import plain_sentence_transformers
-    from rag.retrieval.embedding import SentenceTransformerEmbedder, tokenizer_of
+    from rag.retrieval.embedder_tokens import tokenizer_of
+    from rag.retrieval.gpu_embedder import GpuEmbedder
 
     what = f"embedding {shapes.num_texts:,} texts"
     rows: list[EmbedRow] = []
@@ -66,7 +67,7 @@ def bench_embed(run: Run, shapes: EmbedShapes) -> list[EmbedRow]:
 
         device = run.device.type
         peer = plain_sentence_transformers(folder, device=device, dtype="bfloat16")
-        ours = SentenceTransformerEmbedder(folder, name="random", device=device)
+        ours = GpuEmbedder(folder, name="random", device=device)
         expected, found = peer(texts), ours.embed(texts)  # warm, and compared
         cosine = float(np.min(np.sum(expected * found, axis=1)))
         add("sentence-transformers", run.middle(lambda: peer(texts), times=3), 1.0)

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from ingest.pipeline import IngestFailure, ingest_files
 from ingest.sources import SourceToRead
-from rag.retrieval.embedding import Embedder, FloatArray, Offsets
+from rag.retrieval.embedder_tokens import Offsets
+from rag.retrieval.embedding import Embedder, FloatArray
 from rag.settings import Settings
 from rag.store.database import Database
 from rag.store.documents import DocumentStore

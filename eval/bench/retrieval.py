@@ -20,7 +20,8 @@ from eval.metrics import RANKS, evidence_read, recall_at_ranks
 from eval.statistics import Interval, cluster_bootstrap
 from ingest.pipeline import ingest_files
 from rag.answering.context import nearest_passages, retrieved_context
-from rag.retrieval.embedding import Embedder, FloatArray, Offsets
+from rag.retrieval.embedder_tokens import Offsets
+from rag.retrieval.embedding import Embedder, FloatArray
 from rag.retrieval.lexical_index import open_lexical_index
 from rag.retrieval.reranker import Reranker
 from rag.retrieval.retriever import Hit, Retriever

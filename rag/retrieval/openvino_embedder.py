@@ -6,29 +6,18 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from rag.retrieval.embedding import FloatArray, Offsets, fingerprint_of, tokenizer_of
+from rag.retrieval.embedder_tokens import EmbedderTokens, Offsets, TokenIds, batches, padded
+from rag.retrieval.embedding import MIN_AGREEMENT, PROBES, FloatArray, fingerprint_of
 
-MIN_AGREEMENT = 0.9999  # cosine to sentence-transformers' float32 vectors, else torch is used
 BATCH_TOKENS = 2048  # padding included; 1,024 to 4,096 were as fast, 8,192 slower
-TokenIds = list[int]
-
-# What the conversion is tried on: one word, a sentence, and more than most embedders read.
-_PROBES = (
-    "Fathom",
-    "How long may a tenant stay after the notice has been given?",
-    "Total revenue 2023: $4,512 million; 2022: $3,998 million. " * 8,
-    "The quick brown fox jumps over the lazy dog. " * 60,
-)
 
 
 class NotConvertibleError(Exception):
@@ -70,17 +59,15 @@ class OpenVinoEmbedder:
             shutil.rmtree(converted, ignore_errors=True)
             raise NotConvertibleError(f"the graph in {converted} was damaged") from error
         self._requests = threading.local()
-        self._tokenizer = tokenizer_of(folder)
+        self._tokens = EmbedderTokens(folder, longest=int(facts["max_seq_length"]))
         self._pad_id = int(facts["pad_id"])
-        self._longest = int(facts["max_seq_length"])  # special tokens included
         self.fingerprint = fingerprint_of(folder, name)
         self.dim = int(facts["dim"])
-        num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
-        self.max_tokens = self._longest - int(num_special)
+        self.max_tokens = self._tokens.max_tokens
 
     def token_offsets(self, text: str) -> Offsets:
         """Return the `[start, end)` characters of every token of `text`, in order."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
+        return self._tokens.offsets(text)
 
     def embed(
         self, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None
@@ -91,60 +78,20 @@ class OpenVinoEmbedder:
         computed. A text has the same vector in any batch, to a cosine of 0.9999.
         """
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
-        ids = self._token_ids(texts)
+        ids = self._tokens.ids(texts)
         done = 0
-        for batch in _batches([len(each) for each in ids]):
+        for batch in batches([len(each) for each in ids], batch_tokens=BATCH_TOKENS):
             vectors[batch] = self._run([ids[i] for i in batch])
             done += len(batch)
             if on_progress:
                 on_progress(done)
         return vectors
 
-    def _token_ids(self, texts: Sequence[str]) -> list[TokenIds]:
-        ids = [encoded.ids for encoded in self._tokenizer.encode_batch_fast(list(texts))]
-        too_long = [i for i, each in enumerate(ids) if len(each) > self._longest]
-        if too_long:
-            cut = self._cutting_tokenizer.encode_batch_fast([texts[i] for i in too_long])
-            for i, encoded in zip(too_long, cut, strict=True):
-                ids[i] = encoded.ids
-        return ids
-
-    @cached_property
-    def _cutting_tokenizer(self) -> Any:  # noqa: ANN401 - a Tokenizer
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
-        tokenizer.enable_truncation(self._longest)
-        return tokenizer
-
     def _run(self, ids: Sequence[TokenIds]) -> FloatArray:
         if not hasattr(self._requests, "request"):  # one request serves one thread at a time
             self._requests.request = self._compiled.create_infer_request()
-        found = self._requests.request.infer(_padded(ids, self._pad_id))[0]
+        found = self._requests.request.infer(padded(ids, self._pad_id))[0]
         return np.asarray(found, dtype=np.float32)
-
-
-def _padded(ids: Sequence[TokenIds], pad_id: int) -> list[npt.NDArray[np.int64]]:
-    """Return token ids and attention mask, int64 [len(ids), longest]."""
-    width = max(len(each) for each in ids)
-    tokens = np.full((len(ids), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(ids), width), dtype=np.int64)
-    for row, each in enumerate(ids):
-        tokens[row, : len(each)] = each
-        mask[row, : len(each)] = 1
-    return [tokens, mask]
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the places of the texts, shortest first, in batches of up to BATCH_TOKENS tokens."""
-    batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and lengths[place] * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def _openvino() -> Any:  # noqa: ANN401 - the package, whose stubs are not always there
@@ -239,8 +186,8 @@ def _convert(folder: Path, target: Path) -> dict[str, Any]:
         "pad_id": int(model.tokenizer.pad_token_id or 0),
     }
     (target / "facts.json").write_text(json.dumps(facts))
-    ours = OpenVinoEmbedder(folder, name="", converted=target).embed(_PROBES)
-    theirs = model.encode(list(_PROBES), normalize_embeddings=True, show_progress_bar=False)
+    ours = OpenVinoEmbedder(folder, name="", converted=target).embed(PROBES)
+    theirs = model.encode(list(PROBES), normalize_embeddings=True, show_progress_bar=False)
     cosine = float(np.min(np.sum(ours * theirs, axis=1)))
     if cosine < MIN_AGREEMENT:
         facts["unfit"] = f"its vectors have a cosine of {cosine:.5f} to sentence-transformers'"
