@@ -368,9 +368,10 @@ window.fathom ??= (() => {
       return !message.startsWith('data: {"msg":"close_stream"');
     };
     const listen = (request, first) => {
-      let reader;
+      let reader, isOver = false;
       const pass = async (controller) => {
-        for (let answer = first, writer = new TextEncoder(); ; answer = await fetchPlainly(request)) {
+        const writer = new TextEncoder();
+        for (let answer = first; !isOver; answer = await fetchPlainly(request)) {
           reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
           for (let rest = ""; ; ) {
             const { done, value } = await reader.read();
@@ -386,7 +387,7 @@ window.fathom ??= (() => {
       };
       const body = new ReadableStream({
         start: (controller) => { pass(controller).catch((error) => controller.error(error)); },
-        cancel: (reason) => reader?.cancel(reason),
+        cancel: (reason) => { isOver = true; return reader.cancel(reason); },
       });
       return new Response(body, { headers: first.headers });
     };
@@ -394,7 +395,8 @@ window.fathom ??= (() => {
       const answer = await fetchPlainly(request, options);
       const { pathname } = new URL(request.url ?? request, location.href);
       if (!answer.ok) return answer;
-      if (pathname.endsWith("/queue/join")) answer.clone().json().then(sent);
+      const gone = () => {};  // with the page
+      if (pathname.endsWith("/queue/join")) answer.clone().json().then(sent, gone);
       return pathname.endsWith("/queue/data") ? listen(request, answer) : answer;
     };
   };
