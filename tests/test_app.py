@@ -97,6 +97,12 @@ def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
         assert not re.search(rf"<{tag}[\s>/]", shown), (tag, shown)
 
 
+def test_a_command_in_a_hint_is_shown_as_it_is_typed() -> None:
+    shown = html.unescape(error_html("no such model", "fathom models fetch auto"))
+    assert ">No such model.<" in shown
+    assert "<br>fathom models fetch auto</div>" in shown
+
+
 def _text_of_list(shown: str) -> str:
     """Return HTML without the list items that are its own."""
     return re.sub(r"</?(li|ol)\b[^>]*>", "", shown)

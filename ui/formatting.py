@@ -102,7 +102,9 @@ def one_line(quote: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """Return the text with a capital letter and a full stop."""
+    """Return the text with a capital letter and a full stop; a command as it is typed."""
+    if text.startswith("fathom "):
+        return text
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
