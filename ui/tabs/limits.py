@@ -52,7 +52,7 @@ def build_limits(fathom: Fathom, blocks: gr.Blocks, tab: gr.Tab, thrift_of_chat:
     def first(chosen: str | None, gib: float | None) -> tuple[Any, Any]:
         names = _model_names(fathom)
         return (
-            gr.update(choices=names, value=chosen or names[0]),
+            gr.update(choices=names) if chosen else gr.update(choices=names, value=names[0]),
             gr.skip() if gib else round(_free_bytes(fathom) / _GIB, 1),
         )
 

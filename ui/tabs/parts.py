@@ -114,3 +114,16 @@ def unexpected() -> str:
         "the log of `fathom serve` has the details under this number; fathom doctor checks the"
         " library",
     )
+
+
+def offered(choices: Sequence[tuple[str, int]], chosen: Sequence[int]) -> Any:  # noqa: ANN401 - a Gradio update
+    """Return what may be chosen now; what is chosen meanwhile stays, and what is gone goes.
+
+    Args:
+        choices: label and id of each.
+        chosen: ids, as they were when this was asked for.
+    """
+    there = {number for _, number in choices}
+    still_there = [number for number in chosen if number in there]
+    taken_back: dict[str, Any] = {} if still_there == list(chosen) else {"value": still_there}
+    return gr.update(choices=list(choices), **taken_back)
