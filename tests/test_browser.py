@@ -137,6 +137,11 @@ def test_conversations_are_found_opened_renamed_saved_and_deleted(pages: Watched
     exchanges = json.loads(Path(saving.value.path()).read_text())["exchanges"]
     assert exchanges[0]["question"] == "Where does the pilot boat lie?"
 
+    page.set_viewport_size({"width": 1440, "height": 500})  # the list stays below what is above it
+    side, past = (page.locator(at).bounding_box() for at in ("#side", "#past"))
+    assert past["x"] + past["width"] <= side["x"] + side["width"]
+    page.set_viewport_size(DESK)
+
     page.get_by_role("button", name="New conversation").click()
     page.locator(".empty").wait_for()
     page.locator("#search textarea, #search input").fill("PILOT")
