@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import io
 import json
 import math
 import zlib
@@ -12,7 +13,7 @@ from random import Random
 from typing import Any
 
 from eval.metrics import Span
-from eval.tables import read_table
+from eval.tables import UNPACKED_BYTES, read_table
 from rag.errors import ReadError
 from rag.types import QuestionClass
 
@@ -193,12 +194,18 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     try:
         data = path.read_bytes()
         if data.startswith(_GZIP_MAGIC):
-            data = gzip.decompress(data)
+            with gzip.open(io.BytesIO(data)) as packed:
+                data = packed.read(UNPACKED_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ReadError(
             f"{path} cannot be read: {error}", hint="expected JSON Lines in UTF-8, or gzipped"
         ) from error
-    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    if len(data) > UNPACKED_BYTES:
+        raise ReadError(
+            f"{path.name} unpacks to more than {UNPACKED_BYTES / 2**20:,.0f} MiB",
+            hint="split it",
+        )
+    lines = io.BytesIO(data.removeprefix(codecs.BOM_UTF8))
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

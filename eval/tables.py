@@ -34,8 +34,8 @@ _SHEET_LINKS = 65_530
 _LINK_CHARS = 2_000
 _EXACT_INTEGERS = 2**53  # its numbers are doubles
 
-# The largest XLSX once unpacked: more than a full sheet of sentences, less than a zip bomb.
-_UNPACKED_BYTES = 2**30
+# The largest table once unpacked: more than a full sheet of sentences, less than a zip bomb.
+UNPACKED_BYTES = 2**30
 
 # A cell that begins so may be taken for a formula. Source: OWASP, "CSV Injection".
 _FORMULA_SIGNS = frozenset("=+-@\t\r\n＝＋－＠")
@@ -148,10 +148,10 @@ def _read_xlsx(path: Path) -> Table:
 
 
 def _check_unpacked(path: Path, num_bytes: int) -> None:
-    if num_bytes > _UNPACKED_BYTES:
+    if num_bytes > UNPACKED_BYTES:
         raise TableError(
             f"{path.name} would unpack to {num_bytes / 2**20:,.0f} MiB; expected at most"
-            f" {_UNPACKED_BYTES / 2**20:,.0f}",
+            f" {UNPACKED_BYTES / 2**20:,.0f}",
             hint="save it as CSV, or split it",
         )
 

@@ -9,6 +9,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from rag.errors import ServeError
+from rag.lm.engine import PrefillProgress
 from rag.types import (
     Answer,
     Citation,
@@ -26,6 +27,7 @@ from ui.assembly import Fathom
 from ui.formatting import amount, error_html, plain_html, receipt_text
 from ui.tabs.evidence import evidence_html
 from ui.tabs.parts import offered
+from ui.tabs.writing import paced
 
 HOSTILE = [
     "<script>fetch('http://evil.example')</script>",
@@ -96,6 +98,17 @@ def test_hostile_text_is_shown_and_does_nothing(text: str) -> None:
     assert "://" not in shown
     for tag in set(TAGS.split()) - {"li", "ul"}:
         assert not re.search(rf"<{tag}[\s>/]", shown), (tag, shown)
+
+
+def test_reading_says_how_long_it_goes_on_once_that_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = iter([0.0, 0.0, 2.0, 2.0, 10.0, 10.0])  # one look for the words, one for the picture
+    monkeypatch.setattr("ui.tabs.writing.time.monotonic", lambda: next(seconds))
+    done = [PrefillProgress(tokens, 9_000) for tokens in (1_000, 2_000, 3_000)]
+    *cards, _ = paced(iter(done))
+    assert ["left" in str(card) for card in cards] == [False, True]
+    assert "3,000 of 9,000 tokens, about 0:00:30 left" in html.unescape(str(cards[-1]))
 
 
 def test_what_is_ticked_while_the_choices_come_stays() -> None:

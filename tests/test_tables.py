@@ -238,7 +238,7 @@ def test_what_is_no_table_is_said(tmp_path: Path, name: str, content: bytes, wor
 def test_an_xlsx_that_unpacks_to_more_than_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eval.tables._UNPACKED_BYTES", 2**25)
+    monkeypatch.setattr("eval.tables.UNPACKED_BYTES", 2**25)
     path = tmp_path / "bomb.xlsx"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("xl/worksheets/sheet1.xml", b" " * (2**25 + 1))

@@ -326,13 +326,11 @@ window.fathom ??= (() => {
       try {
         const answer = await fetch(address, { method: "POST", body: form });
         const { made: found, html, error } = await answer.json();
-        if (error) throw new Error(`${error.message}; ${error.hint}`);
+        if (error) return note.replaceChildren(fault(`${error.message}; ${error.hint}`));
         put(note, html);
         made(found);
-      } catch (error) {
-        note.fathomHtml = undefined;
-        const isSent = !(error instanceof TypeError);
-        note.replaceChildren(fault(isSent ? error.message : "The table could not be sent; give it again."));
+      } catch {
+        note.replaceChildren(fault("The table could not be sent; give it again."));
       }
     });
   };
