@@ -65,19 +65,19 @@ class EvalExample:
         return row
 
 
-def load_examples(path: Path) -> list[EvalExample]:
+def load_examples(path: Path, *, most_bytes: int = UNPACKED_BYTES) -> list[EvalExample]:
     """Return the examples of a JSON Lines file, gzipped or not, or of a CSV, TSV or XLSX table.
 
     Each row has `id`, `question`, `document` (title, path or number), `answers` (list),
     `answerable` (true or false), and may have `evidence`, `options` (letter to words), `metric` and
     `question_class`; other keys and empty lines are skipped. A cell of a table holds a list as
     JSON, or one answer alone; `answerable` may be left empty there. No two ids are equal, since the
-    arms are paired by id.
+    arms are paired by id. JSON Lines of more than `most_bytes`, unpacked, are refused.
 
     Raises:
         ReadError: naming every faulty line and its faults.
     """
-    numbered = _table(path) if path.suffix.lower() in TABLES else _json_lines(path)
+    numbered = _table(path) if path.suffix.lower() in TABLES else _json_lines(path, most_bytes)
     examples: list[EvalExample] = []
     line_of: dict[str, int] = {}
     faults: list[str] = []
@@ -189,20 +189,20 @@ def _is_evidence(value: object) -> bool:
     return type(start) is int and type(end) is int and 0 <= start < end
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _json_lines(path: Path, most_bytes: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield the number of each line that is not empty, with its object or what is wrong."""
     try:
         data = path.read_bytes()
         if data.startswith(_GZIP_MAGIC):
             with gzip.open(io.BytesIO(data)) as packed:
-                data = packed.read(UNPACKED_BYTES + 1)
+                data = packed.read(most_bytes + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ReadError(
             f"{path} cannot be read: {error}", hint="expected JSON Lines in UTF-8, or gzipped"
         ) from error
-    if len(data) > UNPACKED_BYTES:
+    if len(data) > most_bytes:
         raise ReadError(
-            f"{path.name} unpacks to more than {UNPACKED_BYTES / 2**20:,.0f} MiB",
+            f"{path.name} unpacks to more than {most_bytes / 2**20:,.0f} MiB",
             hint="split it",
         )
     lines = io.BytesIO(data.removeprefix(codecs.BOM_UTF8))

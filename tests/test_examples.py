@@ -85,15 +85,12 @@ def test_broken_bytes_are_named(tmp_path: Path, data: bytes, fault: str) -> None
         load_examples(path)
 
 
-def test_what_unpacks_to_more_than_memory_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("eval.examples.UNPACKED_BYTES", 2**25)
+def test_what_unpacks_to_more_than_memory_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(b"\n" * (2**25 + 1)))
     assert path.stat().st_size < 2**16
     with pytest.raises(ReadError, match="unpacks to more than 32 MiB"):
-        load_examples(path)
+        load_examples(path, most_bytes=2**25)
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:

@@ -63,6 +63,6 @@ def read_questions(path: Path) -> GivenTable:
             hint=f"at most {_LARGEST_TABLE / 2**20:,.0f} are taken; fathom compare takes more",
         )
     try:
-        return GivenTable(path.name, tuple(load_examples(path)))
+        return GivenTable(path.name, tuple(load_examples(path, most_bytes=_LARGEST_TABLE)))
     except ReadError as error:  # where it lies meanwhile is nobody's business
         raise ReadError(error.message.replace(f"{path.parent}/", ""), hint=error.hint) from error
