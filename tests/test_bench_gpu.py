@@ -205,6 +205,19 @@ def test_the_verb_prints_a_card_and_one_line_of_json() -> None:
     assert "left out" in done.stderr or line["left_out"] == []
 
 
+def test_one_section_can_be_run_alone() -> None:
+    done = CliRunner().invoke(
+        app, ["bench", "gpu", "--small", "--only", "attention", "--seconds", "60", "--json"]
+    )
+    assert done.exit_code == 0
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["attention"]
+    assert not any(line[part] for part in ("exact", "embed", "search", "decode", "prefill"))
+    refused = CliRunner().invoke(app, ["bench", "gpu", "--small", "--only", "decoding"])
+    assert refused.exit_code == 2
+    assert "decoding is no section" in " ".join(refused.stderr.split())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_bench_says_so() -> None:
     done = CliRunner().invoke(app, ["bench", "gpu"])

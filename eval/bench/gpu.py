@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _MIB = 2**20
+SECTIONS = ("attention", "search", "embedding", "models")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +159,16 @@ def bench_gpu(
     shapes: GpuShapes,
     device: torch.device,
     *,
+    sections: Collection[str] = SECTIONS,
     deadline_seconds: float = 540.0,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> GpuBench:
-    """Run every section, the cheap and telling ones first; compiling a model comes last.
+    """Run the sections, the cheap and telling ones first; compiling a model comes last.
 
     Args:
         shapes: what is run.
         device: a CUDA device; a CPU does for `SMALL`, to try the bench.
+        sections: of `SECTIONS`.
         deadline_seconds: no measurement is begun later than this; what is left out is named.
         on_progress: called with what is run next.
     """
@@ -184,14 +187,17 @@ def bench_gpu(
     bench.matmul_flops_per_second = run.matmul_flops_per_second
     bench.copy_bytes_per_second = run.copy_bytes_per_second
 
-    bench.attention = gpu_attention.bench_attention(run, shapes.attention)
-    bench.one_query = gpu_attention.bench_one_query(run, shapes.attention)
-    bench.exact = gpu_search.bench_exact(run, shapes.num_exact_vectors, shapes.query_batches)
-    bench.embed = gpu_embed.bench_embed(run, shapes.embed)
-    with run.section("FAISS"):
-        bench.search = gpu_search.bench_faiss(run, shapes.num_vectors)
+    if "attention" in sections:
+        bench.attention = gpu_attention.bench_attention(run, shapes.attention)
+        bench.one_query = gpu_attention.bench_one_query(run, shapes.attention)
+    if "search" in sections:
+        bench.exact = gpu_search.bench_exact(run, shapes.num_exact_vectors, shapes.query_batches)
+        with run.section("FAISS"):
+            bench.search = gpu_search.bench_faiss(run, shapes.num_vectors)
+    if "embedding" in sections:
+        bench.embed = gpu_embed.bench_embed(run, shapes.embed)
     plan = WindowPlan(num_sinks=shapes.num_sinks, window=shapes.window)
-    for name, facts in shapes.models:
+    for name, facts in shapes.models if "models" in sections else ():
         with run.section(f"{name}: building"):
             model = _random_model(facts, dtype, device)
             spec = ModelSpec.from_config(model.config, dtype_bytes=dtype.itemsize)

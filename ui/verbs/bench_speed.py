@@ -438,11 +438,24 @@ def bench_gpu_verb(
     small: Annotated[
         bool, typer.Option("--small", help="Tiny shapes, on any device: tries the bench itself.")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="One of attention, search, embedding, models; may be repeated."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="No measurement begins later; what is left out is named.")
+    ] = 540,
     as_json: Json = False,
 ) -> None:
     """Measure a GPU within ten minutes, on random weights of real shapes."""
-    from eval.bench.gpu import REAL, SMALL, bench_gpu, card
+    from eval.bench.gpu import REAL, SECTIONS, SMALL, bench_gpu, card
     from rag.lm.device import choose_device
+
+    if unknown := set(only or ()) - set(SECTIONS):
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))} is no section; there are {', '.join(SECTIONS)}",
+            param_hint="--only",
+        )
 
     try:
         device = choose_device(load_settings() if small else load_settings(device="cuda"))
@@ -450,7 +463,13 @@ def bench_gpu_verb(
         hint = "run it where there is one, or try the bench itself with --small"
         raise SettingsError(error.message, hint=hint) from error
     with err.status("starting") as status:
-        bench = bench_gpu(SMALL if small else REAL, device, on_progress=status.update)
+        bench = bench_gpu(
+            SMALL if small else REAL,
+            device,
+            sections=only or SECTIONS,
+            deadline_seconds=seconds,
+            on_progress=status.update,
+        )
     (err if as_json else out).print(card(bench), markup=False)
     print_json(bench.to_json())
 
