@@ -111,7 +111,8 @@ def test_the_limit_of_exact_search_is_memory_for_one_and_products_for_many() -> 
 def test_the_nearest_by_blocks_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     stored, queries = torch.randn(1_000, 16), torch.randn(5, 16)
-    monkeypatch.setattr("eval.bench.gpu_search._BLOCK_ROWS", 96)
+    monkeypatch.setattr("eval.bench.gpu_search._BLOCK_ROWS", 900)
+    monkeypatch.setattr("eval.bench.gpu_search._BLOCK_SCORES", 900)
     expected = torch.topk(queries @ stored.T, 10).indices
     assert torch.equal(nearest(stored, queries), expected)
 

@@ -94,8 +94,9 @@ def test_a_recorded_step_gives_the_logits_of_the_plain_way(family: str, dtype: t
     newest = 7
     for step in range(23):
         expected = forward(model, [[newest]], plain)[0, -1]  # type: ignore[arg-type]
-        called.token.fill_(newest)
-        recorded.token.fill_(newest)
+        with torch.inference_mode():
+            called.token.fill_(newest)
+            recorded.token.fill_(newest)
         recorded.advance()
         called.advance()
         torch.cuda.synchronize()

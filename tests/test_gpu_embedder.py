@@ -4,7 +4,7 @@ import itertools
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Encoding
 
 from rag.errors import OutOfMemoryError
 from rag.retrieval import gpu_embedder
 from rag.retrieval.embedding import FloatArray
-from rag.retrieval.gpu_embedder import THREAD_NAME, GpuEmbedder, NotTheSameError
+from rag.retrieval.gpu_embedder import LOTS_AHEAD, THREAD_NAME, GpuEmbedder, NotTheSameError
 from test_embedding import tiny_embedder as tiny_embedder
 
 LOT_CHARACTERS = 600
@@ -67,13 +68,13 @@ def _before_each_batch(embedder: GpuEmbedder, act: Callable[[torch.Tensor], None
 
 def _on_each_lot(embedder: GpuEmbedder, act: Callable[[list[str]], None]) -> None:
     """Call `act` with the texts of each lot, in the thread that tokenizes it, before it does."""
-    tokenize = embedder._tokens.ids
+    tokenize = embedder._tokens.encoded
 
-    def ids(texts: list[str]) -> list[list[int]]:
-        act(texts)
+    def encoded(texts: Sequence[str]) -> list[Encoding]:
+        act(list(texts))
         return tokenize(texts)
 
-    embedder._tokens.ids = ids  # type: ignore[method-assign, assignment]
+    embedder._tokens.encoded = encoded  # type: ignore[method-assign]
 
 
 def _tokenizing_threads() -> list[str]:
@@ -102,7 +103,7 @@ def test_lots_and_batches_give_the_vectors_in_the_callers_order(
     assert _tokenizing_threads() == []
 
 
-def test_one_lot_is_tokenized_while_the_one_before_is_computed_and_no_more(
+def test_lots_are_tokenized_while_one_before_is_computed_and_only_so_many(
     embedder: GpuEmbedder,
 ) -> None:
     lots: list[list[str]] = []
@@ -129,7 +130,7 @@ def test_one_lot_is_tokenized_while_the_one_before_is_computed_and_no_more(
     _before_each_batch(embedder, computing)
     embedder.embed(TEXTS)
     assert computed == len(TEXTS)
-    assert max(ahead) == 1
+    assert 1 <= max(ahead) <= LOTS_AHEAD
     assert [text for lot in lots for text in lot] == TEXTS
     for lot, following in itertools.pairwise(lots):
         assert len(lot) == 1 or sum(map(len, lot)) <= LOT_CHARACTERS

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 Offsets = list[tuple[int, int]]
 TokenIds = list[int]
@@ -44,17 +44,28 @@ class EmbedderTokens:
         """Return the `[start, end)` characters of every token of `text`, in order."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
 
-    def ids(self, texts: Sequence[str]) -> list[TokenIds]:
+    def encoded(self, texts: Sequence[str]) -> "list[Encoding]":
+        """Tokenize: all cores are used, and Python's other threads run meanwhile."""
+        found: list[Encoding] = self._tokenizer.encode_batch_fast(list(texts))
+        return found
+
+    def ids(
+        self, texts: Sequence[str], encoded: "Sequence[Encoding] | None" = None
+    ) -> list[TokenIds]:
         """Return the token ids of each text, special tokens included, cut where it is too long.
 
-        All cores are used, and Python's other threads run meanwhile.
+        Args:
+            texts: of any length.
+            encoded: what `encoded` gave for them, if that was called before.
         """
-        ids = [encoded.ids for encoded in self._tokenizer.encode_batch_fast(list(texts))]
+        if encoded is None:
+            encoded = self.encoded(texts)
+        ids = [each.ids for each in encoded]
         too_long = [i for i, each in enumerate(ids) if len(each) > self._longest]
         if too_long:
             cut = self._cutting_tokenizer.encode_batch_fast([texts[i] for i in too_long])
-            for i, encoded in zip(too_long, cut, strict=True):
-                ids[i] = encoded.ids
+            for i, shorter in zip(too_long, cut, strict=True):
+                ids[i] = shorter.ids
         return ids
 
     @cached_property

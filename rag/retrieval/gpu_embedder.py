@@ -5,11 +5,12 @@ too, where its tests are.
 """
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,12 +20,16 @@ from rag.retrieval.embedding import MIN_AGREEMENT, PROBES, FloatArray, fingerpri
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Encoding
 
-LOT_CHARACTERS = 2_000_000  # tokenized at a time, half a million tokens: some 50 MB of encodings
+LOT_CHARACTERS = 1_000_000  # tokenized at a time, a quarter million tokens: 25 MB of encodings
+LOTS_AHEAD = 2  # beside the one in hand: the tokenizer need not wait for Python between them
 BATCH_TOKENS = 131_072  # padding included; computing it takes several times its launches
 # as fast as bfloat16, with three more bits: a least cosine of 0.999998 against 0.99992
 DTYPES = ("float16", "bfloat16", "float32")
 THREAD_NAME = "fathom-tokenizing"
+
+T = TypeVar("T")
 
 
 class NotTheSameError(Exception):
@@ -96,15 +101,21 @@ class GpuEmbedder:
         return vectors
 
     def _all_queued(self, texts: Sequence[str], thread: ThreadPoolExecutor) -> Iterator["_Queued"]:
-        """Queue one batch after the other; the next lot is tokenized while this one is computed."""
-        lots = _lots(texts)
+        """Queue one batch after the other; the next lots are tokenized while one is computed.
+
+        The thread runs the tokenizer alone, which leaves Python's lock to this one.
+        """
         batch_tokens = BATCH_TOKENS
-        lot = next(lots, None)
-        ids = self._tokens.ids([texts[i] for i in lot]) if lot else []
-        while lot:
-            following = next(lots, None)
-            if following:
-                ahead = thread.submit(self._tokens.ids, [texts[i] for i in following])
+        lots = deque(_lots(texts))
+        tokenize = thread.submit if len(lots) > 1 else _at_once  # a question starts no thread
+        ahead: deque[tuple[range, list[str], Future[list[Encoding]]]] = deque()
+        while lots or ahead:
+            while lots and len(ahead) <= LOTS_AHEAD:
+                lot = lots.popleft()
+                of_lot = [texts[i] for i in lot]
+                ahead.append((lot, of_lot, tokenize(self._tokens.encoded, of_lot)))
+            lot, of_lot, encoded = ahead.popleft()
+            ids = self._tokens.ids(of_lot, encoded.result())
             for batch in batches([len(each) for each in ids], batch_tokens=batch_tokens):
                 waiting = [batch]
                 while waiting:
@@ -122,8 +133,6 @@ class GpuEmbedder:
                     batch_tokens = min(batch_tokens, longest * len(part) // 2)
                     middle = len(part) // 2
                     waiting += [part[middle:], part[:middle]]
-            lot = following
-            ids = ahead.result() if following else []
 
     def _computed(self, ids: Sequence[TokenIds]) -> "torch.Tensor | None":
         """Return float32 [len(ids), dim] on the device, not waited for; None if memory ran out."""
@@ -196,6 +205,13 @@ class _Queued:
         if self.copied is not None:
             self.copied.synchronize()
         return np.asarray(self.on_host.numpy(), dtype=np.float32)
+
+
+def _at_once(work: Callable[[list[str]], T], texts: list[str]) -> "Future[T]":
+    """Return what a thread would give, done here."""
+    done: Future[T] = Future()
+    done.set_result(work(texts))
+    return done
 
 
 def _lots(texts: Sequence[str]) -> Iterator[range]:
