@@ -13,6 +13,7 @@ from eval.bench.gpu_attention import AttentionRow, visible_pairs
 from eval.bench.gpu_decode import STATIC_WAYS, DecodeRow, step_bytes
 from eval.bench.gpu_embed import EmbedRow, _word
 from eval.bench.gpu_prefill import PrefillRow, useful_flops
+from eval.bench.gpu_rows import ROW_WAYS
 from eval.bench.gpu_run import Run
 from eval.bench.gpu_search import ExactRow, exact_limit_seconds, nearest
 from rag.lm.spec import ModelSpec
@@ -39,6 +40,9 @@ def test_the_bench_on_small_shapes() -> None:
         for model in ("tiny-llama", "tiny-gemma3_text")
         for way in ("transformers", "plain", *STATIC_WAYS)
     ]
+    assert [(row.model, row.way, row.num_rows) for row in bench.rows] == [
+        ("tiny-llama", way, 4 if are_all else 1) for way, _, are_all in ROW_WAYS
+    ]
     assert [row.agrees for row in bench.twins] == [True, True, True]
     assert {(row.way, row.window) for row in bench.attention} == {
         ("full", None),
@@ -58,7 +62,11 @@ def test_the_bench_on_small_shapes() -> None:
     assert "tiny-gemma3_text" in shown
     assert all(reason in shown for reason in bench.left_out)
     if device.type == "cpu":  # every section ran; in float32 every way writes the same
-        assert all("FAISS" in reason for reason in bench.left_out)
+        [reason] = [reason for reason in bench.left_out if "FAISS" not in reason]
+        assert reason.startswith(
+            "tiny-gemma3_text: 4 rows behind 128 tokens: its rows share nothing"
+        )
+        assert {row.same_tokens for row in bench.rows} == {bench.rows[0].same_tokens}
         assert {row.same_tokens for row in bench.decode} == {bench.decode[0].same_tokens}
 
 
@@ -173,12 +181,13 @@ def test_goals_are_reckoned_from_the_rows() -> None:
 
 def test_what_the_time_does_not_allow_is_named() -> None:
     bench = bench_gpu(SMALL, torch.device("cpu"), deadline_seconds=0.0)
-    rows = (bench.attention, bench.one_query, bench.prefill, bench.decode, bench.exact, bench.embed)
-    assert not any(rows)
+    assert not any((bench.attention, bench.one_query, bench.prefill, bench.decode, bench.rows))
+    assert not any((bench.exact, bench.embed))
     assert not bench.goals
     for what in (
         "tiny-llama: full prefill of 640 tokens",
         "tiny-llama: decode at 128 tokens",
+        "tiny-llama: 4 rows behind 128 tokens",
         "attention of 256 tokens through a window of 16",
         "exact search of 3,000 vectors",
         "embedding 40 texts",
@@ -202,7 +211,7 @@ def test_the_verb_prints_a_card_and_one_line_of_json() -> None:
     assert done.exit_code == 0
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["bench"] == "gpu"
-    assert {"decode", "goals", "attention", "exact", "embed"} <= set(line)
+    assert {"decode", "rows", "goals", "attention", "exact", "embed"} <= set(line)
     assert "left out" in done.stderr or line["left_out"] == []
 
 

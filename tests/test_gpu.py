@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from conftest import make_tiny_engine, make_tiny_tokenizer, prompt_of
-from rag.lm.engine import GenerationDone, TextPiece
+from rag.lm.engine import DocumentPrefix, GenerationDone, TextPiece
 from rag.lm.forward import forward
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import native_cache
+from rag.lm.shared_prefix import _has_flash, attend, attend_plain, forward_in_step
 from rag.lm.spec import ModelSpec
 from rag.lm.static_cache import STATIC_FAMILIES
 from rag.lm.static_decode import PLAIN_STEPS, StaticDecoder, can_decode_statically
@@ -21,11 +22,15 @@ from rag.retrieval.embedding import open_embedder
 from rag.retrieval.gpu_embedder import GpuEmbedder
 from rag.retrieval.vector_index import IndexPlan
 from test_embedding import tiny_embedder as tiny_embedder
+from test_generation import answers
 from test_gpu_embedder import SAME, TEXTS, plain_vectors, shrink_lots
+from test_static_decode import engine_of, same
+from test_static_rows import KINDS, PADDING, PREFIX, cache_of, prompts
 from test_vector_index import FLAT, HALF, TRAINED, Shelf, clustered
 from test_vector_index import shelf as shelf
 from tiny_families import tiny_model
 
+GEMMA = "gemma3_text"  # with windows of its own, so that its rows share nothing
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 needs_gpu_faiss = pytest.mark.skipif(
     not hasattr(faiss, "StandardGpuResources"), reason="this FAISS build has no GPU support"
@@ -88,7 +93,7 @@ def test_a_recorded_step_gives_the_logits_of_the_plain_way(family: str, dtype: t
 
     plain = prefilled()
     recorded, called = (
-        StaticDecoder(model, prefilled(), 7, max_new_tokens=24, records=records)  # type: ignore[arg-type]
+        StaticDecoder(model, prefilled(), [7], max_new_tokens=24, records=records)  # type: ignore[arg-type]
         for records in (True, False)
     )
     newest = 7
@@ -128,6 +133,75 @@ def test_an_answer_on_a_gpu_is_the_plain_one(family: str) -> None:
         found, found_done = answer(static=True)
         assert found == text
         assert (found_done.kv_tokens, found_done.kv_bytes) == (done.kv_tokens, done.kv_bytes)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 64, 128])
+def test_flash_attention_gives_the_sums_of_two_products(dtype: torch.dtype, width: int) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert _has_flash(device, dtype, width, width)
+    torch.manual_seed(1)
+    key, value = (torch.randn(1, 2, 1_111, width, device=device, dtype=dtype) for _ in range(2))
+    for num_queries in (1, 7, 128):
+        query = torch.randn(1, 2, num_queries, width, device=device, dtype=dtype)
+        out, sums = attend(query, key, value, None, 0.2)
+        plain, plain_sums = attend_plain(query, key, value, None, 0.2)
+        torch.testing.assert_close(out, plain, atol=2e-2, rtol=0)
+        torch.testing.assert_close(sums, plain_sums, atol=1e-2, rtol=0)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "is_shared"), KINDS)
+def test_a_recorded_step_of_rows_gives_the_logits_of_the_plain_way(
+    family: str, is_shared: bool, dtype: torch.dtype
+) -> None:
+    model = tiny_model(family).to("cuda", dtype)
+    plain, newest = cache_of(model, is_shared=is_shared)
+    recorded, called = (
+        StaticDecoder(
+            model,
+            cache_of(model, is_shared=is_shared)[0],
+            newest,
+            max_new_tokens=24,
+            front_padding=PADDING,
+            records=records,
+        )
+        for records in (True, False)
+    )
+    for step in range(23):
+        expected = forward_in_step(model, [[n] for n in newest], plain, front_padding=PADDING)
+        for decoder in (recorded, called):
+            decoder.token.copy_(torch.tensor(newest)[:, None])
+            decoder.advance()
+        torch.cuda.synchronize()
+        for by_graph, by_call, row in zip(
+            recorded.logits, called.logits, expected[:, -1], strict=True
+        ):
+            assert difference(by_graph, by_call) < tolerance(model) / 4
+            assert difference(by_graph, row) < tolerance(model)
+        newest = expected[:, -1].argmax(-1).tolist()
+        assert recorded.is_recorded == (step >= PLAIN_STEPS)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("family", "prefix"), [("llama", PREFIX), ("llama", None), (GEMMA, None)])
+def test_answers_in_step_on_a_gpu_are_the_plain_ones(
+    family: str, prefix: DocumentPrefix | None
+) -> None:
+    """The whole way: proofs, copy, recorded steps, rows that end; twice in a row."""
+    model = tiny_model(family).to("cuda")
+    expected = answers(engine_of(model, static=False), prompts(), prefix)
+    engine = engine_of(model, static=True)
+    for _ in range(2):
+        found = answers(engine, prompts(), prefix)
+        assert [text for text, _ in found] == [text for text, _ in expected]
+        assert all(same(row, plain) for (_, row), (_, plain) in zip(found, expected, strict=True))
+    assert can_decode_statically(model, engine.spec, "shared" if prefix else "joined")
 
 
 @pytest.mark.gpu

@@ -102,7 +102,7 @@ def test_an_answer_is_word_for_word_the_plain_one(family: str, num_tokens: int) 
 def test_its_logits_are_the_plain_ones(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family).to(dtype)
     plain, newest = prefilled(model, 40)
-    decoder = StaticDecoder(model, prefilled(model, 40)[0], newest, max_new_tokens=NEW)
+    decoder = StaticDecoder(model, prefilled(model, 40)[0], [newest], max_new_tokens=NEW)
     for _ in range(NEW - 1):
         expected = forward(model, [[newest]], plain)[0, -1]
         decoder.advance()
@@ -119,7 +119,7 @@ def test_attention_in_parts_is_attention(dtype: torch.dtype, parts: int) -> None
     torch.manual_seed(1)
     query = torch.randn(1, 6, 1, 8).to(dtype)
     key, value = (torch.randn(1, 2, 192, 8).to(dtype) for _ in range(2))
-    hidden = torch.arange(192) > 100
+    hidden = torch.arange(192)[None] > 100
     found = attend_one(query, key, value, hidden, parts=parts, scale=0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.float(),
@@ -170,7 +170,7 @@ def test_a_step_that_gives_something_else_is_found_out_and_not_used(
         hidden: torch.Tensor,
         **options: Any,  # noqa: ANN401
     ) -> torch.Tensor:
-        first = torch.arange(len(hidden)) == 0  # a slot too few is seen
+        first = torch.arange(hidden.shape[-1]) == 0  # a slot too few is seen
         return right(query, key, value, hidden | first, **options)
 
     with monkeypatch.context() as patch:
@@ -204,8 +204,8 @@ def test_a_document_that_is_kept_is_gone_on_from_and_not_changed(family: str) ->
 def test_the_token_that_ends_an_answer_ends_it_though_the_next_is_on_its_way() -> None:
     model = tiny_model("llama")
     cache, first_id = prefilled(model, 40)
-    decoder = StaticDecoder(model, cache, first_id, max_new_tokens=NEW)
-    ids = [first_id, *(decoder.next_id() for _ in range(NEW - 1))]
+    decoder = StaticDecoder(model, cache, [first_id], max_new_tokens=NEW)
+    ids = [first_id, *(decoder.next_ids()[0] for _ in range(NEW - 1))]
     end_id = next(n for n in ids[PLAIN_STEPS + 2 :] if n not in ids[: PLAIN_STEPS + 2])
     model.generation_config.eos_token_id = end_id
     text, done = answer(engine_of(model, static=False), 40)
@@ -261,7 +261,7 @@ def test_its_bytes_are_those_that_are_predicted(family: str, num_tokens: int, nu
     spec = spec_of(model)
     plain, first_id = prefilled(model, num_tokens)
     cache, _ = prefilled(model, num_tokens)
-    decoder = StaticDecoder(model, cache, first_id, max_new_tokens=num_new)
+    decoder = StaticDecoder(model, cache, [first_id], max_new_tokens=num_new)
     assert not cache.layers  # what was copied is not held twice
     longest = num_tokens + num_new - 1
     assert decoder.cache.allocated_bytes == static_kv_bytes(spec, longest)
@@ -275,15 +275,17 @@ def test_its_bytes_are_those_that_are_predicted(family: str, num_tokens: int, nu
     newest = first_id
     for _ in range(num_new - 1):
         forward(model, [[newest]], plain)
-        newest = decoder.next_id()
+        [newest] = decoder.next_ids()
         assert (
-            decoder.kv_bytes == measured_kv_bytes(plain) == kv_cache_bytes(spec, decoder.num_tokens)
+            decoder.kv_bytes()
+            == measured_kv_bytes(plain)
+            == kv_cache_bytes(spec, decoder.num_tokens)
         )
     assert decoder.num_tokens == longest
     # It was not written beyond its last slot, and will not be.
     assert int(decoder.cache.position) == longest <= static_capacity(longest)
     with pytest.raises(ValueError, match="no room for more than"):
-        decoder.next_id()
+        decoder.next_ids()
     assert int(decoder.cache.position) == longest
 
 
@@ -291,7 +293,7 @@ def test_its_bytes_are_those_that_are_predicted(family: str, num_tokens: int, nu
 def test_nothing_that_a_step_reads_or_writes_moves(family: str) -> None:
     model = tiny_model(family)
     cache, first_id = prefilled(model, 10)
-    decoder = StaticDecoder(model, cache, first_id, max_new_tokens=2 * WINDOW)
+    decoder = StaticDecoder(model, cache, [first_id], max_new_tokens=2 * WINDOW)
 
     def addresses() -> list[int]:
         static = decoder.cache
@@ -302,7 +304,7 @@ def test_nothing_that_a_step_reads_or_writes_moves(family: str) -> None:
 
     before = addresses()
     for _ in range(2 * WINDOW - 1):
-        decoder.next_id()
+        decoder.next_ids()
         assert addresses() == before
 
 
@@ -315,9 +317,9 @@ def test_its_memory_is_free_at_once_when_an_answer_ends() -> None:
     try:
         for ends in (NEW - 1, 2):  # at its end, and when the caller goes away
             cache, first_id = prefilled(model, 40)
-            decoder = StaticDecoder(model, cache, first_id, max_new_tokens=NEW)
+            decoder = StaticDecoder(model, cache, [first_id], max_new_tokens=NEW)
             for _ in range(ends):
-                decoder.next_id()
+                decoder.next_ids()
             kept.append(weakref.ref(decoder.cache.static_layers[0].states[0]))
             assert kept[-1]() is not None
             decoder.close()
@@ -355,7 +357,7 @@ def test_a_step_neither_asks_nor_tells_the_host_anything(family: str) -> None:
     cache = native_cache(model.config)
     with torch.inference_mode():
         model(input_ids=torch.zeros(1, 20, dtype=torch.long, device="meta"), past_key_values=cache)
-    decoder = StaticDecoder(model, cache, 5, max_new_tokens=NEW)
+    decoder = StaticDecoder(model, cache, [5], max_new_tokens=NEW)
     with _Devices() as operations:
         decoder.advance()
     assert "aten.bmm.dtype" in operations.seen  # the products of a GPU
@@ -373,17 +375,17 @@ def test_a_step_is_one_graph_for_every_position(family: str) -> None:
         return graph.forward
 
     cache, first_id = prefilled(model, 10)
-    plain = StaticDecoder(model, prefilled(model, 10)[0], first_id, max_new_tokens=2 * WINDOW)
+    plain = StaticDecoder(model, prefilled(model, 10)[0], [first_id], max_new_tokens=2 * WINDOW)
     torch._dynamo.reset()
     decoder = StaticDecoder(
         model,
         cache,
-        first_id,
+        [first_id],
         max_new_tokens=2 * WINDOW,
         wrap=lambda step: torch.compile(step, fullgraph=True, dynamic=False, backend=note),
     )
     for _ in range(2 * WINDOW - 1):
-        assert decoder.next_id() == plain.next_id()
+        assert decoder.next_ids() == plain.next_ids()
     assert len(graphs) == 1
 
 
@@ -438,8 +440,8 @@ def test_each_step_runs_once_whether_it_can_be_recorded_or_not(
 def test_a_cpu_is_not_asked_to_record_and_does_not_do_so_by_itself() -> None:
     model = tiny_model("llama")
     cache, first_id = prefilled(model, 10)
-    decoder = StaticDecoder(model, cache, first_id, max_new_tokens=NEW)
+    decoder = StaticDecoder(model, cache, [first_id], max_new_tokens=NEW)
     for _ in range(NEW - 1):
-        decoder.next_id()
+        decoder.next_ids()
     assert not decoder.is_recorded
     assert set(STATIC_FAMILIES) <= set(FAMILIES)

@@ -15,11 +15,12 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from eval.bench import gpu_attention, gpu_decode, gpu_embed, gpu_prefill, gpu_search
+from eval.bench import gpu_attention, gpu_decode, gpu_embed, gpu_prefill, gpu_rows, gpu_search
 from eval.bench.gpu_attention import AttentionRow, AttentionShapes, OneQueryRow
 from eval.bench.gpu_decode import STATIC_WAYS, DecodeRow
 from eval.bench.gpu_embed import EmbedRow, EmbedShapes
 from eval.bench.gpu_prefill import PrefillRow, TwinRow
+from eval.bench.gpu_rows import RowsRow
 from eval.bench.gpu_run import Run, collect
 from eval.bench.gpu_search import ExactRow, SearchRow
 from eval.bench.machine import (
@@ -47,6 +48,7 @@ class GpuShapes:
     prefill_tokens: tuple[int, ...]
     decode_context_tokens: int
     decode_tokens: int
+    decode_rows: int
     compiler: str  # torch's backend
     num_sinks: int
     window: int
@@ -65,6 +67,7 @@ REAL = GpuShapes(
     prefill_tokens=(8_192, 32_768, 131_072),
     decode_context_tokens=8_192,
     decode_tokens=64,
+    decode_rows=32,
     compiler="inductor",
     num_sinks=64,
     window=4_096,
@@ -100,6 +103,7 @@ SMALL = GpuShapes(
     prefill_tokens=(128, 640),
     decode_context_tokens=128,
     decode_tokens=8,
+    decode_rows=4,
     compiler="eager",
     num_sinks=4,
     window=64,
@@ -142,6 +146,7 @@ class GpuBench:
     one_query: list[OneQueryRow] = field(default_factory=list)
     prefill: list[PrefillRow] = field(default_factory=list)
     decode: list[DecodeRow] = field(default_factory=list)
+    rows: list[RowsRow] = field(default_factory=list)
     twins: list[TwinRow] = field(default_factory=list)
     search: list[SearchRow] = field(default_factory=list)
     exact: list[ExactRow] = field(default_factory=list)
@@ -212,6 +217,15 @@ def bench_gpu(
                 context_tokens=shapes.decode_context_tokens,
                 num_tokens=shapes.decode_tokens,
                 compiler=shapes.compiler,
+            )
+            bench.rows += gpu_rows.bench_rows(
+                run,
+                name,
+                model,
+                spec,
+                num_rows=shapes.decode_rows,
+                context_tokens=shapes.decode_context_tokens,
+                num_tokens=shapes.decode_tokens,
             )
         model = None  # its memory goes back before the next is built
         collect(device)
@@ -286,6 +300,7 @@ def card(bench: GpuBench) -> str:
         *gpu_attention.lines(bench.attention, bench.one_query),
         *gpu_prefill.prefill_lines(bench.prefill),
         *gpu_decode.lines(bench.decode),
+        *gpu_rows.lines(bench.rows),
         *gpu_prefill.twin_lines(bench.twins),
         *gpu_search.lines(bench.search, bench.exact),
         *gpu_embed.lines(bench.embed),

@@ -160,7 +160,7 @@ def bench_one_query(run: Run, shapes: AttentionShapes) -> list[OneQueryRow]:
         with run.section(what), torch.inference_mode():
             # As many layers as the card's own cache cannot hold, one after the other.
             layers = [_random(run, shapes, n, num_queries=1) for _ in range(8)]
-            hidden = torch.zeros(n, dtype=torch.bool, device=run.device)
+            hidden = torch.zeros(1, n, dtype=torch.bool, device=run.device)
             num_bytes = sum(s.numel() * s.element_size() for layer in layers for s in layer[1:])
             ways: dict[str, Callable[..., torch.Tensor]] = {
                 "static": partial(

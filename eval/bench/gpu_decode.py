@@ -155,14 +155,14 @@ def _static(
     decoder = StaticDecoder(
         model,
         cache,
-        first_id,
+        [first_id],
         max_new_tokens=PLAIN_STEPS + 2 + num_tokens,
         records=records,
         wrap=wrap or (lambda step: step),
     )
     with closing(decoder):
-        found = [decoder.next_id() for _ in range(PLAIN_STEPS + 1)]
-        seconds = run.timed(lambda: found.extend(decoder.next_id() for _ in range(num_tokens)))
+        found = [decoder.next_ids()[0] for _ in range(PLAIN_STEPS + 1)]
+        seconds = run.timed(lambda: found.extend(decoder.next_ids()[0] for _ in range(num_tokens)))
         if records and run.device.type == "cuda" and not decoder.is_recorded:
             raise RuntimeError("the step was not recorded; the log says why")
     return seconds, found

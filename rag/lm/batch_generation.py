@@ -17,7 +17,7 @@ from rag.lm.chat_tokenizer import ChatTokenizer
 from rag.lm.engine import DocumentPrefix, GenerationDone, GenerationStep, PrefillProgress, Prompt
 from rag.lm.forward import PassStoppedError, allocated
 from rag.lm.generation import Row, decode
-from rag.lm.kv_bytes import kv_cache_bytes, room_bytes
+from rag.lm.kv_bytes import kv_cache_bytes, room_bytes, static_capacity, static_kv_bytes
 from rag.lm.native_cache import merge
 from rag.lm.peak_bytes import peak_bytes
 from rag.lm.prefill import Prefill, Prefilled
@@ -25,7 +25,7 @@ from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 from rag.lm.prefill_rate import PrefillClock
 from rag.lm.shared_prefix import SharedPrefixCache, can_share, forward_shared
 from rag.lm.spec import ModelSpec
-from rag.lm.static_decode import PLAIN_STEPS, StaticDecoder, can_decode_statically
+from rag.lm.static_decode import PLAIN_STEPS, Rows, StaticDecoder, can_decode_statically
 
 # Most answers written in step: beyond, a row more costs a CPU nearly what it costs alone.
 MOST_ROWS = 32
@@ -49,13 +49,13 @@ def shared_batch_bytes(
 ) -> int:
     """Return the most bytes, beside the weights, of rows that share their first tokens' cache.
 
-    That stands once, and each row's own tokens, padded to the longest, beside it. A pass computes
-    as many tokens as a prefill's chunk; to that comes for each row its logits, its own keys or
-    values while they grow, and its own part of the attention in float32.
+    That stands once, and each row's own tokens, padded to the longest and with the room of a static
+    cache, beside it. A pass computes as many tokens as a prefill's chunk; to that comes for each
+    row its logits, its own keys or values while they grow or are copied, and its own part of the
+    attention in float32.
     """
-    prefix = kv_cache_bytes(spec, shared_tokens)
-    own = num_rows * (kv_cache_bytes(spec, num_tokens) - prefix)
-    num_own = num_tokens - shared_tokens
+    caches = static_kv_bytes(spec, num_tokens, num_rows=num_rows, shared_tokens=shared_tokens)
+    num_own = static_capacity(num_tokens - shared_tokens)
     chunk = max(num_rows, PREFILL_CHUNK_TOKENS)
     layers = [
         num_rows * num_own * layer.elements_per_token * spec.dtype_bytes
@@ -64,7 +64,7 @@ def shared_batch_bytes(
         for layer in spec.layers
     ]
     logits = num_rows * spec.vocab_size * (spec.dtype_bytes + _FLOAT32_BYTES)
-    return prefix + own + peak_bytes(spec, num_tokens) + max(layers) + logits
+    return caches + peak_bytes(spec, num_tokens) + max(layers) + logits
 
 
 def batches(
@@ -115,8 +115,7 @@ class BatchGeneration:
             clock: learns from prompts that are read alone.
             max_new_tokens: the longest answer.
             stop: looked at between the layers of a prefill, and between tokens.
-            decodes_statically: one answer alone is written by a `StaticDecoder` where the model
-                can be.
+            decodes_statically: answers are written by a `StaticDecoder` where the model's can be.
         """
         self._model, self._prefill, self._tokenizer, self._clock = model, prefill, tokenizer, clock
         self._spec = prefill.spec
@@ -183,32 +182,12 @@ class BatchGeneration:
             for row in ready:
                 if len(ready) > 1:  # joined: what a row held alone is no longer needed
                     row.state.cache.layers.clear()
-            if len(ready) == 1 and self._can_decode_statically():
-                yield from self._decoded_statically(ready[0], cache)
-            else:
-                yield from self._decoded(ready, cache)
+            yield from self._decoded(ready, cache, "joined" if len(ready) > 1 else "one")
         for number, ids in zip(numbers, all_ids, strict=True):
             if number not in rows:  # the stop came before it
                 yield number, _not_begun(len(ids))
             elif rows[number] not in ready:
                 yield number, rows[number].stopped_early()
-
-    def _can_decode_statically(self) -> bool:
-        return self._decodes_statically and can_decode_statically(self._model, self._spec)
-
-    def _decoded_statically(self, row: Row, cache: Any) -> Iterator[tuple[int, GenerationStep]]:  # noqa: ANN401
-        first_id = row.state.next_id
-        assert first_id is not None  # its prompt was read
-        begun = time.perf_counter()
-        decoder = allocated(
-            lambda: StaticDecoder(
-                self._model, cache, first_id, max_new_tokens=self._max_new_tokens
-            ),
-            f"where a cache of {row.prompt_tokens:,} tokens was copied",
-        )
-        row.decode_seconds += time.perf_counter() - begun
-        with closing(decoder):
-            yield from self._decoded([row], decoder)
 
     # ---- one document for all -------------------------------------------------------------------
 
@@ -310,9 +289,38 @@ class BatchGeneration:
             return
         for row in rows:
             yield row.number, PrefillProgress(row.state.num_tokens, row.prompt_tokens)
-        yield from self._decoded(rows, cache)
+        yield from self._decoded(rows, cache, "shared")
+
+    # ---- the answers ----------------------------------------------------------------------------
 
     def _decoded(
+        self,
+        rows: Sequence[Row],
+        cache: Any,  # noqa: ANN401
+        kind: Rows,
+    ) -> Iterator[tuple[int, GenerationStep]]:
+        """Write on from prompts that were read, by a static decoder where that can be."""
+        if not (self._decodes_statically and can_decode_statically(self._model, self._spec, kind)):
+            yield from self._written(rows, cache)
+            return
+        begun = time.perf_counter()
+        first_ids = [row.state.next_id or 0 for row in rows]
+        decoder = allocated(
+            lambda: StaticDecoder(
+                self._model,
+                cache,
+                first_ids,
+                max_new_tokens=self._max_new_tokens,
+                front_padding=[row.padding for row in rows],
+            ),
+            f"where a cache of {rows[0].prompt_tokens:,} tokens was copied",
+        )
+        for row in rows:
+            row.decode_seconds += time.perf_counter() - begun
+        with closing(decoder):
+            yield from self._written(rows, decoder)
+
+    def _written(
         self,
         rows: Sequence[Row],
         cache: Any,  # noqa: ANN401

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rag.lm.chat_tokenizer import TextStream
 from rag.lm.engine import GenerationDone, GenerationStep, TextPiece
-from rag.lm.forward import forward
 from rag.lm.kv_bytes import measured_row_bytes
 from rag.lm.native_cache import select
 from rag.lm.prefill import Prefilled
 from rag.lm.prompt_lookup import PromptLookup
-from rag.lm.shared_prefix import SharedPrefixCache, forward_shared
+from rag.lm.shared_prefix import SharedPrefixCache, forward_in_step
 from rag.lm.static_decode import StaticDecoder
 
 if TYPE_CHECKING:
@@ -86,8 +85,8 @@ def decode(
     Args:
         model: ready to run.
         rows: their prompts are read, and their padding is known.
-        cache: of all of them, in their order; a `SharedPrefixCache` where they share one, and what
-            writes on from its own where there is but one row.
+        cache: of all of them, in their order; a `SharedPrefixCache` where they share one, or what
+            writes on from its own.
         end_ids: the tokens that end an answer.
         max_new_tokens: the longest answer.
         stop: looked at before each token that is shown.
@@ -132,8 +131,10 @@ def decode(
             active = [active[index] for index in left]
             if not active:
                 return
-            assert not isinstance(cache, StaticDecoder)  # it has one row, which has not ended
-            select(cache, left)
+            if isinstance(cache, StaticDecoder):
+                cache.select(left)
+            else:
+                select(cache, left)
         begun = time.perf_counter()
         if lookup is None:
             next_ids = _next_ids(model, active, cache)
@@ -153,13 +154,10 @@ def _next_ids(
 ) -> list[int]:
     """Return the likeliest next token of each row; waits for the GPU."""
     if isinstance(cache, StaticDecoder):
-        return [cache.next_id()]
+        return cache.next_ids()
     newest = [[row.state.next_id or 0] for row in rows]
     padding = [row.padding for row in rows]
-    if isinstance(cache, SharedPrefixCache):
-        logits = forward_shared(model, newest, cache, front_padding=padding)
-    else:
-        logits = forward(model, newest, cache, front_padding=padding)
+    logits = forward_in_step(model, newest, cache, front_padding=padding)
     found: list[int] = logits[:, -1].argmax(-1).tolist()
     return found
 
@@ -167,5 +165,5 @@ def _next_ids(
 def _held(cache: Cache | StaticDecoder, row: Row) -> tuple[int, int]:
     """Return the tokens and the logical bytes that the cache holds of a row."""
     if isinstance(cache, StaticDecoder):
-        return cache.num_tokens, cache.kv_bytes
+        return cache.num_tokens - row.padding, cache.kv_bytes(row.padding)
     return cache.get_seq_length() - row.padding, measured_row_bytes(cache, row.padding)

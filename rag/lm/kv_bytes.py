@@ -85,22 +85,27 @@ def static_capacity(num_tokens: int) -> int:
     return -(-num_tokens // STATIC_PARTS) * STATIC_PARTS
 
 
-def static_kv_bytes(spec: ModelSpec, num_tokens: int) -> int:
+def static_kv_bytes(
+    spec: ModelSpec, num_tokens: int, *, num_rows: int = 1, shared_tokens: int = 0
+) -> int:
     """Return the bytes of all tensors of a static cache that has room for `num_tokens` tokens.
 
-    Beside what `kv_cache_bytes` counts there are the slots up to the next multiple, and in each
-    window one for the token being computed; never more than that and `room_bytes` together, and a
-    token a window.
+    Beside what `kv_cache_bytes` counts there are in each row the slots up to the next multiple, and
+    in each window one for the token being computed; never more than that and `room_bytes` together,
+    and a token a window.
 
     Args:
         spec: of a model with full and sliding layers alone.
-        num_tokens: prompt and new tokens.
+        num_tokens: prompt and new tokens of the longest row.
+        num_rows: how many are in step.
+        shared_tokens: how many of the tokens stand once for all rows.
     """
-    slots = static_capacity(num_tokens)
-    return sum(
+    slots = static_capacity(num_tokens - shared_tokens)
+    own = sum(
         layer.elements_per_token * min(slots, layer.window or slots) * spec.dtype_bytes
         for layer in spec.layers
     )
+    return kv_cache_bytes(spec, shared_tokens) + num_rows * own
 
 
 def measured_kv_bytes(cache: Cache) -> int:

@@ -12,8 +12,10 @@ arXiv:2501.01005; docs/decisions/0037.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from threading import Event
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,12 +25,16 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
-from rag.lm.forward import allocated, stoppable
+from rag.lm.forward import allocated, forward, stoppable
 from rag.lm.native_cache import native_cache
 from rag.lm.spec import ModelSpec
 from rag.lm.windowed_attention import attention_named, difference, probe_ids, refusal, tolerance
 
+logger = logging.getLogger(__name__)
+
 _ATTENTION = "fathom_shared_prefix"
+# What rounding to 16 bits makes of the same attention, at most.
+_FLASH_TOLERANCE = 0.02
 # Queries whose scores with the document the plain attention writes out at once.
 _PLAIN_QUERIES = 256
 # What of the self-test's tokens is the document, and how long the two tails are.
@@ -142,6 +148,19 @@ def forward_shared(
     )
 
 
+def forward_in_step(
+    model: Any,  # noqa: ANN401
+    rows: Sequence[Sequence[int]],
+    cache: Cache,
+    *,
+    front_padding: Sequence[int],
+) -> Tensor:
+    """Return the logits of `forward`, or of `forward_shared` where the rows share a prefix."""
+    if isinstance(cache, SharedPrefixCache):
+        return forward_shared(model, rows, cache, front_padding=front_padding)
+    return forward(model, rows, cache, front_padding=front_padding)
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     """One forward pass: the cache, and which own tokens each query sees, bool [B, T, own]."""
@@ -171,14 +190,9 @@ def _attention(
     B, H, T, D = query.shape
     G = key.shape[1]
     groups = H // G
-    # The queries that share a key head become rows of it, and so do those of all sequences.
-    rows = query.reshape(B, G, groups * T, D)
-    folded = rows.transpose(0, 1).reshape(1, G, B * groups * T, D)
-    before, before_sum = attend(folded, layer.prefix_keys, layer.prefix_values, None, scale)
-    before = before.view(G, B, groups * T, -1).transpose(0, 1)
-    before_sum = before_sum.view(G, B, groups * T).transpose(0, 1)
+    before, before_sum = attend_prefix(query, layer.prefix_keys, layer.prefix_values, scale=scale)
     mask = fathom_shared.visible.repeat(1, groups, 1)[:, None]  # [B, 1, groups * T, own]
-    after, after_sum = attend(rows, key, value, mask, scale)
+    after, after_sum = attend(query.reshape(B, G, groups * T, D), key, value, mask, scale)
     # exp(a) / (exp(a) + exp(b)) of the two sums.
     share = torch.sigmoid(before_sum - after_sum)[..., None]
     out = torch.lerp(after.float(), before.float(), share).to(query.dtype)
@@ -186,6 +200,31 @@ def _attention(
 
 
 AttentionInterface.register(_ATTENTION, _attention)
+
+
+def attend_prefix(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend to what all rows begin with, which is read once for all of them.
+
+    Args:
+        query: [B, H, T, D].
+        key: [1, G, P, D] with H a multiple of G; so is `value`.
+        value: [1, G, P, D].
+        scale: the factor of the scores.
+
+    Returns:
+        [B, G, H / G * T, D] and the logarithms of the sums, [B, G, H / G * T], as `attend`.
+    """
+    B, H, T, D = query.shape
+    G = key.shape[1]
+    # The queries that share a key head become rows of it, and so do those of all sequences.
+    folded = query.reshape(B, G, H // G * T, D).transpose(0, 1).reshape(1, G, B * H // G * T, D)
+    out, sums = attend(folded, key, value, None, scale)
+    return (
+        out.view(G, B, H // G * T, -1).transpose(0, 1),
+        sums.view(G, B, H // G * T).transpose(0, 1),
+    )
 
 
 def attend(
@@ -212,6 +251,8 @@ def attend(
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, sums = kernel(query, key, value, attn_mask=bias, scale=scale)
         return out, sums.float()
+    if mask is None and _has_flash(query.device, query.dtype, query.shape[-1], value.shape[-1]):
+        return _attend_flash(query, key, value, scale)
     return attend_plain(query, key, value, mask, scale)
 
 
@@ -228,6 +269,36 @@ def attend_plain(
         sums.append(scores.logsumexp(-1))
         outs.append((scores.softmax(-1) @ value.float()).to(query.dtype))
     return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
+
+
+def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend by the kernel that `scaled_dot_product_attention` calls on a GPU, as `attend`."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    out, sums, *_ = kernel(query, key, value, scale=scale)
+    return out, sums
+
+
+@lru_cache
+def _has_flash(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Say whether a device has flash attention for such heads: tried, and compared, once."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if width % 8 or width != value_width:
+        return False
+    with torch.inference_mode():
+        some = torch.Generator(device).manual_seed(1)
+        shape = (3, 1, 2, 160, width)
+        query, key, value = torch.randn(shape, generator=some, device=device, dtype=dtype)
+        plain = attend_plain(query[:, :, :9], key, value, None, width**-0.5)
+        try:
+            found = _attend_flash(query[:, :, :9], key, value, width**-0.5)
+            return all(
+                difference(ours, theirs) <= _FLASH_TOLERANCE
+                for ours, theirs in zip(found, plain, strict=True)
+            )
+        except RuntimeError as error:
+            logger.info("no flash attention with its sums on this device: %s", error)
+            return False
 
 
 def _is_exact(model: Any) -> bool:  # noqa: ANN401

@@ -8,6 +8,10 @@ that leaves, and as a softmax does not ask for the order of its keys, nothing is
 Whatever the step is given, it reads all slots, so the capacity is that of this prompt and this
 answer and no more: for an 8B model the slots that stay empty are 0.2% of what a step reads.
 
+Several sequences in step are rows of the same tensors, the shorter ones padded at their front as in
+the plain way. What all of them begin with stands beside their own slots, once, and is not copied:
+see `rag.lm.shared_prefix`.
+
 Source: gpt-fast, and StaticCache of transformers 5.23; docs/decisions/0040.
 """
 
@@ -24,6 +28,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from rag.lm.kv_bytes import STATIC_PARTS
 from rag.lm.native_cache import GrowingLayer, OwningWindowLayer, native_cache
+from rag.lm.shared_prefix import SharedPrefixCache, attend_prefix
 from rag.lm.windowed_attention import EXACT_ROPES, WINDOWED_FAMILIES
 
 ATTENTION = "fathom_static"
@@ -60,14 +65,32 @@ def static_refusal(config: PreTrainedConfig) -> str | None:
 
 
 class StaticCache(Cache):
-    """The cache of one sequence; layers of one size share a place, which the position moves."""
+    """The cache of sequences in step; layers of one size share a place, which the position moves.
 
-    def __init__(self, layers: Sequence[StaticLayer], num_tokens: int) -> None:
-        """Take layers that hold `num_tokens` tokens; see `static_copy`."""
+    The position counts what a row has of its own, padding included.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[StaticLayer],
+        num_tokens: int,
+        *,
+        front_padding: Sequence[int],
+        prefix_tokens: int,
+    ) -> None:
+        """Take layers that hold `num_tokens` tokens of each row's own; see `static_copy`."""
         super().__init__(layers=list(layers))
         self.static_layers = tuple(layers)
-        self.position = torch.tensor([num_tokens], device=layers[0].states[0].device)
+        self.prefix_tokens = prefix_tokens
+        device = layers[0].states[0].device
+        self.position = torch.tensor([num_tokens], device=device)
+        self._shift = torch.tensor([[prefix_tokens - pad] for pad in front_padding], device=device)
         self._places = list({id(layer.place): layer.place for layer in layers}.values())
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Where each row's next token stands in its text, [rows, 1]; on the device."""
+        return self.position + self._shift
 
     def point(self) -> None:
         """Let every layer write at the position, and see what is there up to it; in place."""
@@ -75,43 +98,67 @@ class StaticCache(Cache):
             place.point(self.position)
 
     def used_bytes(self, num_tokens: int) -> int:
-        """Return the logical bytes of the first `num_tokens` tokens, as `measured_kv_bytes`."""
-        return sum(layer.used_bytes(num_tokens) for layer in self.static_layers)
+        """Return the logical bytes of the first `num_tokens` tokens of a row, as it has them alone.
+
+        What all rows share counts as this one's too, padding does not.
+        """
+        return sum(
+            layer.used_bytes(num_tokens - self.prefix_tokens) for layer in self.static_layers
+        )
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all keys and values, room included; `static_kv_bytes` of the spec."""
         return sum(
-            states.untyped_storage().nbytes()
+            _num_bytes(states)
             for layer in self.static_layers
-            for states in layer.states
+            for states in (*layer.states, *layer.prefix)
         )
 
 
 class _Place:
-    """Where the layers of one size write a token, and which of their slots hold none."""
+    """Where the layers of one size write a token, and which of their slots hide from each row."""
 
-    def __init__(self, num_slots: int, device: torch.device) -> None:
+    def __init__(self, num_slots: int, padding: Tensor) -> None:
+        rows, device = len(padding), padding.device
         self.num_slots = num_slots
-        self.parts = math.gcd(num_slots, STATIC_PARTS)
+        # Many rows occupy a GPU by themselves.
+        self.parts = math.gcd(num_slots, max(1, STATIC_PARTS >> (rows - 1).bit_length()))
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        self.hidden = torch.ones(num_slots, dtype=torch.bool, device=device)
+        self.hidden = torch.ones(rows, num_slots, dtype=torch.bool, device=device)
         self._slots = torch.arange(num_slots, device=device)
+        self._padding = padding
 
     def point(self, position: Tensor) -> None:
         self.slot.copy_(position % self.num_slots)
-        torch.gt(self._slots, position, out=self.hidden)
+        # What a slot holds is the last position that came to it; before 0 there was none.
+        held = position - (position - self._slots) % self.num_slots
+        torch.lt(held, self._padding, out=self.hidden)
 
 
 class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer, [1, heads, slots, width], where they stay."""
+    """Keys and values of one layer, [rows, heads, slots, width], where they stay."""
 
     is_compileable = True
 
-    def __init__(self, states: tuple[Tensor, Tensor], window: int | None, place: _Place) -> None:
-        """Take the tensors; `window` counts the keys that a token sees, itself included."""
+    def __init__(
+        self,
+        states: tuple[Tensor, Tensor],
+        window: int | None,
+        place: _Place,
+        prefix: tuple[Tensor, ...],
+    ) -> None:
+        """Take the tensors.
+
+        Args:
+            states: each row's own keys and values.
+            window: the keys that a token sees, itself included.
+            place: where they are written.
+            prefix: keys and values that all rows begin with, [1, heads, tokens, width], if any.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.states = self.keys, self.values = states
+        self.prefix = prefix
         self.place = place
         self.is_sliding = window is not None
         self._kept = place.num_slots if window is None else window - 1
@@ -127,16 +174,16 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         *args: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> tuple[Tensor, Tensor]:
-        """Write one token at the place; return all slots, those that hold nothing too."""
+        """Write one token a row at the place; return all slots, those that hold nothing too."""
         keys, values = self.states
         keys.index_copy_(2, self.place.slot, key_states)
         values.index_copy_(2, self.place.slot, value_states)
         return keys, values
 
     def used_bytes(self, num_tokens: int) -> int:
-        """Return the bytes of what the layer keeps of `num_tokens` tokens."""
-        num_bytes = sum(states.numel() * states.element_size() for states in self.states)
-        return num_bytes // self.place.num_slots * min(num_tokens, self._kept)
+        """Return the bytes that the layer keeps of a row with `num_tokens` tokens of its own."""
+        own = sum(map(_num_bytes, self.states)) // self.place.hidden.numel()
+        return own * min(num_tokens, self._kept) + sum(map(_num_bytes, self.prefix))
 
     def get_seq_length(self) -> int:
         """Refuse: how far it is stands in a tensor, which nobody may wait for."""
@@ -151,40 +198,55 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.place.num_slots
 
 
-def static_copy(cache: Cache, capacity: int) -> StaticCache:
+def static_copy(
+    cache: Cache, capacity: int, *, front_padding: Sequence[int] | None = None
+) -> StaticCache:
     """Return a static cache that goes on from a prefilled one, whose layers are dropped.
 
     Each layer is dropped once it is copied: beside the static cache, one layer is in memory twice.
+    A prefix that the rows share is not copied.
 
     Args:
-        cache: one sequence in the layers of `native_cache`.
-        capacity: tokens of prompt and answer, at least as many as `cache` holds.
+        cache: sequences in the layers of `native_cache`, or a `SharedPrefixCache`.
+        capacity: tokens of a row's own, of prompt and answer, at least as many as `cache` holds.
+        front_padding: how many of the first own tokens of each row stand for nothing; by default
+            there is one row, without any.
     """
-    num_tokens = cache.get_seq_length()
+    front_padding = front_padding or [0]
+    prefix_tokens = cache.prefix_tokens if isinstance(cache, SharedPrefixCache) else 0
+    num_tokens = cache.get_seq_length() - prefix_tokens
+    first: Any = cache.layers[0]
+    device = first.keys.device
+    padding = torch.tensor(front_padding, device=device)[:, None]
     places: dict[int, _Place] = {}
     layers = []
     while cache.layers:
         layer: Any = cache.layers.pop(0)
         window = int(layer.sliding_window) if isinstance(layer, OwningWindowLayer) else None
         num_slots = capacity if window is None else min(window, capacity)
-        place = places.setdefault(num_slots, _Place(num_slots, layer.keys.device))
+        place = places.setdefault(num_slots, _Place(num_slots, padding))
         held = layer.keys.shape[-2]
-        at = torch.arange(num_tokens - held, num_tokens, device=layer.keys.device) % num_slots
+        at = torch.arange(num_tokens - held, num_tokens, device=device) % num_slots
         states = _in_slots(layer.keys, at, num_slots), _in_slots(layer.values, at, num_slots)
-        layers.append(StaticLayer(states, window, place))
-    return StaticCache(layers, num_tokens)
+        prefix = (layer.prefix_keys, layer.prefix_values) if prefix_tokens else ()
+        layers.append(StaticLayer(states, window, place, prefix))
+    return StaticCache(layers, num_tokens, front_padding=front_padding, prefix_tokens=prefix_tokens)
 
 
 def _in_slots(states: Tensor, at: Tensor, num_slots: int) -> Tensor:
-    """Return [1, heads, num_slots, width] with the states at their slots, and zeros elsewhere.
+    """Return [rows, heads, num_slots, width] with the states at their slots, and zeros elsewhere.
 
     Slots that hold nothing are given no weight, and nothing times what is not a number is none.
     """
-    _, heads, _, width = states.shape
-    return states.new_zeros((1, heads, num_slots, width)).index_copy_(2, at, states)
+    rows, heads, _, width = states.shape
+    return states.new_zeros((rows, heads, num_slots, width)).index_copy_(2, at, states)
 
 
-# ---- attention of one token --------------------------------------------------------------------
+def _num_bytes(states: Tensor) -> int:
+    return states.numel() * states.element_size()
+
+
+# ---- attention of one token a row --------------------------------------------------------------
 
 
 def _static_attention(
@@ -198,13 +260,20 @@ def _static_attention(
     fathom_static: StaticCache | None = None,
     **kwargs: Any,  # noqa: ANN401 - what other attention functions use
 ) -> tuple[Tensor, None]:
-    """The attention of a step, as transformers calls it; `query` is [1, H, 1, D]."""
+    """The attention of a step, as transformers calls it; `query` is [B, H, 1, D]."""
     if fathom_static is None:
         raise RuntimeError("the model is writing an answer; wait until it has")
-    place = fathom_static.static_layers[module.layer_idx].place
+    layer = fathom_static.static_layers[module.layer_idx]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend_one(
-        query, key, value, place.hidden, parts=place.parts, scale=scale, softcap=softcap
+        query,
+        key,
+        value,
+        layer.place.hidden,
+        parts=layer.place.parts,
+        scale=scale,
+        softcap=softcap,
+        before=attend_prefix(query, *layer.prefix, scale=scale) if layer.prefix else None,
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -221,34 +290,44 @@ def attend_one(
     parts: int,
     scale: float,
     softcap: float | None = None,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attend with one query to the slots that hold a token; every shape is known beforehand.
+    """Attend with one query a row to the slots it sees; every shape is known beforehand.
 
     Two batched products with a softmax in float32 between. The second sums over the slots, and a
     product with few rows and columns would occupy few of a GPU's processors: it is computed in
-    parts, whose sums are added.
+    parts, whose sums are added. What was attended to before counts as one more key: its score is
+    the logarithm of the sum of the exponentials of theirs, its value what they gave together.
 
     Args:
-        query: [1, H, 1, D].
-        key: [1, G, S, D] with H a multiple of G; so is `value`.
-        value: [1, G, S, D].
-        hidden: which slots hold nothing, bool [S].
+        query: [B, H, 1, D].
+        key: [B, G, S, D] with H a multiple of G; so is `value`.
+        value: [B, G, S, D].
+        hidden: which slots a row does not see, bool [B, S].
         parts: a divisor of S.
         scale: the factor of the scores.
         softcap: what the scores are bent to stay below, if anything.
+        before: of `attend_prefix` with the same queries, if the rows share a prefix.
 
     Returns:
-        [1, H, 1, D].
+        [B, H, 1, D].
     """
-    _, H, _, D = query.shape
+    B, H, _, D = query.shape
     _, G, S, _ = key.shape
-    scores = _product(query.reshape(G, H // G, D), key[0].mT) * scale  # [G, H/G, S]
+    scores = _product(query.reshape(B * G, H // G, D), key.flatten(0, 1).mT) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(value.dtype)
-    each = weights.view(G, H // G, parts, -1).transpose(1, 2).flatten(0, 1)  # [G*parts, H/G, S/p]
-    sums = _product(each, value.view(G * parts, S // parts, -1))
-    return sums.view(G, parts, H // G, -1).sum(1).view(1, H, 1, -1).to(query.dtype)
+    scores = scores.view(B, G, H // G, S).masked_fill(hidden[:, None, None], -torch.inf)
+    if before is not None:
+        scores = torch.cat((scores, before[1][..., None]), dim=-1)
+    weights = scores.softmax(-1)
+    own = weights[..., :S].to(value.dtype)
+    each = own.reshape(B * G, H // G, parts, -1).transpose(1, 2).flatten(0, 1)
+    sums = _product(each, value.view(B * G * parts, S // parts, -1))  # [B*G*parts, H/G, D]
+    out = sums.view(B, G, parts, H // G, -1).sum(2)
+    if before is not None:
+        out = out + weights[..., S:] * before[0]
+    return out.view(B, H, 1, -1).to(query.dtype)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

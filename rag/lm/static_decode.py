@@ -1,4 +1,4 @@
-"""An answer written by one step that is the same each time: on a GPU, a graph replayed.
+"""Answers written by one step that is the same each time: on a GPU, a graph replayed.
 
 Decoding one token launches hundreds of kernels, each from Python; on a GPU that takes several times
 as long as the kernels do. Here the step knows nothing of the host: it reads token and position from
@@ -6,7 +6,8 @@ tensors, and writes the next ones there. The first few tokens run it as it is, t
 (`GraphedStep`), and a token is one launch. On a CPU it is called as it is, which is the plain twin.
 
 The host is a token behind: it reads one while the next is computed, so it can look for the end of
-an answer without anybody waiting. What is computed after the end is thrown away.
+an answer without anybody waiting. What is computed after the end is thrown away. So it is with a
+row of several in step that has ended: it goes on in the recording, and nobody reads it.
 
 Source: docs/decisions/0040.
 """
@@ -14,8 +15,8 @@ Source: docs/decisions/0040.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +25,8 @@ from transformers import Cache
 
 from rag.lm.forward import allocated, forward, is_allocation_failure
 from rag.lm.kv_bytes import static_capacity
-from rag.lm.native_cache import branch, native_cache
+from rag.lm.native_cache import merge, native_cache
+from rag.lm.shared_prefix import SharedPrefixCache, forward_in_step
 from rag.lm.spec import ModelSpec
 from rag.lm.static_cache import ATTENTION, StaticCache, static_copy, static_refusal
 from rag.lm.windowed_attention import attention_named, difference, tolerance
@@ -36,13 +38,21 @@ PLAIN_STEPS = 3
 # Steps of the self-test: the plain ones, the recorded one, and two more.
 _TEST_STEPS = PLAIN_STEPS + 3
 _TEST_TOKENS = 40
+# By how many tokens the second of two rows is shorter there.
+_TEST_PADDING = 13
 
-_IS_EXACT: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-
+# Who is written: one row alone, rows with a cache each, rows that share what they begin with.
+Rows = Literal["one", "joined", "shared"]
 Step = Callable[[], None]
 
+_IS_EXACT: WeakKeyDictionary[Any, dict[Rows, bool]] = WeakKeyDictionary()
 
-def can_decode_statically(model: Any, spec: ModelSpec) -> bool:  # noqa: ANN401
+
+def can_decode_statically(
+    model: Any,  # noqa: ANN401
+    spec: ModelSpec,
+    rows: Rows = "one",
+) -> bool:
     """Say whether the answers of a model can be written so: proven on the model itself.
 
     A few tokens, recorded where there is a GPU, must have the logits that they have in the plain
@@ -51,29 +61,32 @@ def can_decode_statically(model: Any, spec: ModelSpec) -> bool:  # noqa: ANN401
     Args:
         model: a causal model of transformers, ready to run.
         spec: its shape; a quantised cache keeps the plain way.
+        rows: who is written; `shared` where `can_share` holds.
 
     Raises:
         OutOfMemoryError: if there is no memory for the test.
     """
     if spec.kv_dtype is not None or static_refusal(model.config.get_text_config(decoder=True)):
         return False
-    if model not in _IS_EXACT:
-        _IS_EXACT[model] = allocated(
-            lambda: _is_exact(model, spec), "while static decoding was tried"
+    proven = _IS_EXACT.setdefault(model, {})
+    if rows not in proven:
+        proven[rows] = allocated(
+            lambda: _is_exact(model, spec, rows), "while static decoding was tried"
         )
-    return _IS_EXACT[model]
+    return proven[rows]
 
 
 class StaticDecoder:
-    """Writes on from one prefilled prompt, greedily, a token at a time."""
+    """Writes on from prefilled prompts, greedily, all in step, a token each at a time."""
 
     def __init__(
         self,
         model: Any,  # noqa: ANN401
         cache: Cache,
-        first_id: int,
+        first_ids: Sequence[int],
         *,
         max_new_tokens: int,
+        front_padding: Sequence[int] | None = None,
         records: bool = True,
         wrap: Callable[[Step], Step] = lambda step: step,
     ) -> None:
@@ -81,9 +94,12 @@ class StaticDecoder:
 
         Args:
             model: for which `can_decode_statically` holds.
-            cache: the prompt, prefilled, in the layers of `native_cache`; it is empty afterwards.
-            first_id: the likeliest token after the prompt.
-            max_new_tokens: the longest answer, `first_id` included; its last token is not cached.
+            cache: the prompts, prefilled, in the layers of `native_cache` or behind a prefix that
+                they share; it is empty afterwards.
+            first_ids: the likeliest token after each prompt.
+            max_new_tokens: the longest answer, its first token included; its last is not cached.
+            front_padding: how many of the first tokens of each row, a shared prefix aside, stand
+                for nothing; by default there is one row, without any.
             records: False calls the step on a GPU too.
             wrap: what makes of the step the one that is run; a compiler, say.
         """
@@ -91,12 +107,14 @@ class StaticDecoder:
         self._device = model.device
         self._prompt_tokens = cache.get_seq_length()
         self._most_steps = max_new_tokens - 1
-        capacity = static_capacity(self._prompt_tokens + self._most_steps)
+        shared = cache.prefix_tokens if isinstance(cache, SharedPrefixCache) else 0
+        capacity = static_capacity(self._prompt_tokens - shared + self._most_steps)
+        rows = len(first_ids)
         with torch.inference_mode():
-            self.cache: StaticCache = static_copy(cache, capacity)
-            self.token = torch.tensor([[first_id]], device=self._device)
+            self.cache: StaticCache = static_copy(cache, capacity, front_padding=front_padding)
+            self.token = torch.tensor([[first_id] for first_id in first_ids], device=self._device)
             vocab_size = model.config.get_text_config(decoder=True).vocab_size
-            self.logits = torch.zeros(1, vocab_size, dtype=model.dtype, device=self._device)
+            self.logits = torch.zeros(rows, vocab_size, dtype=model.dtype, device=self._device)
             # Any of four dimensions is handed on as it is; the attention asks the cache instead.
             self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._device)
         run = wrap(self.step)
@@ -106,29 +124,36 @@ class StaticDecoder:
                 run()
 
         self._step = GraphedStep(run_named, self._device if records else None)
-        self._outbox = _Outbox(self._most_steps, self._device)
+        self._outbox = _Outbox(self._most_steps, rows, self._device)
+        self._rows = list(range(rows))  # those that are read
         self._num_launched = self._num_read = 0
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt, and those of the answer that were needed to read what was read."""
+        """Tokens of the longest prompt, and those of an answer that were needed to read it so far.
+
+        A row holds as many, less its padding.
+        """
         return self._prompt_tokens + self._num_read
 
-    @property
-    def kv_bytes(self) -> int:
-        """The logical bytes that the cache holds of these tokens."""
-        return self.cache.used_bytes(self.num_tokens)
+    def kv_bytes(self, padding: int = 0) -> int:
+        """Return the logical bytes that the cache holds of a row with so much padding."""
+        return self.cache.used_bytes(self.num_tokens - padding)
 
     @property
     def is_recorded(self) -> bool:
         """Whether the step is replayed, not called."""
         return self._step.is_recorded
 
-    def next_id(self) -> int:
-        """Return the next token; the one after it is being computed then, if there may be one.
+    def select(self, rows: Sequence[int]) -> None:
+        """Read only these of the rows that were read until now; the others are computed in vain."""
+        self._rows = [self._rows[row] for row in rows]
+
+    def next_ids(self) -> list[int]:
+        """Return each row's next token; those after them are being computed then, if any may be.
 
         Raises:
-            ValueError: if the answer is as long as it may become.
+            ValueError: if the answers are as long as they may become.
             OutOfMemoryError: if memory runs out.
         """
         if self._num_read == self._most_steps:
@@ -137,7 +162,8 @@ class StaticDecoder:
             held = self._prompt_tokens + self._num_launched
             allocated(self._launch, f"with {held:,} tokens in a static cache, at the next one")
         self._num_read += 1
-        return self._outbox.read(self._num_read - 1)
+        ids = self._outbox.read(self._num_read - 1)
+        return [ids[row] for row in self._rows]
 
     def close(self) -> None:
         """Wait for what is being computed, and let go of step and cache; no token comes any more.
@@ -150,7 +176,7 @@ class StaticDecoder:
         self._step.close()
 
     def step(self) -> None:
-        """Compute the next token from tensors into tensors: what is recorded.
+        """Compute the next tokens from tensors into tensors: what is recorded.
 
         No shape depends on a value, nothing asks the host, and what it reads and writes stays
         where it is.
@@ -158,7 +184,7 @@ class StaticDecoder:
         self.cache.point()
         found = self._model(
             input_ids=self.token,
-            position_ids=self.cache.position[None],
+            position_ids=self.cache.position_ids,
             attention_mask=self._mask,
             past_key_values=self.cache,
             use_cache=True,
@@ -244,42 +270,53 @@ class GraphedStep:
 
 
 class _Outbox:
-    """Tokens on their way from the device to the host, each in a place of its own."""
+    """Tokens on their way from the device to the host, those of each step in a place of its own."""
 
-    def __init__(self, num_tokens: int, device: torch.device) -> None:
+    def __init__(self, num_steps: int, num_rows: int, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
-        self._ids = torch.zeros(num_tokens, dtype=torch.long, pin_memory=self._is_cuda)
+        self._ids = torch.zeros(num_steps, num_rows, dtype=torch.long, pin_memory=self._is_cuda)
         self._arrived: dict[int, torch.cuda.Event] = {}
 
-    def put(self, index: int, token: Tensor) -> None:
-        """Send a token; nobody waits."""
-        self._ids[index].copy_(token[0, 0], non_blocking=True)
+    def put(self, index: int, tokens: Tensor) -> None:
+        """Send a step's tokens, [rows, 1]; nobody waits."""
+        self._ids[index].copy_(tokens[:, 0], non_blocking=True)
         if self._is_cuda:
             event = self._arrived[index] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
 
-    def read(self, index: int) -> int:
-        """Return a token that was sent, once it has come."""
+    def read(self, index: int) -> list[int]:
+        """Return the tokens that were sent, once they have come."""
         if (event := self._arrived.pop(index, None)) is not None:
             event.synchronize()
-        return int(self._ids[index])
+        ids: list[int] = self._ids[index].tolist()
+        return ids
 
 
-def _is_exact(model: Any, spec: ModelSpec) -> bool:  # noqa: ANN401
+# ---- the proof ---------------------------------------------------------------------------------
+
+
+def _is_exact(model: Any, spec: ModelSpec, rows: Rows) -> bool:  # noqa: ANN401
     """Compare the logits of a few tokens with those of the plain way, fed with the same tokens."""
     windows = [layer.window for layer in spec.layers if layer.window is not None]
     num_tokens = max([_TEST_TOKENS, *(window + 1 for window in windows)])
     # Spread over the vocabulary, none of the special ones at its start.
     prompt = [(7 + 7919 * index) % spec.vocab_size for index in range(num_tokens)]
-    plain = native_cache(model.config)
-    newest, largest = int(forward(model, [prompt], plain)[0, -1].argmax()), 0.0
-    decoder = StaticDecoder(model, branch(plain, 1), newest, max_new_tokens=_TEST_STEPS + 1)
+    padding = [0] if rows == "one" else [0, _TEST_PADDING]
+    plain, newest = _prefilled(model, prompt, padding, is_shared=rows == "shared")
+    copied, _ = _prefilled(model, prompt, padding, is_shared=rows == "shared")
+    decoder = StaticDecoder(
+        model, copied, newest, max_new_tokens=_TEST_STEPS + 1, front_padding=padding
+    )
+    largest = 0.0
     try:
         for _ in range(_TEST_STEPS):
-            expected = forward(model, [[newest]], plain)[0, -1]
+            expected = forward_in_step(
+                model, [[each] for each in newest], plain, front_padding=padding
+            )
             decoder.advance()
-            newest = int(decoder.token)
-            largest = max(largest, difference(decoder.logits[0], expected))
+            newest = decoder.token[:, 0].tolist()
+            for found, row in zip(decoder.logits, expected[:, -1], strict=True):
+                largest = max(largest, difference(found, row))
     except RuntimeError as error:
         if is_allocation_failure(error):
             raise
@@ -294,3 +331,30 @@ def _is_exact(model: Any, spec: ModelSpec) -> bool:  # noqa: ANN401
         )
         return False
     return True
+
+
+def _prefilled(
+    model: Any,  # noqa: ANN401
+    prompt: Sequence[int],
+    padding: Sequence[int],
+    *,
+    is_shared: bool,
+) -> tuple[Cache, list[int]]:
+    """Return a cache of rows that lack so many of the prompt's first tokens, and what comes next.
+
+    Shared, each row is that behind the whole prompt.
+    """
+    tails = [list(prompt[pad:]) for pad in padding]
+    if is_shared:
+        prefix = native_cache(model.config)
+        forward(model, [prompt], prefix)
+        cache: Cache = SharedPrefixCache(prefix)
+        padded = [[0] * pad + tail for pad, tail in zip(padding, tails, strict=True)]
+        logits = forward_in_step(model, padded, cache, front_padding=padding)
+    else:
+        caches = [native_cache(model.config) for _ in tails]
+        logits = torch.cat(
+            [forward(model, [tail], each) for tail, each in zip(tails, caches, strict=True)]
+        )
+        cache = merge(caches)
+    return cache, logits[:, -1].argmax(-1).tolist()
