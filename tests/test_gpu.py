@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from conftest import make_tiny_engine, make_tiny_tokenizer, prompt_of
+from rag.lm.chunked_attention import NAME as CHUNKED
+from rag.lm.chunked_attention import use_chunked_attention
 from rag.lm.engine import DocumentPrefix, GenerationDone, TextPiece
 from rag.lm.forward import forward
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import native_cache
-from rag.lm.shared_prefix import _has_flash, attend, attend_plain, forward_in_step
+from rag.lm.partial_attention import _cudnn, _flash, _works, attend, attend_plain
+from rag.lm.shared_prefix import forward_in_step
 from rag.lm.spec import ModelSpec
 from rag.lm.static_cache import STATIC_FAMILIES
 from rag.lm.static_decode import PLAIN_STEPS, StaticDecoder, can_decode_statically
@@ -139,17 +142,41 @@ def test_an_answer_on_a_gpu_is_the_plain_one(family: str) -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [8, 64, 128])
-def test_flash_attention_gives_the_sums_of_two_products(dtype: torch.dtype, width: int) -> None:
+def test_fused_attention_gives_the_sums_of_two_products(dtype: torch.dtype, width: int) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    assert _has_flash(device, dtype, width, width)
+    assert _works(_flash, device, dtype, width, width)
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert _works(_cudnn, device, dtype, width, width)
     torch.manual_seed(1)
     key, value = (torch.randn(1, 2, 1_111, width, device=device, dtype=dtype) for _ in range(2))
-    for num_queries in (1, 7, 128):
+    for num_queries, is_causal in ((1, False), (7, False), (1_030, False), (1_111, True)):
         query = torch.randn(1, 2, num_queries, width, device=device, dtype=dtype)
-        out, sums = attend(query, key, value, None, 0.2)
-        plain, plain_sums = attend_plain(query, key, value, None, 0.2)
+        out, sums = attend(query, key, value, scale=0.2, is_causal=is_causal)
+        plain, plain_sums = attend_plain(query, key, value, scale=0.2, is_causal=is_causal)
         torch.testing.assert_close(out, plain, atol=2e-2, rtol=0)
         torch.testing.assert_close(sums, plain_sums, atol=1e-2, rtol=0)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt_neox"])
+def test_a_chunk_in_two_parts_gives_the_logits_of_one_under_a_mask(family: str) -> None:
+    """In bfloat16, whose kernels are meant; behind a cache, long enough for either of them."""
+    model = tiny_model(family).to("cuda", torch.bfloat16)
+    ids = [(7 + 7919 * index) % 250 for index in range(1_500)]
+
+    def read() -> torch.Tensor:
+        cache = native_cache(model.config)
+        found = [
+            forward(model, [ids[start:end]], cache)[0, -1]
+            for start, end in ((0, 300), (300, 1_400), (1_400, 1_440), (1_440, 1_441))
+        ]
+        return torch.stack(found)
+
+    expected = read()
+    use_chunked_attention(model)
+    assert model.config._attn_implementation == CHUNKED
+    assert difference(read(), expected) < tolerance(model)
 
 
 @pytest.mark.gpu

@@ -14,15 +14,13 @@ from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import DocumentPrefix, GenerationDone, PrefillProgress
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.native_cache import native_cache
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
+from rag.lm.partial_attention import attend, attend_plain
 from rag.lm.shared_prefix import (
     SharedPrefixCache,
-    attend,
-    attend_plain,
     can_share,
     forward_shared,
 )
-from rag.lm.spec import ModelSpec
+from rag.lm.spec import CHUNK_TOKENS, ModelSpec
 from rag.lm.windowed_attention import WINDOWED_FAMILIES
 from test_generation import MIB, NEW, answers, engine_of, passes, random_prompt
 from tiny_families import TINY, tiny_model
@@ -89,8 +87,8 @@ def test_the_kernel_and_its_plain_twin_agree(dtype: torch.dtype) -> None:
     mask = torch.rand(2, 1, 300, 70, generator=generator) < 0.4
     mask[..., 0] = True
     for visible in (None, mask):
-        out, sums = attend(query, key, value, visible, 0.25)
-        plain, plain_sums = attend_plain(query, key, value, visible, 0.25)
+        out, sums = attend(query, key, value, visible, scale=0.25)
+        plain, plain_sums = attend_plain(query, key, value, visible, scale=0.25)
         torch.testing.assert_close(
             out, plain, atol=0.02 if dtype is torch.bfloat16 else 1e-5, rtol=0
         )
@@ -118,7 +116,7 @@ def test_many_rows_read_their_questions_in_passes_of_a_chunk() -> None:
     seen = passes(model)
     answers(engine_of(model), prompts, PREFIX)
     assert [shape for shape in seen if shape[0] == 32][:4] == [(32, 16), (32, 16), (32, 8), (32, 1)]
-    assert all(rows * tokens <= PREFILL_CHUNK_TOKENS for rows, tokens in seen)
+    assert all(rows * tokens <= CHUNK_TOKENS["cpu"] for rows, tokens in seen)
 
 
 @pytest.mark.parametrize(("kv_heads", "num_rows"), [(2, 8), (2, 32), (8, 16)])
@@ -141,12 +139,12 @@ def test_a_batch_takes_no_more_memory_than_promised(kv_heads: int, num_rows: int
     assert can_share(model, spec)
     ids = torch.randint(2, 250, (1, shared), generator=torch.Generator().manual_seed(1))
     tails = [[7] * own for _ in range(num_rows)]
-    step = max(1, PREFILL_CHUNK_TOKENS // num_rows)
+    step = max(1, CHUNK_TOKENS["cpu"] // num_rows)
 
     def batch() -> None:
         prefix = native_cache(model.config)
         with torch.inference_mode():
-            for piece in torch.split(ids, PREFILL_CHUNK_TOKENS, dim=1):
+            for piece in torch.split(ids, CHUNK_TOKENS["cpu"], dim=1):
                 model(input_ids=piece, past_key_values=prefix, use_cache=True, logits_to_keep=1)
         cache = SharedPrefixCache(prefix)
         for begin in range(0, own, step):

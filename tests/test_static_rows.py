@@ -18,9 +18,9 @@ from rag.lm.engine import DocumentPrefix, GenerationDone, Prompt, TextPiece
 from rag.lm.forward import forward
 from rag.lm.kv_bytes import kv_cache_bytes, static_capacity, static_kv_bytes
 from rag.lm.native_cache import merge, native_cache
+from rag.lm.partial_attention import _cudnn, _flash
 from rag.lm.shared_prefix import (
     SharedPrefixCache,
-    _attend_flash,
     attend_prefix,
     can_share,
     forward_in_step,
@@ -153,9 +153,10 @@ def test_what_was_attended_to_before_counts_in_full(dtype: torch.dtype, parts: i
     torch.testing.assert_close(found.float(), expected, rtol=close, atol=close)
 
 
-def test_the_kernel_of_a_gpu_is_called_as_torch_declares_it() -> None:
+@pytest.mark.parametrize("kernel", [_flash, _cudnn])
+def test_a_kernel_of_a_gpu_is_called_as_torch_declares_it(kernel: Any) -> None:  # noqa: ANN401
     query, key = (torch.zeros(1, 4, n, 64, dtype=torch.bfloat16, device="meta") for n in (24, 100))
-    out, sums = _attend_flash(query, key, key, 0.1)
+    out, sums = kernel(query, key, key, 0.1, False)
     assert (out.shape, out.dtype) == (query.shape, torch.bfloat16)
     assert (sums.shape, sums.dtype) == (query.shape[:3], torch.float32)
 

@@ -11,7 +11,6 @@ from eval.bench.machine import CLOCKS, Machine, copy_bytes_per_second, this_mach
 from rag.lm.forward import forward
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.native_cache import branch, native_cache
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 from rag.lm.prefill_rate import synthetic_cache, time_chunk
 from rag.lm.spec import ModelSpec
 
@@ -128,14 +127,14 @@ def card(bench: DecodeBench) -> str:
 
 def _context(model: Any, spec: ModelSpec, context: int) -> Any:  # noqa: ANN401
     """Return a cache of `context` tokens, prefilled where it cannot be made up."""
-    first = min(context, PREFILL_CHUNK_TOKENS)
+    first = min(context, spec.chunk_tokens)
     cache = time_chunk(model, spec, first)[1]
     made_up = synthetic_cache(cache, spec, context, device_type=model.device.type)
     if made_up is not None:
         return made_up
     cache = native_cache(model.config)
-    for start in range(0, context, PREFILL_CHUNK_TOKENS):
-        _, cache = time_chunk(model, spec, min(PREFILL_CHUNK_TOKENS, context - start), cache)
+    for start in range(0, context, spec.chunk_tokens):
+        _, cache = time_chunk(model, spec, min(spec.chunk_tokens, context - start), cache)
     return cache
 
 

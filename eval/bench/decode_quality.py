@@ -14,6 +14,7 @@ from rag.lm.engine import Message
 from rag.lm.forward import forward, prefill_chunks
 from rag.lm.four_bit import without_four_bit
 from rag.lm.native_cache import branch, native_cache
+from rag.lm.spec import CHUNK_TOKENS
 
 # Around the evidence, as a passage of a retrieval would be.
 _CONTEXT_CHARS = 600
@@ -109,7 +110,7 @@ def _both(
 ) -> tuple[list[int], list[int], list[float], list[bool]]:
     """Return both answers, and for each token of the plain one KL and whether both agree."""
     cache = native_cache(model.config)
-    for start, end in prefill_chunks(0, 0, len(ids)):
+    for start, end in prefill_chunks(0, 0, len(ids), CHUNK_TOKENS[model.device.type]):
         logits = forward(model, [ids[start:end]], cache)
     first = int(logits[0, -1].argmax())
     own, other = cache, branch(cache, 1)

@@ -16,6 +16,7 @@ from rag.lm.forward import forward, prefill_chunks
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import native_cache
+from rag.lm.spec import CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -226,7 +227,7 @@ def _logits(
     """
     ids, cache, kept = document + question, native_cache(model.config), 0
     logits: Any = None
-    for start, end in prefill_chunks(0, boundary, len(ids)):
+    for start, end in prefill_chunks(0, boundary, len(ids), CHUNK_TOKENS[model.device.type]):
         if end < len(ids):
             forward(model, [ids[start:end]], cache)
         else:

@@ -19,6 +19,7 @@ from rag.lm.forward import forward, prefill_chunks
 from rag.lm.four_bit import without_four_bit
 from rag.lm.native_cache import branch, native_cache
 from rag.lm.prompt_lookup import PromptLookup, without_drafts
+from rag.lm.spec import CHUNK_TOKENS
 
 # A passage of running text, and how much of it the prompt of `copying_prompt` begins to say again.
 _PASSAGE_BEGIN, _PASSAGE_END = 2_000, 4_000
@@ -261,7 +262,7 @@ def _ours(
     """Return seconds of reading a prompt and of each token written after it."""
     cache = native_cache(model.config)
     begun = clock()
-    for start, end in prefill_chunks(0, 0, len(ids)):
+    for start, end in prefill_chunks(0, 0, len(ids), CHUNK_TOKENS[model.device.type]):
         logits = forward(model, [ids[start:end]], cache)
     newest = int(logits[0, -1].argmax())
     read = clock() - begun
@@ -294,7 +295,7 @@ def _written(
 def _same_text(model: Any, ids: list[int], new_tokens: int) -> bool:  # noqa: ANN401
     """Say whether drafts leave every token as it is, in each of our ways."""
     cache = native_cache(model.config)
-    for start, end in prefill_chunks(0, 0, len(ids)):
+    for start, end in prefill_chunks(0, 0, len(ids), CHUNK_TOKENS[model.device.type]):
         logits = forward(model, [ids[start:end]], cache)
     newest = int(logits[0, -1].argmax())
     texts = {

@@ -179,6 +179,7 @@ def bench_gpu(
     """
     import torch
 
+    from rag.lm.chunked_attention import use_chunked_attention
     from rag.lm.windowed_attention import WindowPlan
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -206,6 +207,8 @@ def bench_gpu(
         with run.section(f"{name}: building"):
             model = _random_model(facts, dtype, device)
             spec = ModelSpec.from_config(model.config, dtype_bytes=dtype.itemsize)
+            spec = spec.on_device(device.type)
+            use_chunked_attention(model)  # what transformers does of its own stays the same
             bench.twins += gpu_prefill.bench_twins(run, name, model, plan)
             for num_tokens in shapes.prefill_tokens:
                 bench.prefill += gpu_prefill.bench_prefill(run, name, model, spec, plan, num_tokens)

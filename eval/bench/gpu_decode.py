@@ -62,7 +62,7 @@ def bench_decode(
     from transformers import DynamicCache
 
     from rag.lm.native_cache import native_cache
-    from rag.lm.static_decode import can_decode_statically
+    from rag.lm.static_decode import can_decode_statically, in_place
 
     what = f"{name}: decode at {context_tokens:,} tokens"
     if run.too_late(what):
@@ -104,7 +104,8 @@ def bench_decode(
             with run.section(f"{what}, {way}"):
                 cache = native_cache(model.config)
                 first_id = read(model, cache, ids)
-                add(way, *_static(run, model, cache, first_id, num_tokens, records, wrap))
+                started = in_place(model, spec, cache)
+                add(way, *_static(run, model, started, first_id, num_tokens, records, wrap))
     return rows
 
 

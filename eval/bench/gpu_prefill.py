@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eval.bench.gpu_attention import visible_pairs
 from eval.bench.gpu_run import Run, chunks, difference, read, some_ids
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
+from rag.lm.spec import CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from rag.lm.spec import ModelSpec
@@ -134,7 +134,7 @@ def _at_once(
             model(input_ids=asked[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cache
 
-    prefill(min(len(ids) - 1, 2 * PREFILL_CHUNK_TOKENS))  # warms up
+    prefill(min(len(ids) - 1, 2 * CHUNK_TOKENS[run.device.type]))  # warms up
     held = []
     seconds, peak = run.timed_with_peak(lambda: held.append(prefill(len(ids) - 1)))
     return seconds, peak, measured_kv_bytes(held[0])
@@ -148,7 +148,7 @@ def _in_chunks(
 ) -> tuple[float, int, int]:
     from rag.lm.native_cache import native_cache
 
-    read(model, native_cache(model.config), ids[: 2 * PREFILL_CHUNK_TOKENS])  # warms up
+    read(model, native_cache(model.config), ids[: 2 * CHUNK_TOKENS[run.device.type]])  # warms up
     cache = native_cache(model.config)
     seconds, peak = run.timed_with_peak(lambda: read(model, cache, ids))
     return seconds, peak, measured_kv_bytes(cache)
@@ -164,7 +164,8 @@ def _through_window(
 
     checked = check_windowed(model)
     # Every shape of mask that the run meets is compiled before it, until the window is full.
-    WindowedSession(checked, plan).read(ids[: plan.kept_tokens(len(ids)) + PREFILL_CHUNK_TOKENS])
+    warm = WindowedSession(checked, plan)
+    warm.read(ids[: plan.kept_tokens(len(ids)) + 2 * warm.chunk_tokens])
     session = WindowedSession(checked, plan)
     seconds, peak = run.timed_with_peak(lambda: session.read(ids))
     return seconds, peak, session.kv_bytes
@@ -183,7 +184,7 @@ def bench_twins(
     from rag.lm.windowed_attention import WindowedSession, WindowPlan, check_windowed
 
     text = model.config.get_text_config(decoder=True)
-    num_tokens = max(2 * plan.window, 3 * PREFILL_CHUNK_TOKENS // 2)  # more than one chunk
+    num_tokens = max(2 * plan.window, 3 * CHUNK_TOKENS[run.device.type] // 2)  # more than one chunk
     ids = some_ids(num_tokens, text.vocab_size)
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
     rows: list[TwinRow] = []
@@ -198,7 +199,7 @@ def bench_twins(
     with run.section(what), torch.inference_mode():
         whole = model(input_ids=torch.tensor([ids], device=run.device), logits_to_keep=1)
         cache = native_cache(model.config)
-        for chunk in chunks(ids):
+        for chunk in chunks(ids, run.device):
             output = model(
                 input_ids=torch.tensor([chunk], device=run.device),
                 past_key_values=cache,

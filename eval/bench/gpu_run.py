@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from eval.bench.machine import timed
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
+from rag.lm.spec import CHUNK_TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def read(model: Any, cache: Any, ids: Sequence[int]) -> int:  # noqa: ANN401
     import torch
 
     with torch.inference_mode():
-        for chunk in chunks(ids):
+        for chunk in chunks(ids, model.device):
             output = model(
                 input_ids=torch.tensor([chunk], device=model.device),
                 past_key_values=cache,
@@ -101,10 +101,11 @@ def read(model: Any, cache: Any, ids: Sequence[int]) -> int:  # noqa: ANN401
         return int(output.logits[0, -1].argmax())
 
 
-def chunks(ids: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the pieces in which a prompt enters the model."""
-    for start in range(0, len(ids), PREFILL_CHUNK_TOKENS):
-        yield list(ids[start : start + PREFILL_CHUNK_TOKENS])
+def chunks(ids: Sequence[int], device: torch.device) -> Iterator[list[int]]:
+    """Yield the pieces in which a prompt enters a model there."""
+    step = CHUNK_TOKENS[device.type]
+    for start in range(0, len(ids), step):
+        yield list(ids[start : start + step])
 
 
 def some_ids(num_tokens: int, vocab_size: int) -> list[int]:

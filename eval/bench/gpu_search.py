@@ -133,14 +133,27 @@ def nearest(stored: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     num_rows = max(_BLOCK_ROWS, _BLOCK_SCORES // len(queries))
     for start in range(0, len(stored), num_rows):
         block = stored[start : start + num_rows].to(queries.dtype)
-        scores = torch.nn.functional.pad(
-            queries @ block.T, (0, -len(block) % _GROUP_ROWS), value=-torch.inf
-        ).view(len(queries), -1, _GROUP_ROWS)
-        count = min(_TOP_K, scores.shape[1])
-        groups = torch.topk(scores.amax(-1), count).indices  # [queries, count]
-        within = scores.gather(1, groups[..., None].expand(-1, -1, _GROUP_ROWS)).flatten(1)
-        found, places = torch.topk(within, min(_TOP_K, len(block)))
-        rows = start + groups.gather(1, places // _GROUP_ROWS) * _GROUP_ROWS + places % _GROUP_ROWS
+        scores = queries @ block.T
+        # A group is every so-manieth score, so that one reading of whole lines finds all maxima.
+        num_groups = len(block) // _GROUP_ROWS
+        if num_groups > _TOP_K:
+            grouped = scores[:, : num_groups * _GROUP_ROWS]
+            grouped = grouped.view(len(queries), _GROUP_ROWS, num_groups)
+            groups = torch.topk(grouped.amax(1), _TOP_K).indices  # [queries, 10]
+            members = torch.arange(_GROUP_ROWS, device=groups.device) * num_groups
+            rest = torch.arange(num_groups * _GROUP_ROWS, len(block), device=groups.device)
+            rows = torch.cat(
+                [
+                    (groups[..., None] + members).flatten(1),
+                    rest.expand(len(queries), -1),
+                ],
+                dim=1,
+            )
+            found, places = torch.topk(scores.gather(1, rows), _TOP_K)
+            rows = start + rows.gather(1, places)
+        else:
+            found, rows = torch.topk(scores, min(_TOP_K, len(block)))
+            rows = rows + start
         if best is not None:
             found, rows = torch.cat([best[0], found], 1), torch.cat([best[1], rows], 1)
             found, order = torch.topk(found, _TOP_K)

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from eval.bench.machine import CLOCKS, Clock, Machine, matmul_flops_per_second, this_machine
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS, PrefillRate, prefill_seconds, prefill_work
+from rag.lm.prefill_cost import PrefillRate, prefill_seconds, prefill_work
 from rag.lm.prefill_rate import measure_rate, time_chunk
 from rag.lm.spec import ModelSpec
 
@@ -99,8 +99,8 @@ def bench_prefill(
         ValueError: if a length is no multiple of the chunk.
     """
     lengths = sorted(set(lengths))
-    if not lengths or any(n < 1 or n % PREFILL_CHUNK_TOKENS for n in lengths):
-        raise ValueError(f"lengths are {lengths}; expected multiples of {PREFILL_CHUNK_TOKENS}")
+    if not lengths or any(n < 1 or n % spec.chunk_tokens for n in lengths):
+        raise ValueError(f"lengths are {lengths}; expected multiples of {spec.chunk_tokens}")
     done = []
     for number in range(1, rounds + 1):
         on_progress(f"round {number} of {rounds}")
@@ -151,10 +151,10 @@ def _run_round(
     cache = None
     so_far = 0.0
     prefill, question = {}, {}
-    for start in range(0, lengths[-1], PREFILL_CHUNK_TOKENS):
-        seconds, cache = time_chunk(model, spec, PREFILL_CHUNK_TOKENS, cache, clock=clock)
+    for start in range(0, lengths[-1], spec.chunk_tokens):
+        seconds, cache = time_chunk(model, spec, spec.chunk_tokens, cache, clock=clock)
         so_far += seconds
-        end = start + PREFILL_CHUNK_TOKENS
+        end = start + spec.chunk_tokens
         if end in lengths:
             prefill[end] = so_far
             question[end] = median(

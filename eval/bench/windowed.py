@@ -8,11 +8,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from eval.bench.machine import CLOCKS, Clock
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
+from rag.lm.spec import CHUNK_TOKENS
 from rag.settings import Settings
 
 if TYPE_CHECKING:
-    from rag.lm.windowed_attention import WindowedModel, WindowPlan
+    from rag.lm.spec import CHUNK_TOKENS
+from rag.lm.windowed_attention import WindowedModel, WindowPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,8 @@ def bench_windowed(
     """
     model = checked.model
     read_clock = CLOCKS[clock]
-    full_model, chunk_tokens = (model, PREFILL_CHUNK_TOKENS) if peer is None else (peer, None)
+    chunk_tokens = CHUNK_TOKENS[model.device.type] if peer is None else None
+    full_model = model if peer is None else peer
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     # Warm both paths up: threads, kernels, the allocator.
     _full(full_model, list(range(64)), chunk_tokens, read_clock)

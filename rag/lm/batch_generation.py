@@ -21,11 +21,10 @@ from rag.lm.kv_bytes import kv_cache_bytes, room_bytes, static_capacity, static_
 from rag.lm.native_cache import merge
 from rag.lm.peak_bytes import peak_bytes
 from rag.lm.prefill import Prefill, Prefilled
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 from rag.lm.prefill_rate import PrefillClock
 from rag.lm.shared_prefix import SharedPrefixCache, can_share, forward_shared
 from rag.lm.spec import ModelSpec
-from rag.lm.static_decode import PLAIN_STEPS, Rows, StaticDecoder, can_decode_statically
+from rag.lm.static_decode import PLAIN_STEPS, Rows, StaticDecoder, can_decode_statically, in_place
 
 # Most answers written in step: beyond, a row more costs a CPU nearly what it costs alone.
 MOST_ROWS = 32
@@ -56,7 +55,7 @@ def shared_batch_bytes(
     """
     caches = static_kv_bytes(spec, num_tokens, num_rows=num_rows, shared_tokens=shared_tokens)
     num_own = static_capacity(num_tokens - shared_tokens)
-    chunk = max(num_rows, PREFILL_CHUNK_TOKENS)
+    chunk = max(num_rows, spec.chunk_tokens)
     layers = [
         num_rows * num_own * layer.elements_per_token * spec.dtype_bytes
         + chunk * num_own * (spec.dtype_bytes + 1)
@@ -259,7 +258,7 @@ class BatchGeneration:
             row.padding, row.state.cache = longest - len(tail), cache
         padded = [[0] * row.padding + list(tail) for row, tail in zip(rows, tails, strict=True)]
         paddings = [row.padding for row in rows]
-        step = max(1, PREFILL_CHUNK_TOKENS // len(rows))
+        step = max(1, self._spec.chunk_tokens // len(rows))
         for begin in range(0, longest, step):
             if self._stop.is_set():
                 break
@@ -308,7 +307,7 @@ class BatchGeneration:
         decoder = allocated(
             lambda: StaticDecoder(
                 self._model,
-                cache,
+                in_place(self._model, self._spec, cache) if kind == "one" else cache,
                 first_ids,
                 max_new_tokens=self._max_new_tokens,
                 front_padding=[row.padding for row in rows],

@@ -10,7 +10,6 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rag.errors import OutOfMemoryError
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,10 +136,12 @@ def allocated(make: Callable[[], T], when: str) -> T:
     raise OutOfMemoryError(f"memory ran out {when}: {detail[0]}")
 
 
-def prefill_chunks(start: int, boundary: int, total: int) -> Iterator[tuple[int, int]]:
+def prefill_chunks(
+    start: int, boundary: int, total: int, chunk_tokens: int
+) -> Iterator[tuple[int, int]]:
     """Yield the `[start, end)` of each prefill chunk; one of them ends at the boundary."""
     while start < total:
-        end = min(start + PREFILL_CHUNK_TOKENS, total)
+        end = min(start + chunk_tokens, total)
         if start < boundary < end:
             end = boundary
         yield start, end

@@ -171,6 +171,7 @@ def load_weights(folder: Path, *, dtype: torch.dtype, device: torch.device) -> A
     import torch
     from transformers import AutoModelForCausalLM
 
+    from rag.lm.chunked_attention import use_chunked_attention
     from rag.lm.grouped_attention import use_grouped_attention
     from rag.lm.lean_forward import use_lean_forward
     from rag.lm.packed_linear import use_packed_weights
@@ -199,6 +200,7 @@ def load_weights(folder: Path, *, dtype: torch.dtype, device: torch.device) -> A
     _check_report(folder, report)
     _check_finite(folder, model)
     use_grouped_attention(model)
+    use_chunked_attention(model)
     use_packed_weights(model)
     use_lean_forward(model)
     return model

@@ -102,7 +102,7 @@ class LocalEngine:
         self._name = name
         self._weights_id = weights_id
         self._tokenizer = ChatTokenizer(tokenizer)
-        self._spec = ModelSpec.from_config(config, dtype_bytes=dtype_bytes)
+        self._spec = ModelSpec.from_config(config, dtype_bytes=dtype_bytes).on_device(device_type)
         if not self._spec.prefills_in_chunks:
             raise UnsupportedModelError(
                 f"{name} of type {self._spec.model_type!r} answers differently when its prompt "

@@ -8,6 +8,7 @@ from typing import Any
 
 from rag.errors import ModelFetchError, UnknownModelError, UnsupportedModelError
 from rag.lm.catalog import is_gguf, load_catalog, resolve_model, resolve_model_name
+from rag.lm.device import choose_device
 from rag.lm.gguf_models import load_gguf_config
 from rag.lm.known_models import find_known_model, known_models
 from rag.lm.spec import ModelSpec, load_config
@@ -43,9 +44,10 @@ def find_model_facts(name: str, settings: Settings) -> ModelFacts:
             cannot be predicted exactly.
     """
     name = resolve_model_name(name, settings)
+    device_type = choose_device(settings).type
     if is_gguf(name):
         path = Path(name).expanduser()
-        spec = ModelSpec.from_config(load_gguf_config(path))
+        spec = ModelSpec.from_config(load_gguf_config(path)).on_device(device_type)
         return ModelFacts(path.stem, f"the metadata of {path}", spec, path.stat().st_size, "GGUF")
     folder = _config_folder(name, settings)
     if folder is not None:
@@ -54,7 +56,7 @@ def find_model_facts(name: str, settings: Settings) -> ModelFacts:
         return ModelFacts(
             name=name,
             source=f"the config.json in {folder.name}",
-            spec=ModelSpec.from_config(config),
+            spec=ModelSpec.from_config(config).on_device(device_type),
             file_bytes=sum(sizes) or None,
             quantization=_quantization(config),
         )
@@ -72,7 +74,7 @@ def find_model_facts(name: str, settings: Settings) -> ModelFacts:
     return ModelFacts(
         name=known.name,
         source=f"{known.hub_repos[0]}: {known.source}",
-        spec=ModelSpec.from_config(known_config),
+        spec=ModelSpec.from_config(known_config).on_device(device_type),
         file_bytes=None,
         quantization=known.quantization,
     )

@@ -1,7 +1,6 @@
 """Memory that a forward pass takes beside weights and cache: an upper bound, explained."""
 
 from rag.lm.kv_bytes import read_copy_bytes, room_bytes
-from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 from rag.lm.spec import LayerSpec, ModelSpec
 
 _FLOAT32_BYTES = 4
@@ -12,9 +11,7 @@ _SCRATCH_BYTES = 2**20
 _QUANTISING_BYTES = 3 * _FLOAT32_BYTES + 2
 
 
-def peak_bytes(
-    spec: ModelSpec, num_tokens: int, *, chunk_tokens: int = PREFILL_CHUNK_TOKENS
-) -> int:
+def peak_bytes(spec: ModelSpec, num_tokens: int, *, chunk_tokens: int | None = None) -> int:
     """Return the most bytes that a prefill of `num_tokens` needs beside the weights and the cache.
 
     The last chunk sees the most, so it decides. With `C` its tokens, `S` the tokens that a layer
@@ -44,11 +41,11 @@ def peak_bytes(
     Args:
         spec: the model's shape.
         num_tokens: prompt and new tokens of one sequence.
-        chunk_tokens: how many of them enter the model at once.
+        chunk_tokens: how many of them enter the model at once; by default the spec's.
 
     Source: modelling code and attention functions of transformers 5.23.
     """
-    chunk = min(num_tokens, chunk_tokens)
+    chunk = min(num_tokens, chunk_tokens or spec.chunk_tokens)
     shape, size = spec.activations, spec.dtype_bytes
     windows = {layer.window for layer in spec.layers if layer.kind not in ("linear", "none")}
     masks = sum(chunk * _seen_tokens(window, num_tokens, chunk) for window in windows)

@@ -153,7 +153,9 @@ class Prefill:
             else:
                 state = Prefilled(new_cache(model, self.spec), 0, 0)
             yield number, state
-            for start, end in prefill_chunks(state.num_tokens, boundary, len(ids)):
+            for start, end in prefill_chunks(
+                state.num_tokens, boundary, len(ids), self.spec.chunk_tokens
+            ):
                 if stop.is_set():
                     break
                 self._check_room(start, end)

@@ -22,9 +22,6 @@ from typing import Any
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.spec import ModelSpec
 
-# The prompt enters the model in pieces of this many tokens.
-PREFILL_CHUNK_TOKENS = 512
-
 
 @dataclass(frozen=True, slots=True)
 class ChunkWork:
@@ -86,8 +83,8 @@ def chunk_work(spec: ModelSpec, num_tokens: int, cached_tokens: int) -> ChunkWor
 def prefill_work(spec: ModelSpec, num_tokens: int, *, cached_tokens: int = 0) -> ChunkWork:
     """Return the work of a prefill in chunks whose first `cached_tokens` tokens are there."""
     chunks = [
-        chunk_work(spec, min(PREFILL_CHUNK_TOKENS, num_tokens - start), start)
-        for start in range(cached_tokens, num_tokens, PREFILL_CHUNK_TOKENS)
+        chunk_work(spec, min(spec.chunk_tokens, num_tokens - start), start)
+        for start in range(cached_tokens, num_tokens, spec.chunk_tokens)
     ]
     sums = [sum(counts) for counts in zip(*map(astuple, chunks), strict=True)]
     return ChunkWork(*(sums or (0, 0, 0, 0)))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from rag.lm.device import free_device_bytes
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.prefill_cost import (
-    PREFILL_CHUNK_TOKENS,
     PrefillRate,
     chunk_work,
     fit_rate,
@@ -111,7 +110,8 @@ class PrefillClock:
             device += f" {torch.get_num_threads()} threads"
         return (
             f"prefill rates: {self._model_name}, {self._spec.num_parameters} parameters of"
-            f" {self._spec.dtype_bytes} bytes, weights in blocks, chunks of {PREFILL_CHUNK_TOKENS},"
+            f" {self._spec.dtype_bytes} bytes, weights in blocks, chunks of"
+            f" {self._spec.chunk_tokens},"
             f" torch {torch.__version__}, transformers {transformers.__version__}, {device}"
         )
 
@@ -137,8 +137,8 @@ def measure_rate(
         spec: of the model.
         clock: returns seconds; another than wall-clock time tells what a shared machine took.
     """
-    longest = spec.max_positions or 2 * PREFILL_CHUNK_TOKENS + _CACHED_TOKENS
-    chunk = max(1, min(PREFILL_CHUNK_TOKENS, longest // 2))
+    longest = spec.max_positions or 2 * spec.chunk_tokens + _CACHED_TOKENS
+    chunk = max(1, min(spec.chunk_tokens, longest // 2))
     small = min(_SMALL_CHUNK_TOKENS, chunk // 2 or 1)
     _, read = time_chunk(model, spec, chunk, clock=clock)  # warms up, too
     cached_tokens = min(_CACHED_TOKENS, longest - chunk)

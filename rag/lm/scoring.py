@@ -12,7 +12,7 @@ from rag.lm.engine import ScoreRequest, Scores
 from rag.lm.forward import PassStoppedError, forward, prefill_chunks
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.native_cache import branch
-from rag.lm.spec import ModelSpec
+from rag.lm.spec import CHUNK_TOKENS, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -168,7 +168,7 @@ def _score_batch(
         for number in row.numbers
     }
     scores: dict[int, list[torch.Tensor]] = {number: [] for number in places}
-    for start, end in prefill_chunks(0, 0, padded):
+    for start, end in prefill_chunks(0, 0, padded, CHUNK_TOKENS[model.device.type]):
         if stop.is_set():
             raise PassStoppedError
         wanted = sorted({at for place in places.values() for at in place if start <= at < end})

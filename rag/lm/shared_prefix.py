@@ -12,10 +12,8 @@ arXiv:2501.01005; docs/decisions/0037.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from threading import Event
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,16 +25,11 @@ from transformers.cache_utils import DynamicLayer
 
 from rag.lm.forward import allocated, forward, stoppable
 from rag.lm.native_cache import native_cache
+from rag.lm.partial_attention import Part, attend, join
 from rag.lm.spec import ModelSpec
 from rag.lm.windowed_attention import attention_named, difference, probe_ids, refusal, tolerance
 
-logger = logging.getLogger(__name__)
-
 _ATTENTION = "fathom_shared_prefix"
-# What rounding to 16 bits makes of the same attention, at most.
-_FLASH_TOLERANCE = 0.02
-# Queries whose scores with the document the plain attention writes out at once.
-_PLAIN_QUERIES = 256
 # What of the self-test's tokens is the document, and how long the two tails are.
 _TEST_PREFIX = 20
 _TEST_TAILS = (20, 13)
@@ -190,21 +183,16 @@ def _attention(
     B, H, T, D = query.shape
     G = key.shape[1]
     groups = H // G
-    before, before_sum = attend_prefix(query, layer.prefix_keys, layer.prefix_values, scale=scale)
+    before = attend_prefix(query, layer.prefix_keys, layer.prefix_values, scale=scale)
     mask = fathom_shared.visible.repeat(1, groups, 1)[:, None]  # [B, 1, groups * T, own]
-    after, after_sum = attend(query.reshape(B, G, groups * T, D), key, value, mask, scale)
-    # exp(a) / (exp(a) + exp(b)) of the two sums.
-    share = torch.sigmoid(before_sum - after_sum)[..., None]
-    out = torch.lerp(after.float(), before.float(), share).to(query.dtype)
-    return out.reshape(B, H, T, -1).transpose(1, 2).contiguous(), None
+    after = attend(query.reshape(B, G, groups * T, D), key, value, mask, scale=scale)
+    return join(before, after).reshape(B, H, T, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_ATTENTION, _attention)
 
 
-def attend_prefix(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend_prefix(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Part:
     """Attend to what all rows begin with, which is read once for all of them.
 
     Args:
@@ -220,85 +208,11 @@ def attend_prefix(
     G = key.shape[1]
     # The queries that share a key head become rows of it, and so do those of all sequences.
     folded = query.reshape(B, G, H // G * T, D).transpose(0, 1).reshape(1, G, B * H // G * T, D)
-    out, sums = attend(folded, key, value, None, scale)
+    out, sums = attend(folded, key, value, scale=scale)
     return (
         out.view(G, B, H // G * T, -1).transpose(0, 1),
         sums.view(G, B, H // G * T).transpose(0, 1),
     )
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend, and say how much there was to attend to: the only place that chooses how.
-
-    Args:
-        query: [B, G, T, D].
-        key: [B, G, K, D]; so is `value`.
-        value: [B, G, K, D].
-        mask: who sees whom, bool [B, 1, T, K], at least one key each; None if all see all.
-        scale: the factor of the scores.
-
-    Returns:
-        [B, G, T, D], and the logarithms of the sums of the exponentials of the scores, float32
-        [B, G, T].
-    """
-    if query.device.type == "cpu":
-        bias = None
-        if mask is not None:
-            bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-        # What scaled_dot_product_attention calls on a CPU; it alone gives the sums too.
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, sums = kernel(query, key, value, attn_mask=bias, scale=scale)
-        return out, sums.float()
-    if mask is None and _has_flash(query.device, query.dtype, query.shape[-1], value.shape[-1]):
-        return _attend_flash(query, key, value, scale)
-    return attend_plain(query, key, value, mask, scale)
-
-
-def attend_plain(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend in float32 by two products, some queries at a time; any device; as `attend`."""
-    outs, sums = [], []
-    for begin in range(0, query.shape[2], _PLAIN_QUERIES):
-        part = slice(begin, begin + _PLAIN_QUERIES)
-        scores = query[:, :, part].float() @ key.float().mT * scale
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, :, part], -torch.inf)
-        sums.append(scores.logsumexp(-1))
-        outs.append((scores.softmax(-1) @ value.float()).to(query.dtype))
-    return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
-
-
-def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend by the kernel that `scaled_dot_product_attention` calls on a GPU, as `attend`."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention
-    out, sums, *_ = kernel(query, key, value, scale=scale)
-    return out, sums
-
-
-@lru_cache
-def _has_flash(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> bool:
-    """Say whether a device has flash attention for such heads: tried, and compared, once."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    if width % 8 or width != value_width:
-        return False
-    with torch.inference_mode():
-        some = torch.Generator(device).manual_seed(1)
-        shape = (3, 1, 2, 160, width)
-        query, key, value = torch.randn(shape, generator=some, device=device, dtype=dtype)
-        plain = attend_plain(query[:, :, :9], key, value, None, width**-0.5)
-        try:
-            found = _attend_flash(query[:, :, :9], key, value, width**-0.5)
-            return all(
-                difference(ours, theirs) <= _FLASH_TOLERANCE
-                for ours, theirs in zip(found, plain, strict=True)
-            )
-        except RuntimeError as error:
-            logger.info("no flash attention with its sums on this device: %s", error)
-            return False
 
 
 def _is_exact(model: Any) -> bool:  # noqa: ANN401

@@ -101,6 +101,12 @@ class PositionRange:
     hard_end: bool = False
 
 
+# A prompt enters the model in pieces of so many tokens. A chunk of 512 keeps a CPU busy for a
+# second; on a GPU it is computed sooner than its kernels are launched: 16,384 tokens of an 8B model
+# took an H100 2.3, 1.1 and 0.9 seconds in chunks of 512, 2,048 and 4,096.
+CHUNK_TOKENS = {"cpu": 512, "cuda": 4_096}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What the gates need to know of a model; plain numbers, no torch.
@@ -111,7 +117,8 @@ class ModelSpec:
     `cache_basis` says how the layers are known: by formulas verified against real tensors, or
     measured on the modelling code of this family alone. `activations` is what a forward pass
     computes beside the cache. `kv_dtype` is the format in which full layers are cached, None for
-    the model's own; see `quantised`.
+    the model's own; see `quantised`. `chunk_tokens` are the most tokens of a prompt that enter the
+    model at once; see `on_device`.
     """
 
     model_type: str
@@ -125,6 +132,11 @@ class ModelSpec:
     cache_basis: Literal["verified", "measured"] = "verified"
     activations: Activations = field(default_factory=Activations)
     kv_dtype: KVDtype | None = None
+    chunk_tokens: int = CHUNK_TOKENS["cpu"]
+
+    def on_device(self, device_type: str) -> ModelSpec:
+        """Return the same shape where it is computed, cpu or cuda: prompts enter it otherwise."""
+        return replace(self, chunk_tokens=CHUNK_TOKENS[device_type])
 
     @property
     def quantised(self) -> ModelSpec | None:

@@ -216,7 +216,7 @@ def static_copy(
     prefix_tokens = cache.prefix_tokens if isinstance(cache, SharedPrefixCache) else 0
     num_tokens = cache.get_seq_length() - prefix_tokens
     first: Any = cache.layers[0]
-    device = first.keys.device
+    device = (first.prefix_keys if prefix_tokens else first.keys).device
     padding = torch.tensor(front_padding, device=device)[:, None]
     places: dict[int, _Place] = {}
     layers = []
@@ -225,10 +225,11 @@ def static_copy(
         window = int(layer.sliding_window) if isinstance(layer, OwningWindowLayer) else None
         num_slots = capacity if window is None else min(window, capacity)
         place = places.setdefault(num_slots, _Place(num_slots, padding))
-        held = layer.keys.shape[-2]
-        at = torch.arange(num_tokens - held, num_tokens, device=device) % num_slots
-        states = _in_slots(layer.keys, at, num_slots), _in_slots(layer.values, at, num_slots)
         prefix = (layer.prefix_keys, layer.prefix_values) if prefix_tokens else ()
+        own = (layer.keys, layer.values) if layer.is_initialized else [s[:, :, :0] for s in prefix]
+        held = own[0].shape[-2]
+        at = torch.arange(num_tokens - held, num_tokens, device=device) % num_slots
+        states = _in_slots(own[0], at, num_slots), _in_slots(own[1], at, num_slots)
         layers.append(StaticLayer(states, window, place, prefix))
     return StaticCache(layers, num_tokens, front_padding=front_padding, prefix_tokens=prefix_tokens)
 

@@ -26,7 +26,7 @@ from transformers import Cache
 from rag.lm.forward import allocated, forward, is_allocation_failure
 from rag.lm.kv_bytes import static_capacity
 from rag.lm.native_cache import merge, native_cache
-from rag.lm.shared_prefix import SharedPrefixCache, forward_in_step
+from rag.lm.shared_prefix import SharedPrefixCache, can_share, forward_in_step
 from rag.lm.spec import ModelSpec
 from rag.lm.static_cache import ATTENTION, StaticCache, static_copy, static_refusal
 from rag.lm.windowed_attention import attention_named, difference, tolerance
@@ -74,6 +74,15 @@ def can_decode_statically(
             lambda: _is_exact(model, spec, rows), "while static decoding was tried"
         )
     return proven[rows]
+
+
+def in_place(model: Any, spec: ModelSpec, cache: Cache) -> Cache:  # noqa: ANN401
+    """Return what the answer to one prompt goes on from without a copy of its cache.
+
+    The prompt is what its only row shares with others that there might be. So it is read as it is
+    by a kernel that wants no mask. Models with windows or with scores that are bent are copied.
+    """
+    return SharedPrefixCache(cache) if can_share(model, spec) else cache
 
 
 class StaticDecoder:
@@ -304,6 +313,8 @@ def _is_exact(model: Any, spec: ModelSpec, rows: Rows) -> bool:  # noqa: ANN401
     padding = [0] if rows == "one" else [0, _TEST_PADDING]
     plain, newest = _prefilled(model, prompt, padding, is_shared=rows == "shared")
     copied, _ = _prefilled(model, prompt, padding, is_shared=rows == "shared")
+    if rows == "one":
+        copied = in_place(model, spec, copied)
     decoder = StaticDecoder(
         model, copied, newest, max_new_tokens=_TEST_STEPS + 1, front_padding=padding
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,10 +92,8 @@ def batches(lengths: Sequence[int], *, batch_tokens: int) -> Iterator[list[int]]
 
 def padded(ids: Sequence[TokenIds], pad_id: int) -> list[npt.NDArray[np.int64]]:
     """Return token ids and attention mask, int64 [len(ids), longest]."""
-    width = max(len(each) for each in ids)
-    tokens = np.full((len(ids), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(ids), width), dtype=np.int64)
-    for row, each in enumerate(ids):
-        tokens[row, : len(each)] = each
-        mask[row, : len(each)] = 1
-    return [tokens, mask]
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    tokens = np.full(mask.shape, pad_id, dtype=np.int64)
+    tokens[mask] = np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=lengths.sum())
+    return [tokens, mask.astype(np.int64)]

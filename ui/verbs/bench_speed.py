@@ -122,7 +122,9 @@ def bench_prefill_verb(
     tokens: Annotated[
         list[int] | None,
         typer.Option(
-            min=512, help="Multiples of 512; may be repeated. Default: 512 and its doubles to 8192."
+            min=512,
+            help="Multiples of 512 (on a GPU, of 4096); may be repeated. Default: that, and its"
+            " doubles up to 16 times as many.",
         ),
     ] = None,
     rounds: Rounds = 3,
@@ -131,14 +133,13 @@ def bench_prefill_verb(
 ) -> None:
     """Compare predicted with measured prefill seconds; share of the matrix-product ceiling."""
     from eval.bench.prefill import bench_prefill, card
-    from rag.lm.prefill_cost import PREFILL_CHUNK_TOKENS
 
-    lengths = tokens or [512, 1024, 2048, 4096, 8192]
-    if any(length % PREFILL_CHUNK_TOKENS for length in lengths):
-        raise typer.BadParameter(f"--tokens must be multiples of {PREFILL_CHUNK_TOKENS}")
     _check_clock(clock)
     with err.status("loading the model") as status:
         opened, loaded, spec = _loaded(model)
+        lengths = tokens or [spec.chunk_tokens * times for times in (1, 2, 4, 8, 16)]
+        if any(length % spec.chunk_tokens for length in lengths):
+            raise typer.BadParameter(f"--tokens must be multiples of {spec.chunk_tokens}")
         bench = bench_prefill(
             loaded,
             spec,
@@ -486,7 +487,7 @@ def _loaded(name: str) -> "tuple[OpenedModel, Any, ModelSpec]":
 
         torch.set_num_threads(settings.num_threads)
     spec = ModelSpec.from_config(opened.config, dtype_bytes=opened.dtype.itemsize)
-    return opened, opened.load(), spec
+    return opened, opened.load(), spec.on_device(opened.device.type)
 
 
 def _check_clock(name: str) -> None:
