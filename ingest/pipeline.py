@@ -33,12 +33,17 @@ from rag.types import CanonicalText, Chunk, Document, IngestProgress
 
 COPY_BYTES = 2**20
 # Short documents are embedded together until they make this many chunks: a batch of one chunk
-# would leave most of the processor idle.
+# would leave most of the processor idle. An embedder with a queue of its own is given it besides.
 GROUP_CHUNKS = 256
 # A document is handed over in parts, so that its first chunks are embedded while the rest is cut.
 PART_CHUNKS = 64
-# Documents that may lie read and chunked in memory while others are embedded.
+# Documents that may lie read and chunked in memory while others are embedded; for an embedder with
+# a queue also as many small ones as fill it.
 READ_AHEAD = 4
+# Of a file's bytes some so many make a chunk.
+CHUNK_BYTES = 1_024
+# Chunks that may wait for their commit: an embedder may be faster than a disk.
+UNCOMMITTED_CHUNKS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,11 @@ class _Reading:
     found: SimpleQueue[_Part | IngestResult | BaseException] = field(default_factory=SimpleQueue)
     copy: Path | None = None
     task: Future[None] | None = None
+    expected_chunks: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, SourceToRead):
+            self.expected_chunks += _num_bytes(self.source) // CHUNK_BYTES
 
 
 def ingest_files(
@@ -126,7 +136,8 @@ def ingest_files(
     counter = _Counter(sources, on_progress)
     waiting = deque(sources)
     ahead: deque[_Reading] = deque()
-    committing: deque[Future[IngestResult]] = deque()
+    committing: deque[tuple[_Taken, Future[IngestResult]]] = deque()
+    most_chunks = GROUP_CHUNKS + embedder.queued_texts
     stop = Event()
     with (
         ThreadPoolExecutor(settings.num_readers, "reader") as readers,
@@ -136,14 +147,17 @@ def ingest_files(
         try:
             while waiting or ahead:
                 # 1-3. copy, read in a guarded process, chunk: in other threads, ahead of need
-                while waiting and len(ahead) < max(READ_AHEAD, settings.num_readers):
+                room = embedder.queued_texts - sum(r.expected_chunks for r in ahead)
+                while waiting and (len(ahead) < max(READ_AHEAD, settings.num_readers) or room > 0):
                     reading = _Reading(waiting.popleft())
+                    room -= reading.expected_chunks
                     reading.task = readers.submit(
                         _prepare, reading, stop, store, embedder, settings
                     )
                     ahead.append(reading)
                 other: IngestResult | IngestFailure | None = None
-                while ahead and other is None and _num_chunks(group) < GROUP_CHUNKS:
+                num_chunks = 0
+                while ahead and other is None and num_chunks < most_chunks:
                     reading = ahead[0]
                     if reading.found.empty():
                         if group:
@@ -152,6 +166,7 @@ def ingest_files(
                     found = reading.found.get()
                     if isinstance(found, _Part):
                         group.append(found)
+                        num_chunks += len(found.chunks)
                         if found.is_last:
                             ahead.popleft()
                         continue
@@ -168,16 +183,22 @@ def ingest_files(
                 # 4. embed
                 for taken in _embed(group, embedder, counter):
                     # 5. commit in another thread; its end is the acknowledgement
-                    committing.append(committer.submit(_commit, taken, store, embedder, settings))
+                    task = committer.submit(_commit, taken, store, embedder, settings)
+                    committing.append((taken, task))
                 group = []
 
-                while committing and (other or committing[0].done()):
-                    yield committing.popleft().result()
+                uncommitted = sum(len(taken.chunks) for taken, _ in committing)
+                while committing and (
+                    other or committing[0][1].done() or uncommitted > UNCOMMITTED_CHUNKS
+                ):
+                    taken, task = committing.popleft()
+                    uncommitted -= len(taken.chunks)
+                    yield task.result()
                 if other:
                     counter.skipped(reading.source)
                     yield other
             while committing:
-                yield committing.popleft().result()
+                yield committing.popleft()[1].result()
         finally:  # a full disk, or a caller that stops: what is under way ends, the rest is dropped
             stop.set()
             _drop(ahead)

@@ -20,7 +20,8 @@ from rag.store.oplog import OpLog
 from rag.types import Document
 
 FloatArray = npt.NDArray[np.float32]
-CHUNKS_PER_COMMIT = 256  # what a kill can cost: seconds on a CPU
+# What a kill can cost: seconds on a CPU. A GPU has seconds of work in hand beside them.
+CHUNKS_PER_COMMIT = 256
 CHUNKS_PER_READ = 5_000
 
 OnProgress = Callable[[int, int], None]  # chunks embedded so far, chunks in all
@@ -64,7 +65,7 @@ def reembed_library(
     embedded = 0
     while True:
         # 2. what has no new vector yet, also what other processes have ingested meanwhile
-        for part in _chunks_to_embed(store, embedder, CHUNKS_PER_COMMIT):
+        for part in _chunks_to_embed(store, embedder, CHUNKS_PER_COMMIT + embedder.queued_texts):
             _require_that_all_fit(part, embedder)
             vectors = embed_chunks(store, embedder, part)
             store.add_vectors(embedder.fingerprint, [stored.id for stored in part], vectors)

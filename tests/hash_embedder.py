@@ -14,6 +14,7 @@ class HashEmbedder:
     fingerprint = "hash-64"
     dim = 64
     max_tokens = 64
+    queued_texts = 0
 
     def token_offsets(self, text: str) -> list[tuple[int, int]]:
         return [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)]

@@ -202,7 +202,8 @@ def test_a_recorded_step_of_rows_gives_the_logits_of_the_plain_way(
     for step in range(23):
         expected = forward_in_step(model, [[n] for n in newest], plain, front_padding=PADDING)
         for decoder in (recorded, called):
-            decoder.token.copy_(torch.tensor(newest)[:, None])
+            with torch.inference_mode():
+                decoder.token.copy_(torch.tensor(newest)[:, None])
             decoder.advance()
         torch.cuda.synchronize()
         for by_graph, by_call, row in zip(

@@ -169,6 +169,7 @@ class _TimedEmbedder:
         self.fingerprint = embedder.fingerprint
         self.dim = embedder.dim
         self.max_tokens = embedder.max_tokens
+        self.queued_texts = embedder.queued_texts
         self.seconds = 0.0
         self.texts: list[str] = []
         self.vectors: list[FloatArray] = []

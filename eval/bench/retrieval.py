@@ -161,6 +161,7 @@ class CachedEmbedder:
         self._embedder = embedder
         self.fingerprint, self.dim = embedder.fingerprint, embedder.dim
         self.max_tokens = embedder.max_tokens
+        self.queued_texts = embedder.queued_texts
         self._file = sqlite3.connect(folder / "vectors.sqlite", isolation_level=None)
         self._file.execute("CREATE TABLE IF NOT EXISTS vector (key BLOB PRIMARY KEY, value BLOB)")
 

@@ -42,8 +42,13 @@ class EmbedderTokens:
         self.max_tokens = longest - int(self._tokenizer.num_special_tokens_to_add(is_pair=False))
 
     def offsets(self, text: str) -> Offsets:
-        """Return the `[start, end)` characters of every token of `text`, in order."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
+        """Return the `[start, end)` characters of every token of `text`, in order.
+
+        Python's other threads run meanwhile, as they do not while `encode` works: chunks of several
+        documents are cut at once, and the embedder is fed.
+        """
+        (encoded,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        return list(encoded.offsets)
 
     def encoded(self, texts: Sequence[str]) -> "list[Encoding]":
         """Tokenize: all cores are used, and Python's other threads run meanwhile."""

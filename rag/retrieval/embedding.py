@@ -45,6 +45,13 @@ class Embedder(Protocol):
     def max_tokens(self) -> int:
         """Longest text it reads, in its own tokens, special tokens not counted."""
 
+    @property
+    def queued_texts(self) -> int:
+        """How many texts it has in hand while it computes others; 0 where each call is one queue.
+
+        Who has many to embed gives it so many more at a time, and nothing of it waits.
+        """
+
     def token_offsets(self, text: str) -> Offsets:
         """Return the `[start, end)` characters of every token of `text`, in order."""
 
@@ -97,6 +104,8 @@ def fingerprint_of(folder: Path, name: str) -> str:
 
 class SentenceTransformerEmbedder:
     """An embedder from a folder that sentence-transformers can load, run by it: the plain way."""
+
+    queued_texts = 0
 
     def __init__(self, folder: Path, *, name: str, device: str = "cpu") -> None:
         """Load the model.

@@ -30,6 +30,8 @@ class OpenVinoEmbedder:
     The products are in bfloat16 where the CPU multiplies it natively, else in float32.
     """
 
+    queued_texts = 0
+
     def __init__(
         self,
         folder: Path,
