@@ -50,7 +50,7 @@ def test_the_bench_on_small_shapes() -> None:
     }
     assert max(row.difference or 0.0 for row in bench.attention) < 2e-2
     assert {(row.way, row.num_tokens) for row in bench.one_query} == {
-        (way, num_tokens) for way in ("static", "plain") for num_tokens in (128, 256)
+        (way, num_tokens) for way in ("in place", "copied", "plain") for num_tokens in (128, 256)
     }
     assert {(row.way, row.num_queries) for row in bench.exact} >= {("product", 1), ("product", 8)}
     assert min(row.recall_at_10 for row in bench.exact) > 0.9

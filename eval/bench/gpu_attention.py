@@ -142,17 +142,21 @@ def _windowed(
 
 
 def bench_one_query(run: Run, shapes: AttentionShapes) -> list[OneQueryRow]:
-    """Time one token's attention over a static cache, and by the kernel of the plain way.
+    """Time one token's attention as a recorded step does it, three ways; recorded all of them.
 
-    The limit reads all keys and values once.
+    The limit reads all keys and values once. `in place` goes on from the prompt as it stands, with
+    the answer's slots beside it; `copied` has both in one static cache, as models with windows do;
+    `plain` is torch's own kernel.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     from rag.lm.kv_bytes import STATIC_PARTS
+    from rag.lm.shared_prefix import attend_prefix
     from rag.lm.static_cache import attend_one
 
     rows: list[OneQueryRow] = []
+    scale = shapes.head_dim**-0.5
     for n in shapes.one_query_tokens:
         what = f"attention of one token to {n:,}"
         if run.too_late(what):
@@ -160,21 +164,38 @@ def bench_one_query(run: Run, shapes: AttentionShapes) -> list[OneQueryRow]:
         with run.section(what), torch.inference_mode():
             # As many layers as the card's own cache cannot hold, one after the other.
             layers = [_random(run, shapes, n, num_queries=1) for _ in range(8)]
-            hidden = torch.zeros(1, n, dtype=torch.bool, device=run.device)
+            _, answer_key, answer_value = _random(run, shapes, STATIC_PARTS, num_queries=1)
             num_bytes = sum(s.numel() * s.element_size() for layer in layers for s in layer[1:])
+
+            def attend(
+                query: torch.Tensor,
+                key: torch.Tensor,
+                value: torch.Tensor,
+                parts: int = STATIC_PARTS,
+                before: tuple[torch.Tensor, torch.Tensor] | None = None,
+            ) -> torch.Tensor:
+                hidden = torch.zeros(1, key.shape[2], dtype=torch.bool, device=run.device)
+                return attend_one(
+                    query, key, value, hidden, parts=parts, scale=scale, before=before
+                )
+
             ways: dict[str, Callable[..., torch.Tensor]] = {
-                "static": partial(
-                    attend_one, hidden=hidden, parts=STATIC_PARTS, scale=shapes.head_dim**-0.5
+                "in place": lambda query, *prompt: attend(
+                    query,
+                    answer_key,  # noqa: B023
+                    answer_value,  # noqa: B023
+                    before=attend_prefix(query, *prompt, scale=scale),
                 ),
+                "copied": attend,
                 "plain": partial(scaled_dot_product_attention, enable_gqa=True),
             }
-            for way, attend in ways.items():
+            for way, each in ways.items():
 
-                def attend_all(attend: Callable[..., torch.Tensor] = attend) -> None:
-                    for layer in layers:  # noqa: B023 - it is called here and now
-                        attend(*layer)
+                def attend_all(each: Callable[..., torch.Tensor] = each) -> None:
+                    for layer in layers:  # noqa: B023
+                        each(*layer)
 
-                seconds = run.middle(attend_all)
+                seconds = run.middle(run.recorded(attend_all))
                 share = num_bytes / seconds / run.copy_bytes_per_second
                 rows.append(OneQueryRow(way, n, seconds / len(layers), share))
     return rows

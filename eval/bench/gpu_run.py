@@ -65,6 +65,23 @@ class Run:
         work()
         return median(self.timed(work) for _ in range(times))
 
+    def recorded(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """Return what replays `work` as decoding does, without its launches; as it is on a CPU."""
+        import torch
+
+        if self.device.type != "cuda":
+            return work
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()  # a recording wants kernels that have run before
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            work()
+        replay: Callable[[], Any] = graph.replay
+        return replay
+
     def timed_with_peak(self, work: Callable[[], Any]) -> tuple[float, int]:
         """Return `timed`, and the most bytes allocated meanwhile; 0 where they are not counted."""
         import torch
