@@ -41,9 +41,9 @@ PART_CHUNKS = 64
 # a queue also as many small ones as fill it.
 READ_AHEAD = 4
 # Of a file's bytes some so many make a chunk.
-CHUNK_BYTES = 1_024
+CHUNK_BYTES = 512
 # Chunks that may wait for their commit: an embedder may be faster than a disk.
-UNCOMMITTED_CHUNKS = 16_384
+UNCOMMITTED_CHUNKS = 32_768
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,11 @@ def test_the_bench_on_small_shapes() -> None:
     }
     assert {(row.way, row.num_queries) for row in bench.exact} >= {("product", 1), ("product", 8)}
     assert min(row.recall_at_10 for row in bench.exact) > 0.9
-    assert [row.way for row in bench.embed] == ["sentence-transformers", "ours", "tokens alone"]
+    assert [row.way for row in bench.embed] == [
+        *("sentence-transformers", "ours", "tokens alone"),
+        *("an ingest, by 256", "an ingest, by 256: embedding"),
+        *("an ingest", "an ingest: embedding"),
+    ]
     assert min(row.min_cosine or 1.0 for row in bench.embed) > 0.99
     assert bench.search or any("FAISS" in reason for reason in bench.left_out)
     assert {row.goal for row in bench.goals} == {"G1", "G2", "G3", "G4", "G6", "G7"}

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _MIB = 2**20
-SECTIONS = ("attention", "search", "embedding", "models")
+SECTIONS = ("attention", "search", "embedding", "rows", "models")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ REAL = GpuShapes(
     num_sinks=64,
     window=4_096,
     attention=AttentionShapes(32, 8, 128, 32_768, 4, (1_024, 4_096), (8_192, 32_768, 131_072)),
-    embed=EmbedShapes(384, 6, 12, 1_536, 24_000, 16_384, 200),
+    embed=EmbedShapes(384, 6, 12, 1_536, 24_000, 16_384, 200, 64),
     num_vectors=1_000_000,
     num_exact_vectors=10_000_000,
     query_batches=(1, 1_024),
@@ -108,7 +108,7 @@ SMALL = GpuShapes(
     num_sinks=4,
     window=64,
     attention=AttentionShapes(4, 2, 8, 256, 4, (16, 64), (128, 256)),
-    embed=EmbedShapes(32, 2, 4, 64, 300, 40, 30),
+    embed=EmbedShapes(32, 2, 4, 64, 300, 40, 30, 4),
     num_vectors=2_000,
     num_exact_vectors=3_000,
     query_batches=(1, 8),
@@ -180,7 +180,6 @@ def bench_gpu(
     import torch
 
     from rag.lm.chunked_attention import use_chunked_attention
-    from rag.lm.windowed_attention import WindowPlan
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     begun = time.perf_counter()
@@ -202,39 +201,55 @@ def bench_gpu(
             bench.search = gpu_search.bench_faiss(run, shapes.num_vectors)
     if "embedding" in sections:
         bench.embed = gpu_embed.bench_embed(run, shapes.embed)
-    plan = WindowPlan(num_sinks=shapes.num_sinks, window=shapes.window)
-    for name, facts in shapes.models if "models" in sections else ():
+    for name, facts in shapes.models if {"rows", "models"} & set(sections) else ():
         with run.section(f"{name}: building"):
             model = _random_model(facts, dtype, device)
             spec = ModelSpec.from_config(model.config, dtype_bytes=dtype.itemsize)
             spec = spec.on_device(device.type)
             use_chunked_attention(model)  # what transformers does of its own stays the same
-            bench.twins += gpu_prefill.bench_twins(run, name, model, plan)
-            for num_tokens in shapes.prefill_tokens:
-                bench.prefill += gpu_prefill.bench_prefill(run, name, model, spec, plan, num_tokens)
-            bench.decode += gpu_decode.bench_decode(
-                run,
-                name,
-                model,
-                spec,
-                context_tokens=shapes.decode_context_tokens,
-                num_tokens=shapes.decode_tokens,
-                compiler=shapes.compiler,
-            )
-            bench.rows += gpu_rows.bench_rows(
-                run,
-                name,
-                model,
-                spec,
-                num_rows=shapes.decode_rows,
-                context_tokens=shapes.decode_context_tokens,
-                num_tokens=shapes.decode_tokens,
-            )
+            if "rows" in sections:
+                bench.rows += gpu_rows.bench_rows(
+                    run,
+                    name,
+                    model,
+                    spec,
+                    num_rows=shapes.decode_rows,
+                    context_tokens=shapes.decode_context_tokens,
+                    num_tokens=shapes.decode_tokens,
+                )
+            if "models" in sections:
+                _bench_model(run, bench, shapes, name, model, spec)
         model = None  # its memory goes back before the next is built
         collect(device)
     bench.goals = goals(bench)
     bench.seconds = time.perf_counter() - begun
     return bench
+
+
+def _bench_model(
+    run: Run,
+    bench: GpuBench,
+    shapes: GpuShapes,
+    name: str,
+    model: Any,  # noqa: ANN401
+    spec: ModelSpec,
+) -> None:
+    """Prefill and decode one sequence in every way."""
+    from rag.lm.windowed_attention import WindowPlan
+
+    plan = WindowPlan(num_sinks=shapes.num_sinks, window=shapes.window)
+    bench.twins += gpu_prefill.bench_twins(run, name, model, plan)
+    for num_tokens in shapes.prefill_tokens:
+        bench.prefill += gpu_prefill.bench_prefill(run, name, model, spec, plan, num_tokens)
+    bench.decode += gpu_decode.bench_decode(
+        run,
+        name,
+        model,
+        spec,
+        context_tokens=shapes.decode_context_tokens,
+        num_tokens=shapes.decode_tokens,
+        compiler=shapes.compiler,
+    )
 
 
 def goals(bench: GpuBench) -> list[GoalRow]:

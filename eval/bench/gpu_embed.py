@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eval.bench.gpu_run import Run
+
+if TYPE_CHECKING:
+    from rag.retrieval.embedding import Embedder
 
 _MAX_TOKENS = 256
 
@@ -27,6 +31,7 @@ class EmbedShapes:
     num_words: int
     num_texts: int
     words_per_text: int
+    num_files: int  # of which an ingest takes the texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,8 @@ class EmbedRow:
     """One way from texts to vectors; `ratio` is the seconds of sentence-transformers to its own.
 
     `min_cosine` is the least one with its vectors. The row `tokens alone` is the limit that
-    the tokeniser sets: it has no vectors.
+    the tokeniser sets: it has no vectors. An ingest reads the texts from files, cuts them into its
+    own chunks and stores them, too; `by 256` hands over no more than that at a time.
     """
 
     way: str
@@ -73,7 +79,43 @@ def bench_embed(run: Run, shapes: EmbedShapes) -> list[EmbedRow]:
         add("sentence-transformers", run.middle(lambda: peer(texts), times=3), 1.0)
         add("ours", run.middle(lambda: ours.embed(texts), times=3), cosine)
         add("tokens alone", run.middle(lambda: tokenizer.encode_batch_fast(texts), times=3), None)
+        for way, queued_texts in (("an ingest, by 256", 0), ("an ingest", ours.queued_texts)):
+            seconds, inside = _ingested(Path(name), texts, ours, queued_texts, shapes.num_files)
+            add(way, seconds, None)
+            add(f"{way}: embedding", inside, None)
     return rows
+
+
+def _ingested(
+    folder: Path, texts: Sequence[str], embedder: Embedder, queued_texts: int, num_files: int
+) -> tuple[float, float]:
+    """Return the seconds of an ingest of so many files, and those within the embedder."""
+    from eval.bench.ingest import TimedEmbedder
+    from ingest.pipeline import IngestFailure, ingest_files
+    from ingest.sources import SourceToRead
+    from rag.settings import Settings
+    from rag.store.database import Database
+    from rag.store.documents import DocumentStore
+
+    sources = []
+    for number in range(num_files):
+        path = folder / f"part-{number}.txt"
+        path.write_text("\n\n".join(texts[number::num_files]))
+        sources.append(SourceToRead(path, str(path), path.name, None))
+    timed = TimedEmbedder(embedder)
+    timed.queued_texts = queued_texts
+    with TemporaryDirectory() as home:
+        settings = Settings(home=Path(home), database_url=None)
+        database = Database(settings.resolved_database_url)
+        store = DocumentStore(database)
+        begun = time.perf_counter()
+        outcomes = list(ingest_files(sources, store=store, embedder=timed, settings=settings))
+        seconds = time.perf_counter() - begun
+        database.engine.dispose()
+    failed = [outcome for outcome in outcomes if isinstance(outcome, IngestFailure)]
+    if failed:
+        raise failed[0].error
+    return seconds, timed.seconds
 
 
 def some_texts(shapes: EmbedShapes) -> list[str]:
@@ -146,9 +188,9 @@ def lines(rows: Sequence[EmbedRow]) -> list[str]:
         return []
     return [
         "",
-        f"{'embedding':<24} {'texts':>8} {'M tokens/s':>11} {'ratio':>6}  least cosine",
+        f"{'embedding':<28} {'texts':>8} {'M tokens/s':>11} {'ratio':>6}  least cosine",
         *(
-            f"{row.way:<24} {row.texts:>8,} {row.million_tokens_per_second:>11.3f}"
+            f"{row.way:<28} {row.texts:>8,} {row.million_tokens_per_second:>11.3f}"
             f" {row.ratio:>6.2f}  {'-' if row.min_cosine is None else f'{row.min_cosine:.5f}'}"
             for row in rows
         ),

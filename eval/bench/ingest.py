@@ -87,7 +87,7 @@ def bench_ingest(
     runs: list[tuple[float, float, float]] = []
     peer: Peer | None = None
     for _ in range(rounds):
-        timed = _TimedEmbedder(embedder)
+        timed = TimedEmbedder(embedder)
         with tempfile.TemporaryDirectory() as home:
             own = settings.model_copy(update={"home": Path(home), "database_url": None})
             database = Database(own.resolved_database_url)
@@ -161,10 +161,11 @@ def card(bench: IngestBench) -> str:
     )
 
 
-class _TimedEmbedder:
+class TimedEmbedder:
     """An embedder that counts the seconds it is busy, and keeps what went through it."""
 
     def __init__(self, embedder: Embedder) -> None:
+        """Begin at 0."""
         self._embedder = embedder
         self.fingerprint = embedder.fingerprint
         self.dim = embedder.dim
@@ -175,11 +176,13 @@ class _TimedEmbedder:
         self.vectors: list[FloatArray] = []
 
     def token_offsets(self, text: str) -> Offsets:
+        """Return what the embedder does."""
         return self._embedder.token_offsets(text)
 
     def embed(
         self, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None
     ) -> FloatArray:
+        """Return what the embedder does."""
         begun = time.perf_counter()
         vectors = self._embedder.embed(texts, on_progress=on_progress)
         self.seconds += time.perf_counter() - begun

@@ -441,7 +441,7 @@ def bench_gpu_verb(
     ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="One of attention, search, embedding, models; may be repeated."),
+        typer.Option(help="One of attention, search, embedding, rows, models; may be repeated."),
     ] = None,
     seconds: Annotated[
         float, typer.Option(min=1, help="No measurement begins later; what is left out is named.")
