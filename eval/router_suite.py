@@ -69,6 +69,20 @@ def router_suite(data: Path, split: str, *, size: int = 2) -> ExampleSet:
     return ExampleSet(tuple(documents), tuple(examples))
 
 
+def of_classes(suite: ExampleSet, classes: Sequence[QuestionClass]) -> ExampleSet:
+    """Return the questions of these classes, and the documents that they are asked of.
+
+    The wording tells the class of a question that comes without one.
+    """
+    asked = [
+        example
+        for example in suite.examples
+        if (example.question_class or classify_question(example.question).question_class) in classes
+    ]
+    about = {example.document for example in asked}
+    return ExampleSet(tuple(d for d in suite.documents if d.id in about), tuple(asked))
+
+
 def _real_documents(
     folder: Path, split: str
 ) -> list[tuple[EvidenceDocument, Sequence[EvalExample]]]:

@@ -1,6 +1,7 @@
 """fathom bench, of quality: is the evidence found, quoted, routed well, and no order obeyed."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +11,7 @@ import typer
 
 from rag.errors import ReadError
 from rag.settings import Settings, load_settings
+from rag.types import QuestionClass
 from ui.console import Home, Json, Model, err, open_fathom, out, print_json, stages_bar
 from ui.verbs.bench_options import Data, Split, app
 from ui.verbs.comparison import MAX_NEW_TOKENS, ask_paired
@@ -181,6 +183,10 @@ def bench_router_verb(
     size: Annotated[
         int, typer.Option(min=1, help="With -o: documents of each kind and length.")
     ] = 2,
+    only: Annotated[
+        list[QuestionClass] | None,
+        typer.Option("--class", help="With -o: questions of this class; may be repeated."),
+    ] = None,
     model: Model = None,
     home: Home = None,
     as_json: Json = False,
@@ -214,12 +220,21 @@ def bench_router_verb(
     line = bench.to_json()
     if output is not None:
         settings = load_settings(home=home, model=model, max_new_tokens=MAX_NEW_TOKENS)
-        line["asked"] = _ask_suite(data, split, size, output, settings, as_json=as_json)
+        line["asked"] = _ask_suite(
+            data, split, size, only or (), output, settings, as_json=as_json
+        )
     print_json(line)
 
 
 def _ask_suite(
-    data: Path, split: str, size: int, folder: Path, settings: Settings, *, as_json: bool
+    data: Path,
+    split: str,
+    size: int,
+    classes: Sequence[QuestionClass],
+    folder: Path,
+    settings: Settings,
+    *,
+    as_json: bool,
 ) -> dict[str, Any]:
     """Ask the suite in three ways, show the slices, and leave the report in the folder."""
     from eval.analysis import analyse
@@ -228,10 +243,12 @@ def _ask_suite(
     from eval.compare import load_comparison
     from eval.provenance import sha256_of_files
     from eval.report import write_report
-    from eval.router_suite import SETS, router_suite
+    from eval.router_suite import SETS, of_classes, router_suite
     from rag.routing.utility import load_weights
 
     suite = router_suite(data, split, size=size)
+    if classes:
+        suite = of_classes(suite, classes)
     ask_paired(
         suite.examples,
         folder,
