@@ -266,10 +266,10 @@ class _Asking:
             whole = plan.decision.route is not Route.RETRIEVAL
             shown = tuple((p.passage.start, p.passage.end) for p in plan.context.passages)
             prompt = "" if whole or not plan.prompt.messages else plan.prompt.messages[-1].content
-            if plan.decision.mode is AnswerMode.QUOTED:
-                shown = None
-            elif plan.decision.route is Route.SCAN:
+            if plan.decision.route is Route.SCAN:
                 shown = ((0, self._document.num_chars),)
+            elif plan.decision.mode is AnswerMode.QUOTED:
+                shown = None
         if isinstance(answer, FathomError):
             outcome, reason = FAILED, answer.message
         elif isinstance(answer, Answer):

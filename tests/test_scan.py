@@ -87,6 +87,7 @@ class CopyingEngine(LocalEngine):
 
     def _copied(self, prompt: Prompt) -> str:
         text = prompt.messages[-1].content.partition("Text:\n\n")[2]
+        text = text.partition("\n\n(end of this part)")[0]
         sentences = [s.strip() + "." for s in text.replace("\n", " ").split(".")]
         lines = [f"- {s}" for s in sentences if self.word in s]
         return "\n".join(["The moon is made of cheese tonight.", *lines, *lines[:1]]) or "none"
@@ -288,17 +289,20 @@ def test_only_what_stands_in_sight_is_a_finding(small_fathom: Fathom) -> None:
     document: Document = small_fathom.documents()[0]
     text = "The harbour fee is 35 crowns\na night. Children pay nothing at all."
     window = Window(document, 100, 100 + len(text), text)
-    found = locate("the harbour fee is 35 crowns a night", window, None)
+    found = locate("the harbour fee is 35 crowns a night", window, [])
     assert found is not None
     assert (found.start, found.quote) == (100, "The harbour fee is 35 crowns\na night")
-    close = locate("Children they pay nothing at all", window, None)
+    close = locate("Children they pay nothing at all", window, [])
     assert close is not None
     assert close.quote == "Children pay nothing at all."
-    assert locate("The harbour fee is 36 dollars a week there", window, None) is None
+    assert locate("The harbour fee is 36 dollars a week there", window, []) is None
     after = Window(document, window.end, window.end + 5, "Next.")
-    assert locate("Children pay nothing at all.", after, window) == locate(
-        "Children pay nothing at all.", window, None
-    )
+    last = Window(document, after.end, after.end + 5, "Last.")
+    line = "Children pay nothing at all."
+    here = locate(line, window, [])
+    assert locate(line, after, [window]) == here
+    assert locate(line, last, [window, after]) == here  # however long ago it was read
+    assert locate("The fee, fee, fee, the fee, the fee", window, []) is None
 
 
 def test_lines_of_a_reply() -> None:
@@ -310,4 +314,4 @@ def test_lines_of_a_reply() -> None:
 def test_any_reply_is_safe_to_look_for(small_fathom: Fathom, text: str) -> None:
     window = Window(small_fathom.documents()[0], 0, 5, "Words")
     for line in finding_lines(text):
-        assert locate(line, window, None) is None
+        assert locate(line, window, []) is None

@@ -5,6 +5,9 @@ was shown; the one that shares most of its weighty words becomes the quotation, 
 text by its offsets, so it is verbatim by construction, and it is read again to prove it. A
 statement that no sentence supports is marked; so is one whose words stand only where the text
 speaks of something else than the question.
+
+What a model concludes (an option, yes, the higher of two) no sentence says. It is marked, too, and
+shown with the sentences that speak of it; where none does, it has no support.
 """
 
 import math
@@ -13,7 +16,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from rag.answering.conclusions import (
+    QuestionForm,
+    claim,
+    form_of,
+    is_option,
+    says_which,
+    spelled_out,
+)
 from rag.answering.context import page_at, section_at
+from rag.routing.question_class import comparatives
 from rag.store.documents import DocumentStore
 from rag.types import Citation, ContextPassage, Document
 
@@ -23,6 +35,11 @@ MIN_SUPPORT = 0.5
 # Share of the question's weighty words that must stand in the quotation or beside it. Measured on
 # 1,174 dev questions of SQuAD 2.0: 1.6% of the true sentences fall below, 86% of borrowed ones.
 MIN_RELEVANCE = 0.25
+# Share of all words of a statement that decides a comparison that a sentence must hold to say it:
+# one that names a side does not make it the higher.
+MIN_COMPARED = 0.8
+# Sentences that a conclusion is shown with.
+MOST_PREMISES = 3
 MAX_QUOTE_CHARS = 600
 
 _MARKER = re.compile(r"\s*\[(\d{1,3})\]")
@@ -41,11 +58,16 @@ _COMMON = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class CitedText:
-    """The answer with its markers renumbered from 1, and the citations they stand for."""
+    """The answer with its markers renumbered from 1, and the citations they stand for.
+
+    `num_unverified` statements are marked; `num_concluded` of them are conclusions, and stand with
+    the sentences that speak of them.
+    """
 
     text: str
     citations: tuple[Citation, ...]
     num_unverified: int
+    num_concluded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +77,11 @@ class _Sentence:
     end: int
     words: frozenset[str]
     words_around: frozenset[str]  # its own, and those of the sentence before and after
+
+    @property
+    def text(self) -> str:
+        passage = self.passage.passage
+        return passage.text[self.start - passage.start : self.end - passage.start]
 
 
 def resolve_citations(
@@ -70,10 +97,13 @@ def resolve_citations(
     """
     sentences = [s for passage in passages for s in _sentences(passage)]
     weights = _inverse_frequencies(sentences)
-    question_words = frozenset(_words(question))
+    form = form_of(question)
+    question_words = frozenset(_words(form.stem))
     numbers: dict[tuple[int, int, int], int] = {}
     citations: list[Citation] = []
-    parts, unverified = [], 0
+    parts: list[str] = []
+    unverified = concluded = 0
+    answer = spelled_out(answer, form)
     statements = split_sentences(answer)
     if not _words(_MARKER.sub("", answer)):
         # a bare number, or nothing: the passage it points at speaks for itself
@@ -84,17 +114,24 @@ def resolve_citations(
         bare = without_markers(_MARKER.sub("", statement)).strip()
         if not _words(bare):
             continue
-        best = _best_support(bare, question_words, claimed, sentences, weights)
-        if best is None:
+        best = _best_support(claim(bare, form), question_words, claimed, sentences, weights)
+        shown = [best] if best else []
+        is_said = best is not None and _says(best, bare, form, weights)
+        if not is_said and form.may_conclude:
+            shown = _premises(bare, best, form, question_words, sentences, weights)
+            concluded += bool(shown)
+        marks = []
+        for sentence in shown:
+            key = (sentence.passage.passage.document.id, sentence.start, sentence.end)
+            if key not in numbers:
+                numbers[key] = len(citations) + 1
+                citations.append(_citation(numbers[key], sentence, store))
+            marks.append(f"[{numbers[key]}]")
+        if not is_said:
             unverified += 1
-            parts.append(f"{bare} {UNVERIFIED}")
-            continue
-        key = (best.passage.passage.document.id, best.start, best.end)
-        if key not in numbers:
-            numbers[key] = len(citations) + 1
-            citations.append(_citation(numbers[key], best, store))
-        parts.append(f"{bare} [{numbers[key]}]")
-    return CitedText(" ".join(parts), tuple(citations), unverified)
+            marks.append(UNVERIFIED)
+        parts.append(" ".join([bare, *marks]))
+    return CitedText(" ".join(parts), tuple(citations), unverified, concluded)
 
 
 def without_markers(text: str) -> str:
@@ -171,6 +208,8 @@ def _best_support(
     weights: dict[str, float],
 ) -> _Sentence | None:
     words = frozenset(_words(statement))
+    if not words:  # a bare yes or no
+        return None
     # what the answer says beyond the question is what must be proved
     own = words - question_words or words
     total = _weight(own, weights)
@@ -186,6 +225,86 @@ def _best_support(
         if score > best_score:
             best, best_score = sentence, score
     return best
+
+
+def _says(
+    sentence: _Sentence, statement: str, form: QuestionForm, weights: dict[str, float]
+) -> bool:
+    """Say whether a sentence that supports a statement says it.
+
+    What decides a comparison is said only where the sentence compares, too: it must hold nearly all
+    words of the statement, and the question's own "higher".
+    """
+    said = claim(statement, form)
+    if not says_which(said, form):
+        return True
+    compared = comparatives(form.stem) | comparatives(said)
+    words = compared.union(_words(said))
+    nearly_all = MIN_COMPARED * _weight(words, weights)
+    return bool(compared) and _weight(words & sentence.words, weights) >= nearly_all
+
+
+def _premises(
+    statement: str,
+    best: _Sentence | None,
+    form: QuestionForm,
+    question_words: frozenset[str],
+    sentences: Sequence[_Sentence],
+    weights: dict[str, float],
+) -> list[_Sentence]:
+    """Return the few sentences that a conclusion speaks of, in the order of the text.
+
+    Together they hold everything that it says beyond the question or, of an option, half; where it
+    says no more than the question does, half of that. None where they do not. Of a comparison each
+    side that is left is shown, too.
+    """
+    said = claim(statement, form)
+    words = frozenset(_words(said))
+    own = words - question_words
+    asked_about = question_words & weights.keys()
+    relevant = [s for s in sentences if _is_relevant(s, asked_about, weights)]
+    if not asked_about or not relevant:
+        return []
+    target = own or words or question_words
+    least = 1.0 if own and not is_option(said, form) else MIN_SUPPORT
+    found = [best] if best else _covering(target, relevant, [], asked_about, weights, 0.0)
+    held = frozenset[str]().union(*(s.words for s in found))
+    if best is None and _weight(target & held, weights) < least * _weight(target, weights):
+        return []
+    if form.is_comparison:
+        sides = frozenset(_words(" ".join(form.options.values()))) & weights.keys() or asked_about
+        found = _covering(sides, relevant, found, asked_about, weights, MIN_RELEVANCE)
+    return [sentence for sentence in sentences if sentence in found]
+
+
+def _covering(
+    target: frozenset[str],
+    sentences: Sequence[_Sentence],
+    found: Sequence[_Sentence],
+    asked_about: frozenset[str],
+    weights: dict[str, float],
+    least_share: float,
+) -> list[_Sentence]:
+    """Return what was found and the sentences that add most of a target's words to it.
+
+    Each adds at least a share of what is left; among equals it is the one that holds most of the
+    question.
+    """
+
+    def adds(sentence: _Sentence) -> tuple[float, float]:
+        context = _weight(asked_about & sentence.words, weights)
+        return _weight(left & sentence.words, weights), context
+
+    found = [*found]
+    left = target.difference(*(sentence.words for sentence in found))
+    while len(found) < MOST_PREMISES:
+        best = max(sentences, key=adds)
+        gain = _weight(left & best.words, weights)
+        if gain <= 0.0 or gain < least_share * _weight(left, weights):
+            break
+        found.append(best)
+        left -= best.words
+    return found
 
 
 def _is_relevant(
@@ -206,8 +325,7 @@ def _quotation(
     best = max(eligible, key=lambda s: _weight(question_words & s.words, weights), default=None)
     if best is None or not question_words & best.words:
         return []
-    passage = best.passage.passage
-    return [" ".join(passage.text[best.start - passage.start : best.end - passage.start].split())]
+    return [" ".join(best.text.split())]
 
 
 def verified_citation(
@@ -230,9 +348,8 @@ def verified_citation(
 
 
 def _citation(marker: int, sentence: _Sentence, store: DocumentStore) -> Citation:
-    passage = sentence.passage.passage
-    quote = passage.text[sentence.start - passage.start : sentence.end - passage.start]
-    return verified_citation(marker, passage.document, sentence.start, sentence.end, quote, store)
+    document = sentence.passage.passage.document
+    return verified_citation(marker, document, sentence.start, sentence.end, sentence.text, store)
 
 
 def _words(text: str) -> list[str]:

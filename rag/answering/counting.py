@@ -323,7 +323,8 @@ def _answer(asked: CountQuestion, counts: list[_Count], store: DocumentStore) ->
         noun = noun.removesuffix("s")
     citations: list[Citation] = []
     for count in counts:
-        citations += _citations(count, store, first=len(citations) + 1)
+        first = len(citations) + 1
+        citations += cite_items(count.document, count.text, count.items, store, first=first)
     lines = [f"{total:,} {noun}."]
     for count in counts:
         where = f" in {count.document.title}" if len(counts) > 1 else ""
@@ -351,12 +352,21 @@ def _marker_range(num_citations: int) -> str:
     return f" [1] to [{num_citations}]"
 
 
-def _citations(count: _Count, store: DocumentStore, *, first: int) -> list[Citation]:
-    """Return one citation an item, each compared with the stored text, which is read again."""
-    document = count.document
+def cite_items(
+    document: Document, text: str, items: Sequence[Item], store: DocumentStore, *, first: int
+) -> list[Citation]:
+    """Return one citation an item, each compared with the stored text, which is read again.
+
+    Args:
+        document: that the items stand in.
+        text: of it, from which they are quoted.
+        items: in order; an empty one, such as a page without text, is not quoted.
+        store: where text, pages and headings lie.
+        first: the marker of the first; none goes beyond MOST_CITATIONS.
+    """
     stored = store.text(document.id)
     pages, sections = store.pages(document.id), store.sections(document.id)
-    quoted = [item for item in count.items if item.end > item.start]  # a page may be empty
+    quoted = [item for item in items if item.end > item.start]
     return [
         Citation(
             marker=marker,
@@ -367,8 +377,8 @@ def _citations(count: _Count, store: DocumentStore, *, first: int) -> list[Citat
             section=section_at(sections, item.start),
             start=item.start,
             end=item.end,
-            quote=count.text[item.start : item.end],
-            verified=stored[item.start : item.end] == count.text[item.start : item.end],
+            quote=text[item.start : item.end],
+            verified=stored[item.start : item.end] == text[item.start : item.end],
         )
         for marker, item in enumerate(quoted[: max(0, MOST_CITATIONS - first + 1)], first)
     ]

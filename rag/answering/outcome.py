@@ -30,8 +30,9 @@ _NO_CACHE = KVBytes(0, 0)
 class Outcome:
     """What one way of answering found, and what it took; the last event of each.
 
-    `is_supported` says that at least one statement stands on a verified quotation; where none
-    does, the citations are the sentences nearest to the question. `notes` go into the receipt's
+    `is_supported` says that at least one statement stands on verified quotations: one that says it
+    or, of a conclusion, which is marked, those that speak of it. Where none does, the citations are
+    the sentences nearest to the question. `notes` go into the receipt's
     reason, `escalations` are plans given up on this way.
     """
 

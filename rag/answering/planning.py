@@ -81,6 +81,11 @@ class Plan:
         return self.decision.mode is AnswerMode.WRITTEN and self.decision.route is not Route.SCAN
 
     @property
+    def is_extracted(self) -> bool:
+        """Whether every sentence is compared with the question, and no model reads."""
+        return self.decision.mode is AnswerMode.QUOTED and self.decision.route is Route.SCAN
+
+    @property
     def kv_dtype(self) -> str | None:
         """The format of the cache that the prompt is read into, None if it is the model's own."""
         spec = self.engine.spec
@@ -292,6 +297,13 @@ class Planner:
         read, no time for it, or no use: a model that is to quote made answers up from the whole of
         a document where its sentences held none. Source: docs/decisions/0031.
         """
+        if plan.is_extracted:
+            written = self.plan(
+                question, documents, mode=AnswerMode.WRITTEN, calibrate=True, thrift=plan.thrift
+            )
+            return self._because(
+                written, "no sentence holds what is asked for in these words, so the model reads"
+            )
         if plan.counted or plan.decision.route is not Route.RETRIEVAL:
             return None, "everything was read"
         mode = plan.decision.mode

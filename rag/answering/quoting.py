@@ -10,6 +10,7 @@ from threading import Event
 
 from rag.answering.answerable import ANSWERABLE, answer_probability
 from rag.answering.citations import verified_citation, without_markers
+from rag.answering.extraction import can_extract
 from rag.answering.outcome import Outcome, sha256_of
 from rag.answering.prompt import CANNOT_ANSWER
 from rag.answering.quotation import (
@@ -52,6 +53,8 @@ def decide_quotation(
 ) -> RouteDecision | None:
     """Return the decision to quote, None where the answer is to be written.
 
+    A lookup is quoted from what retrieval finds, a count or a list from all of the documents.
+
     Args:
         question: in words.
         route: the route asked for, None if none was.
@@ -61,6 +64,9 @@ def decide_quotation(
         settings: `answer_mode`.
     """
     classified = classify_question(question)
+    is_lookup = classified.question_class is QuestionClass.LOOKUP
+    is_list = classified.question_class is QuestionClass.AGGREGATE and can_extract(question)
+    route_taken = Route.SCAN if is_list else Route.RETRIEVAL
     if mode is AnswerMode.QUOTED:
         reason = "a quotation was asked for"
     elif route or mode or not question.strip() or settings.answer_mode == "free":
@@ -70,11 +76,15 @@ def decide_quotation(
     else:
         if not engine.can_score or not quotes_only(engine):
             return None
-        if classified.question_class is not QuestionClass.LOOKUP or offers_options(question):
+        if offers_options(question) or not (is_lookup or is_list):
             return None  # of a chain no sentence is the answer, and no quotation names an option
         reason = f"a lookup, and {engine.name} is small: the answer is quoted, not written"
+        if is_list:
+            reason = f"{engine.name} is small, so it counts and lists nothing"
+    if is_list:
+        reason += ": every sentence is compared with the words of the question"
     return RouteDecision(
-        Route.RETRIEVAL,
+        route_taken,
         reason,
         classified.question_class,
         gates(),

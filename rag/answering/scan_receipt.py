@@ -1,9 +1,11 @@
-"""What a scan needs, in gates, and what scans and counts from the text itself come to."""
+"""What a scan needs, in gates, and what scans, counts and lists from the text itself come to."""
 
 from collections.abc import Sequence
 
 from rag.answering.counting import Counted
+from rag.answering.extraction import Extracted, extracted_text
 from rag.answering.outcome import Outcome, sha256_of
+from rag.answering.prompt import CANNOT_ANSWER
 from rag.answering.scan import FINDING_TOKENS, LEAST_STRIDE_TOKENS, STRIDE_TOKENS, ScanDone
 from rag.lm.engine import Engine
 from rag.lm.kv_bytes import kv_cache_bytes
@@ -115,6 +117,7 @@ def scan_outcome(
         prefill_predicted_seconds=predicted_scan_seconds(decision),
         decode_seconds=done.decode_seconds,
         scan=done.tally,
+        notes=done.notes,
     )
 
 
@@ -128,4 +131,38 @@ def count_outcome(counted: Counted, read: ReadExtent) -> Outcome:
         read=read,
         prompt_sha256=sha256_of([]),
         scan=ScanTally(windows=1, items=counted.num_items, dropped_unverified=0, dropped_repeats=0),
+    )
+
+
+def extracted_outcome(
+    found: Extracted, documents: Sequence[Document], document_tokens: int, *, seconds: float
+) -> Outcome:
+    """Return what a comparison of every sentence comes to, of which no model read a token.
+
+    Args:
+        found: the sentences.
+        documents: those asked about.
+        document_tokens: their length.
+        seconds: that it took.
+    """
+    of_chunks = sum(document.num_chunks for document in documents)
+    chars = sum(document.num_chars for document in found.unread)
+    unread = document_tokens * chars // max(1, sum(document.num_chars for document in documents))
+    not_read = f"it was stopped; about {unread:,} tokens were not read" if found.unread else ""
+    return Outcome(
+        text=extracted_text(found) if found.citations else CANNOT_ANSWER,
+        abstained=not found.citations,
+        is_supported=bool(found.citations),
+        citations=found.citations,
+        read=ReadExtent(
+            tokens=document_tokens - unread,
+            of_tokens=document_tokens,
+            chunks=of_chunks - sum(document.num_chunks for document in found.unread),
+            of_chunks=of_chunks,
+            not_read=not_read,
+        ),
+        prompt_sha256=sha256_of([]),
+        retrieve_seconds=seconds,
+        scan=ScanTally(windows=1, items=found.num_found, dropped_unverified=0, dropped_repeats=0),
+        notes=(f"{found.num_compared:,} sentences were compared with it",),
     )

@@ -8,6 +8,7 @@ from threading import Event
 
 from rag.answering.asked import Asked
 from rag.answering.conversation import Turn, stand_alone
+from rag.answering.extraction import extract
 from rag.answering.naming import named_documents
 from rag.answering.outcome import Outcome, finished_answer, not_found, stopped_short
 from rag.answering.planning import Plan, Planner
@@ -15,6 +16,7 @@ from rag.answering.quoting import quote_answer, quotes_only
 from rag.answering.scan import ScanDone, frame_tokens, scan
 from rag.answering.scan_receipt import (
     count_outcome,
+    extracted_outcome,
     predicted_scan_seconds,
     scan_extent,
     scan_outcome,
@@ -350,10 +352,15 @@ class AnsweringService:
     def _tried(
         self, asked: Asked, plan: Plan, stop: Event
     ) -> Iterator[PrefillProgress | TextPiece | Outcome]:
-        """Answer by a plan, in one of four ways; the Outcome is last."""
+        """Answer by a plan, in one of five ways; the Outcome is last."""
         question, documents = asked.question, asked.documents
         if plan.counted:
             yield count_outcome(plan.counted, self._planner.read_extent(plan, documents))
+        elif plan.is_extracted:
+            begun = time.perf_counter()
+            found = extract(question, documents, store=self._store, stop=stop)
+            seconds = time.perf_counter() - begun
+            yield extracted_outcome(found, documents, plan.document_tokens, seconds=seconds)
         elif plan.decision.mode is AnswerMode.QUOTED:
             yield quote_answer(
                 question,
@@ -406,6 +413,8 @@ class AnsweringService:
     def _what_is_read(self, asked: Asked, plan: Plan) -> str:
         """Return what is about to be read, in words."""
         named = f"; {asked.named.words}" if asked.named.words else ""
+        if plan.is_extracted:
+            return f"every sentence, without the model{named}"
         if plan.decision.mode is AnswerMode.QUOTED:
             return f"the sentences found{named}"
         read = self._planner.read_extent(plan, asked.documents)

@@ -13,6 +13,10 @@ from rag.lm.kv_bytes import kv_cache_bytes
 from rag.store.documents import DocumentStore
 from rag.types import KVBytes, ReadExtent
 
+CONCLUDED = (
+    "what is marked is the model's conclusion: the sentences beside it speak of it, none says it"
+)
+
 
 def write(
     question: str,
@@ -78,7 +82,11 @@ def written_outcome(
     predicted_bytes = None
     if plan.engine.spec is not None and done.kv_tokens is not None:
         predicted_bytes = kv_cache_bytes(plan.engine.spec, done.kv_tokens)
-    cut_off = f"the answer was cut off at its limit of {done.new_tokens:,} tokens"
+    notes = []
+    if done.is_cut_off:
+        notes.append(f"the answer was cut off at its limit of {done.new_tokens:,} tokens")
+    if is_supported and cited.num_concluded:
+        notes.append(CONCLUDED)
     return Outcome(
         text=shown,
         abstained=abstained,
@@ -94,7 +102,7 @@ def written_outcome(
         prefill_seconds=done.prefill_seconds,
         prefill_predicted_seconds=predicted_seconds,
         decode_seconds=done.decode_seconds,
-        notes=(cut_off,) if done.is_cut_off else (),
+        notes=tuple(notes),
     )
 
 

@@ -22,11 +22,12 @@ LEAST_SHARE = 0.7
 # Without one of these features a question asks for no count and no list, whatever else it says.
 _COUNTING = frozenset({"how many", "number of", "all", "list", "total"})
 
-_DOCUMENT = (
+# What a question calls a document, and the parts that one is made of.
+DOCUMENT = (
     r"(?:file|document|text|book|novel|manual|treaty|contract|agreement|report|paper|handbook"
     r"|guide|log|chat|transcript|meeting|table|spreadsheet|workbook|dataset|collection|library)s?"
 )
-_PARTS = (
+PARTS = (
     r"(?:records|rows|entries|chapters|sections|subsections|articles|clauses|paragraphs|pages"
     r"|slides|headings|messages|turns|e-?mails|functions|methods|bullets|appendi(?:xes|ces)"
     r"|footnotes|columns|sheets)"
@@ -54,15 +55,15 @@ _RULES: tuple[tuple[QuestionClass, str, re.Pattern[str]], ...] = tuple(
             "it asks how often something stands in the text",
             r"\bhow (?:often|many times) (?:is|are|does|do|was|were)\b.*"
             r"\b(?:mention\w*|occurs?|appears?|named|used|repeated)\b"
-            rf"|\bhow (?:often|many times) (?:does|do) (?:this|the|these) (?:\w+ )?{_DOCUMENT} \w+",
+            rf"|\bhow (?:often|many times) (?:does|do) (?:this|the|these) (?:\w+ )?{DOCUMENT} \w+",
         ),
         (
             QuestionClass.AGGREGATE,
             "it asks for the number of parts of a document",
-            rf"\b(?:how many|number of) {_PARTS}\b(?! of )"
+            rf"\b(?:how many|number of) {PARTS}\b(?! of )"
             r"|\b(?:how many|number of)\b.*\b(?:in|of|on) (?:this|the|these|all) (?:\w+ )?"
-            rf"{_DOCUMENT}\b"
-            rf"|\bhow many\b.*\b(?:does|do) (?:this|the|these) (?:\w+ )?{_DOCUMENT}"
+            rf"{DOCUMENT}\b"
+            rf"|\bhow many\b.*\b(?:does|do) (?:this|the|these) (?:\w+ )?{DOCUMENT}"
             r" (?:have|contain|list|mention|name|include)\b"
             r"|\bhow many [\w ]+ (?:are|is) (?:there|listed|mentioned|recorded|named)\W*$",
         ),
@@ -71,8 +72,8 @@ _RULES: tuple[tuple[QuestionClass, str, re.Pattern[str]], ...] = tuple(
             "it asks for a summary",
             r"\bsummar(?:y|i[sz]e|ies)\b|\btl;?dr\b|\bin short\b|\b(?:an?|the) overview of\b"
             r"|\bmain (?:discussion )?(?:points?|ideas?|topics?|themes?|arguments?|findings?)\b"
-            rf"|\bwhat is (?:this|the) (?:\w+ )?{_DOCUMENT} (?:all )?about\b"
-            rf"|\b(?:whole|entire) {_DOCUMENT}\b",
+            rf"|\bwhat is (?:this|the) (?:\w+ )?{DOCUMENT} (?:all )?about\b"
+            rf"|\b(?:whole|entire) {DOCUMENT}\b",
         ),
         (
             QuestionClass.COMPARISON,
@@ -110,7 +111,7 @@ FEATURES: dict[str, re.Pattern[str]] = {
         "units": r"\bhow many (?:\w+ )?(?:people|years?|days?|hours?|minutes?|months?|miles?"
         r"|percent|meters?|metres?|feet|dollars?|shares?|inhabitants?|members?|students?|soldiers?)\b",
         "there are": r"\b(?:are|were) there\b|\bare (?:listed|mentioned|named|given)\b",
-        "in this": rf"\b(?:in|of|on|across) (?:this|these|the) (?:\w+ )?{_DOCUMENT}\b",
+        "in this": rf"\b(?:in|of|on|across) (?:this|these|the) (?:\w+ )?{DOCUMENT}\b",
         "all": r"\ball(?: of)? (?:the|its|their)\b|\bevery\b|\beach\b",
         "list": r"\blist\b|\bcount\b|\benumerate\b",
         "number of": r"\bnumber of\b",
@@ -147,6 +148,8 @@ FEATURES: dict[str, re.Pattern[str]] = {
 
 # "(A) red", "B. green": two lines or more, from A on, that end the question.
 _OPTIONS = re.compile(r"(?:^|\n)[ \t]*\(?A[).:] [^\n]+(?:\n+[ \t]*\(?[B-Z][).:] [^\n]+)+\s*\Z")
+_OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:] ([^\n]+)$", re.M)
+_COMPARES = re.compile(rf"\b(?:{_COMPARATIVE}|than)\b", re.I)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,20 @@ class ClassifiedQuestion:
 def offers_options(question: str) -> bool:
     """Say whether a question ends in lines of lettered options, of which one is to be chosen."""
     return _OPTIONS.search(question) is not None
+
+
+def split_options(question: str) -> tuple[str, dict[str, str]]:
+    """Return a question without the lettered options that it ends in, and these by letter."""
+    found = _OPTIONS.search(question)
+    if found is None:
+        return question, {}
+    options = {letter: words.strip() for letter, words in _OPTION.findall(found.group())}
+    return question[: found.start()], options
+
+
+def comparatives(text: str) -> frozenset[str]:
+    """Return the words of a text that compare, in lower case: "higher", "more", "than"."""
+    return frozenset(word.lower() for word in _COMPARES.findall(text))
 
 
 def classify_question(question: str) -> ClassifiedQuestion:

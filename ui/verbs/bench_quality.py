@@ -220,9 +220,7 @@ def bench_router_verb(
     line = bench.to_json()
     if output is not None:
         settings = load_settings(home=home, model=model, max_new_tokens=MAX_NEW_TOKENS)
-        line["asked"] = _ask_suite(
-            data, split, size, only or (), output, settings, as_json=as_json
-        )
+        line["asked"] = _ask_suite(data, split, size, only or (), output, settings, as_json=as_json)
     print_json(line)
 
 
