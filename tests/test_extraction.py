@@ -48,7 +48,7 @@ def test_a_small_model_lists_nothing_itself_every_sentence_is_compared(register:
     expected = [f"The number {n} tram was late, and the lamp was blamed." for n in range(3)] + LAMPS
     assert [c.quote for c in answer.citations] == expected  # both words: said, not judged
     assert all(c.verified for c in answer.citations)
-    assert answer.answer.startswith("10 sentences hold what is asked for (lamp, numbers)")
+    assert answer.answer.startswith("10 sentences hold the words asked for (lamp, numbers)")
     receipt = answer.receipt
     assert receipt.read.tokens == receipt.read.of_tokens
     assert (receipt.read.chunks, receipt.read.not_read) == (receipt.read.of_chunks, "")
@@ -65,7 +65,7 @@ def test_how_often_something_is_told_is_told_by_the_sentences_that_tell_it(
 ) -> None:
     question = "How many times does the text say that nobody came to stall 7?"
     _, answer = _asked(register, question)
-    assert answer.answer.startswith("1 sentence holds what is asked for (nobody, came, stall, 7)")
+    assert answer.answer.startswith("1 sentence holds the words asked for (nobody, came, stall, 7)")
     assert [c.quote for c in answer.citations] == ["Nobody came to stall 7 of the market that day."]
 
 
@@ -82,7 +82,7 @@ def test_what_the_documents_do_not_speak_of_is_not_found_in_its_neighbours(
     assert answer.abstained
     assert answer.answer.startswith(CANNOT_ANSWER)
     (given_up,) = answer.receipt.escalations
-    assert given_up.startswith("no sentence holds what is asked for in these words")
+    assert given_up.startswith("no sentence holds the words asked for")
 
 
 def test_a_route_that_is_asked_for_is_read_by_the_model(register: Fathom) -> None:
@@ -126,7 +126,7 @@ def test_a_stop_says_which_documents_were_left_out(register: Fathom, tmp_path: P
     [
         (QUESTION, ["lamp", "numbers"]),
         ("What is the total number of open tickets in this file?", ["open", "tickets"]),
-        ("Which rooms does Ann have a key to? Name all of them.", ["rooms", "ann", "key"]),
+        ("Which rooms does Ann have a key to? Name all of them.", ["rooms", "Ann", "key"]),
         ("List every obligation of the licensee.", ["obligation", "licensee"]),
     ],
 )

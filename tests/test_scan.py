@@ -14,6 +14,7 @@ from rag.answering.scan import (
     cut_windows,
     finding_lines,
     locate,
+    named_in,
     window_messages,
 )
 from rag.answering.service import AnswerReady, RouteChosen
@@ -308,6 +309,28 @@ def test_only_what_stands_in_sight_is_a_finding(small_fathom: Fathom) -> None:
 def test_lines_of_a_reply() -> None:
     reply = '1. "The first sentence."\n- Another one here\n\nnone\nNo sentence helps.\nshort'
     assert finding_lines(reply) == ["The first sentence.", "Another one here"]
+    assert finding_lines("7236\nB\n7\nTundra") == ["7236", "Tundra"]
+
+
+@pytest.mark.parametrize(
+    ("line", "quotes"),
+    [
+        ("7236, 4423, 7236", ["Ann has the key 7236.", "A key of Ann is 4423."]),
+        ("4423", ["A key of Ann is 4423."]),
+        ("7236 and 250,000.", ["Ann has the key 7236."]),
+        ("442", []),  # no whole word
+        ("5000", []),  # beside nothing that was asked for
+        ("Ann holds many others", []),
+    ],
+)
+def test_values_that_a_model_names_are_found_in_the_sentences_that_hold_them(
+    small_fathom: Fathom, line: str, quotes: list[str]
+) -> None:
+    text = "Ann has the key 7236. A lamp costs 5000. A key of Ann is 4423."
+    window = Window(small_fathom.documents()[0], 50, 50 + len(text), text)
+    found = named_in(line, "List all keys that Ann has.", [window])
+    assert [finding.quote for finding in found] == quotes
+    assert all(text[f.start - 50 : f.end - 50] == f.quote for f in found)
 
 
 @pytest.mark.parametrize("text", ["", "(((((", "a" * 5000, "\\d+[", "word " * 2000])

@@ -9,7 +9,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import log
+from operator import itemgetter
 from threading import Event
 
 from rag.answering.citations import without_markers
@@ -42,6 +44,7 @@ _LIMITS = re.compile(
     r"|below|under|over|least|most)\b|n't\b",
     re.I,
 )
+_WORD = re.compile(r"\w+")
 _ONLY_PARTS = re.compile(rf"(?:{PARTS} ?)+", re.I)
 
 
@@ -62,8 +65,9 @@ class Extracted:
 def matter_of(question: str) -> dict[str, str]:
     """Return the words that say what is to be counted or listed: stem to the word as asked."""
     words = question_words(_SCOPE.sub(" ", _NUMBER_OF.sub(" ", question)))
+    as_asked = {word.lower(): word for word in _WORD.findall(question)}
     named = zip(stems(" ".join(words)), words, strict=True)
-    return {stem: word for stem, word in named if stem not in _ASKING}
+    return {stem: as_asked.get(word, word) for stem, word in named if stem not in _ASKING}
 
 
 def can_extract(question: str) -> bool:
@@ -94,16 +98,16 @@ def extract(
     """
     matter = matter_of(question)
     held: list[tuple[int, Item, frozenset[str]]] = []
-    texts: list[str] = []
-    num_compared = 0
+    num_compared = num_read = 0
     for number, document in enumerate(documents):
         if stop.is_set():
             break
-        texts.append(store.text(document.id))
-        forms = {form for form in set(words_in(texts[-1])) if stems(form)[0] in matter}
-        for start, end in sentence_spans(texts[-1]):
+        num_read += 1
+        text = store.text(document.id)
+        forms = {form for form in set(words_in(text)) if not matter.keys().isdisjoint(stems(form))}
+        for start, end in sentence_spans(text):
             num_compared += 1
-            if own := forms.intersection(words_in(texts[-1][start:end])):
+            if own := forms.intersection(words_in(text[start:end])):
                 held.append((number, Item(start, end, end), frozenset(stems(" ".join(own)))))
     counts = Counter(stem for *_, own in held for stem in own)
     weights = {
@@ -112,27 +116,26 @@ def extract(
     least = MIN_SHARE * sum(weights.values())
     found = [(n, item) for n, item, own in held if sum(weights[stem] for stem in own) >= least]
     citations: list[Citation] = []
-    for number, text in enumerate(texts):
-        items = [item for n, item in found if n == number]
-        if items and len(citations) < MOST_CITATIONS:
-            first = len(citations) + 1
-            citations += cite_items(documents[number], text, items, store, first=first)
+    for number, places in groupby(found, key=itemgetter(0)):
+        if len(citations) == MOST_CITATIONS:
+            break
+        document, items, first = documents[number], [item for _, item in places], len(citations) + 1
+        citations += cite_items(document, store.text(document.id), items, store, first=first)
     return Extracted(
         words=tuple(matter.values()),
         citations=tuple(citations),
         num_found=len(found),
         num_compared=num_compared,
-        unread=tuple(documents[len(texts) :]),
+        unread=tuple(documents[num_read:]),
     )
 
 
 def extracted_text(found: Extracted) -> str:
     """Return what was found in words, a sentence a line with its marker."""
-    looked_for = ", ".join(found.words)
     verb = "sentence holds" if found.num_found == 1 else "sentences hold"
     head = (
-        f"{found.num_found:,} {verb} what is asked for ({looked_for}): every sentence was compared"
-        " with these words; what is said in others is not among them."
+        f"{found.num_found:,} {verb} the words asked for ({', '.join(found.words)}), or nearly all"
+        " of them: every sentence was compared; what is said in other words is not among them."
     )
     if found.num_found > len(found.citations):
         head += f" The first {len(found.citations):,} are quoted."

@@ -302,7 +302,7 @@ class Planner:
                 question, documents, mode=AnswerMode.WRITTEN, calibrate=True, thrift=plan.thrift
             )
             return self._because(
-                written, "no sentence holds what is asked for in these words, so the model reads"
+                written, "no sentence holds the words asked for, so the model reads"
             )
         if plan.counted or plan.decision.route is not Route.RETRIEVAL:
             return None, "everything was read"

@@ -17,9 +17,10 @@ from threading import Event
 
 from rag.answering.citations import resolve_citations, without_markers
 from rag.answering.context import page_at, section_at
-from rag.answering.extraction import extract, extracted_text
+from rag.answering.extraction import extract, extracted_text, matter_of
 from rag.answering.outcome import sha256_of
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
+from rag.answering.sentences import sentence_spans
 from rag.errors import UnsupportedModelError
 from rag.lm.engine import (
     Engine,
@@ -31,6 +32,7 @@ from rag.lm.engine import (
     ReadsInStrides,
     TextPiece,
 )
+from rag.retrieval.lexical_score import stems
 from rag.store.documents import DocumentStore
 from rag.types import (
     Citation,
@@ -71,6 +73,9 @@ _FRAMES = ("A", "1")
 _LEAD = re.compile(r"^[\s\-*•>\"“'‘]*(?:\(?\d{1,3}[.)]\s+)?[\"“'‘]*")
 _NONE = re.compile(r"\W*(?:none|nothing|no (?:item|sentence)s?\b.*)\W*$", re.I)
 _WORD = re.compile(r"\w+")
+# What a small model writes in place of the sentences that hold it.
+_VALUE = re.compile(r"\d[\w.,]*\w|[A-Z]\w{2,}")
+_BETWEEN_VALUES = re.compile(r"[,;]\s+|\s+and\s+|[.,;]$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +166,14 @@ def scan(
             windows_read += 1
             reply = "".join(texts.pop(number, []))
             for line in finding_lines(reply):
-                found = locate(line, windows[number], windows[:number])
-                if found is None:
-                    unverified += 1
-                elif any(_is_repeat(found, known) for known in findings):
-                    repeats += 1
-                else:
+                located = locate(line, windows[number], windows[:number])
+                in_sight = windows[max(0, number - 1) : number + 1]
+                found_here = [located] if located else named_in(line, question, in_sight)
+                unverified += not found_here
+                for found in found_here:
+                    if any(_is_repeat(found, known) for known in findings):
+                        repeats += 1
+                        continue
                     findings.append(found)
                     yield TextPiece(f"{' '.join(found.quote.split())}\n")
     order = {document.id: place for place, document in enumerate(documents)}
@@ -268,7 +275,11 @@ def window_messages(question: str, question_class: QuestionClass, text: str) -> 
 def finding_lines(reply: str) -> list[str]:
     """Return the lines of a reply that claim to be copied; numbering and quotes are taken off."""
     lines = (_LEAD.sub("", line).rstrip().rstrip("\"”'’") for line in reply.split("\n"))
-    return [line for line in lines if len(line) >= _MIN_FINDING_CHARS and not _NONE.match(line)]
+    return [
+        line
+        for line in lines
+        if (len(line) >= _MIN_FINDING_CHARS or _VALUE.fullmatch(line)) and not _NONE.match(line)
+    ]
 
 
 def locate(line: str, window: Window, before: Sequence[Window]) -> Finding | None:
@@ -294,6 +305,27 @@ def locate(line: str, window: Window, before: Sequence[Window]) -> Finding | Non
                 start = seen.start + match.start() + match.group().index(sentence)
                 return Finding(seen.document, start, start + len(sentence), sentence)
     return None
+
+
+def named_in(line: str, question: str, in_sight: Sequence[Window]) -> list[Finding]:
+    """Return the sentences that hold the values which a line names: "7236, 4423".
+
+    A value is a number or a name; the sentence holds it as a whole word, and a word of what is
+    asked for beside it. None if the line is more than values, or none of them stands so.
+    """
+    values = {value.strip() for value in _BETWEEN_VALUES.split(line)} - {""}
+    if not all(_VALUE.fullmatch(value) for value in values):
+        return []
+    matter = matter_of(question).keys()
+    found = []
+    for window in in_sight:
+        for start, end in sentence_spans(window.text):
+            sentence = window.text[start:end]
+            if values.isdisjoint(_WORD.findall(sentence)) or matter.isdisjoint(stems(sentence)):
+                continue
+            begin, until = window.start + start, window.start + end
+            found.append(Finding(window.document, begin, until, sentence))
+    return found
 
 
 @dataclass(slots=True)

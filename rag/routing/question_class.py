@@ -149,7 +149,8 @@ FEATURES: dict[str, re.Pattern[str]] = {
 # "(A) red", "B. green": two lines or more, from A on, that end the question.
 _OPTIONS = re.compile(r"(?:^|\n)[ \t]*\(?A[).:] [^\n]+(?:\n+[ \t]*\(?[B-Z][).:] [^\n]+)+\s*\Z")
 _OPTION = re.compile(r"^[ \t]*\(?([A-Z])[).:] ([^\n]+)$", re.M)
-_COMPARES = re.compile(rf"\b(?:{_COMPARATIVE}|than)\b", re.I)
+# "the first quarter" compares nothing
+_COMPARES = re.compile(rf"\b(?!first\b)(?:{_COMPARATIVE}|than)\b", re.I)
 
 
 @dataclass(frozen=True, slots=True)
