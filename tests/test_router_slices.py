@@ -13,7 +13,7 @@ from eval.evidence_sets import SPLITS, ExampleSet
 from eval.examples import EvalExample, load_examples
 from eval.journal import ANSWERED, DOES_NOT_FIT, Journal, Row
 from eval.metrics import contains_answer, number_match
-from eval.router_suite import LENGTHS, router_suite
+from eval.router_suite import LENGTHS, of_classes, router_suite
 from eval.scoring import score_row
 from rag.types import (
     Answer,
@@ -72,6 +72,20 @@ def test_dev_and_test_share_no_words_and_lengths_are_those_asked_for(
         assert [round(len(d.text) / 4.3, -2) for d in registers] == pytest.approx(LENGTHS, rel=0.1)
     again = router_suite(SHARED_DATA, "dev", size=2)
     assert again.documents[: len(suites["dev"].documents)] == suites["dev"].documents
+
+
+@HAS_DATA
+def test_questions_of_one_class_are_asked_of_the_documents_that_have_any(
+    suites: dict[str, ExampleSet],
+) -> None:
+    part = of_classes(suites["dev"], [QuestionClass.COMPARISON])
+    registers = [e for e in part.examples if e.document.startswith("register")]
+    assert {e.question_class for e in registers} == {QuestionClass.COMPARISON}
+    assert len(registers) == 3 * len(LENGTHS)
+    assert {d.id for d in part.documents} == {e.document for e in part.examples}
+    assert {e.id for e in part.examples} < {e.id for e in suites["dev"].examples}
+    (summary,) = {e.document for e in of_classes(suites["dev"], [QuestionClass.SUMMARY]).examples}
+    assert not summary.startswith("register")
 
 
 # ---- slices -------------------------------------------------------------------------------------

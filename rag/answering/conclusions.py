@@ -59,8 +59,10 @@ def form_of(question: str) -> QuestionForm:
 def spelled_out(answer: str, form: QuestionForm) -> str:
     """Return an answer whose letter of an option has the option's words beside it."""
     found = _LETTER.match(answer)
-    letter = found and (found[1] or found[2])
-    if not found or letter not in form.options:
+    if found is None:
+        return answer
+    letter = found[1] or found[2]
+    if letter not in form.options:
         return answer
     return f"({letter}) {answer[found.end() :].strip() or form.options[letter]}"
 
