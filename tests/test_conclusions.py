@@ -8,7 +8,7 @@ import pytest
 
 from conftest import HashEmbedder, make_tiny_engine
 from rag.answering.citations import UNVERIFIED, CitedText, resolve_citations
-from rag.answering.conclusions import claim, form_of, spelled_out
+from rag.answering.conclusions import claim, form_of, spelled_out, without_yes_or_no
 from rag.answering.context import full_context
 from rag.answering.prompt import CANNOT_ANSWER
 from rag.answering.service import AnswerReady, RouteChosen
@@ -132,6 +132,9 @@ def test_a_bare_yes_is_shown_and_marked_with_the_sentences_that_speak_of_the_que
     cited = _cited(lamps, "Yes.", "Is the fee 35 crowns?")
     assert cited.text == f"Yes. [1] {UNVERIFIED}"
     assert cited.citations[0].quote == "The fee is 35 crowns a night."
+    for says in ("No, the fee is not 35 crowns.", "No fee of 35 crowns."):
+        cited = _cited(lamps, says, "Is the fee 35 crowns?")
+        assert cited.text.endswith(UNVERIFIED)  # the sentence says the opposite
     cited = _cited(lamps, "No", "Is the lamp number of Peak lower than that of Dale?")
     assert cited.text == f"No [1] [2] {UNVERIFIED}"
     assert [c.quote for c in cited.citations] == [PEAK, DALE]
@@ -172,5 +175,6 @@ def test_options_are_taken_from_the_end_of_a_question() -> None:
     assert spelled_out("C", form) == "C"  # no option of the question
     assert spelled_out("A lamp is in Peak.", form) == "A lamp is in Peak."
     assert claim("(B) Peak", form) == "Peak"
-    assert claim("Yes, it is.", form_of("Is it?")) == "it is."
-    assert claim("No lamp is there.", form_of(WHICH)) == "No lamp is there."
+    assert without_yes_or_no("Yes, it is.", form_of("Is it?")) == "it is."
+    assert without_yes_or_no("No lamp is there.", form_of(WHICH)) == "No lamp is there."
+    assert not form_of("Can you tell me the fee?").may_conclude

@@ -23,6 +23,7 @@ from rag.answering.conclusions import (
     is_option,
     says_which,
     spelled_out,
+    without_yes_or_no,
 )
 from rag.answering.context import page_at, section_at
 from rag.routing.question_class import comparatives
@@ -208,7 +209,7 @@ def _best_support(
     weights: dict[str, float],
 ) -> _Sentence | None:
     words = frozenset(_words(statement))
-    if not words:  # a bare yes or no
+    if not words:
         return None
     # what the answer says beyond the question is what must be proved
     own = words - question_words or words
@@ -230,14 +231,14 @@ def _best_support(
 def _says(
     sentence: _Sentence, statement: str, form: QuestionForm, weights: dict[str, float]
 ) -> bool:
-    """Say whether a sentence that supports a statement says it.
+    """Say whether a sentence that supports a statement says it; a bare yes or no none does.
 
     What decides a comparison is said only where the sentence compares, too: it must hold nearly all
     words of the statement, and the question's own "higher".
     """
     said = claim(statement, form)
     if not says_which(said, form):
-        return True
+        return bool(_words(without_yes_or_no(said, form)))
     compared = comparatives(form.stem) | comparatives(said)
     words = compared.union(_words(said))
     nearly_all = MIN_COMPARED * _weight(words, weights)
@@ -258,7 +259,7 @@ def _premises(
     says no more than the question does, half of that. None where they do not. Of a comparison each
     side that is left is shown, too.
     """
-    said = claim(statement, form)
+    said = without_yes_or_no(claim(statement, form), form)
     words = frozenset(_words(said))
     own = words - question_words
     asked_about = question_words & weights.keys()

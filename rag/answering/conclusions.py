@@ -13,7 +13,7 @@ from rag.types import QuestionClass
 
 _YES_OR_NO = re.compile(
     r"^\W*(?:is|are|am|was|were|do|does|did|has|have|had|can|could|will|would|shall|should|may|must"
-    r"|might)\b",
+    r"|might)\b(?! you\b)",
     re.I,
 )
 _SAYS_YES_OR_NO = re.compile(r"^\W*(?:yes|no)\b\W*", re.I)
@@ -68,12 +68,14 @@ def spelled_out(answer: str, form: QuestionForm) -> str:
 
 
 def claim(statement: str, form: QuestionForm) -> str:
-    """Return what a statement says beside the letter of an option, or a yes or no."""
-    if form.options and (found := _LETTER.match(statement)):
-        statement = statement[found.end() :]
-    if form.is_yes_or_no:
-        statement = _SAYS_YES_OR_NO.sub("", statement)
-    return statement
+    """Return what a statement says beside the letter of an option, which is the asker's own."""
+    found = _LETTER.match(statement) if form.options else None
+    return statement[found.end() :] if found else statement
+
+
+def without_yes_or_no(statement: str, form: QuestionForm) -> str:
+    """Return what is beside the yes or no of a statement; for what it speaks of, not its proof."""
+    return _SAYS_YES_OR_NO.sub("", statement) if form.is_yes_or_no else statement
 
 
 def is_option(statement: str, form: QuestionForm) -> bool:
