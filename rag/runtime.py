@@ -1,7 +1,10 @@
 """What every entry point does before it imports anything heavy."""
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -39,6 +42,24 @@ def prepare_process() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     check_packages_are_ours()
     check_one_faiss()
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Look for no garbage inside the block, where libraries are imported and a model is opened.
+
+    What they make stays; the collector would go through all of it again and again, which is a
+    tenth of a cold start (docs/log.md). What is there at the end is not looked at again, so that
+    this is for what a process does once.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.freeze()
+            gc.enable()
 
 
 def check_packages_are_ours() -> None:

@@ -14,6 +14,7 @@ from rag.retrieval.lexical_index import LexicalIndex, open_lexical_index
 from rag.retrieval.reranker import Reranker
 from rag.retrieval.vector_index import VectorIndex
 from rag.routing.model_plan import ContextRanges, context_ranges
+from rag.runtime import without_collecting
 from rag.settings import Settings
 from rag.store.access import EVERY_OWNER
 from rag.store.accounts import AccountStore
@@ -80,18 +81,22 @@ class Fathom(Library):
         """The embedder, loaded once."""
         with self.building:
             if self._given_embedder is None:
-                from rag.lm.catalog import resolve_model
-                from rag.lm.device import choose_device
-                from rag.retrieval.embedding import open_embedder
-
-                name = self.settings.embedder
-                self._given_embedder = open_embedder(
-                    resolve_model(name, self.settings),
-                    name=name,
-                    device=choose_device(self.settings).type,
-                    num_threads=self.settings.num_threads,
-                )
+                with without_collecting():
+                    self._given_embedder = self._open_embedder()
             return self._given_embedder
+
+    def _open_embedder(self) -> Embedder:
+        from rag.lm.catalog import resolve_model
+        from rag.lm.device import choose_device
+        from rag.retrieval.embedding import open_embedder
+
+        name = self.settings.embedder
+        return open_embedder(
+            resolve_model(name, self.settings),
+            name=name,
+            device=choose_device(self.settings).type,
+            num_threads=self.settings.num_threads,
+        )
 
     @cached_property
     def reranker(self) -> Reranker | None:
@@ -113,20 +118,24 @@ class Fathom(Library):
         Its weights are loaded, or the server is asked, when it first reads.
         """
         with self.building:
-            if self._given_engine is None and self.settings.remote_url is not None:
-                from rag.lm.remote_engine import RemoteEngine
-
-                self._given_engine = RemoteEngine(self.settings)
             if self._given_engine is None:
-                from rag.lm.local_engine import LocalEngine
-
-                self._given_engine = LocalEngine.load(
-                    self.settings.model,
-                    self.settings,
-                    calibrations=self.calibrations,
-                    document_kv=self.document_kv,
-                )
+                with without_collecting():
+                    self._given_engine = self._open_engine()
             return self._given_engine
+
+    def _open_engine(self) -> Engine:
+        if self.settings.remote_url is not None:
+            from rag.lm.remote_engine import RemoteEngine
+
+            return RemoteEngine(self.settings)
+        from rag.lm.local_engine import LocalEngine
+
+        return LocalEngine.load(
+            self.settings.model,
+            self.settings,
+            calibrations=self.calibrations,
+            document_kv=self.document_kv,
+        )
 
     def context_ranges(self) -> ContextRanges | None:
         """Return how long a context the model is made for and was measured to use well.

@@ -36,6 +36,7 @@ from rag.lm.prefill import Prefill
 from rag.lm.prefill_rate import PrefillClock
 from rag.lm.scoring import score_tails, shared_tokens
 from rag.lm.spec import ModelSpec
+from rag.lm.spec_memory import remembered_spec
 from rag.lm.strides import read_once, read_strides, take_apart
 from rag.settings import MIB, Settings
 from rag.store.calibrations import CalibrationStore
@@ -102,7 +103,8 @@ class LocalEngine:
         self._name = name
         self._weights_id = weights_id
         self._tokenizer = ChatTokenizer(tokenizer)
-        self._spec = ModelSpec.from_config(config, dtype_bytes=dtype_bytes).on_device(device_type)
+        spec = remembered_spec(config, dtype_bytes=dtype_bytes, calibrations=calibrations)
+        self._spec = spec.on_device(device_type)
         if not self._spec.prefills_in_chunks:
             raise UnsupportedModelError(
                 f"{name} of type {self._spec.model_type!r} answers differently when its prompt "
