@@ -13,6 +13,7 @@ from ingest.chunking import embedded_text
 from rag.answering.context import nearest_passages
 from rag.errors import ModelError
 from rag.retrieval.lexical_score import (
+    HEADING_WEIGHT,
     K1,
     NEIGHBOUR_WEIGHT,
     TITLE_WEIGHT,
@@ -20,6 +21,7 @@ from rag.retrieval.lexical_score import (
     Candidate,
     lexical_scores,
     question_words,
+    stems,
     words_in,
 )
 from rag.retrieval.reranker import CrossEncoderReranker
@@ -108,6 +110,47 @@ def test_words_of_the_title_weigh_less() -> None:
     frequencies = {"acme": 1, "loss": 1}
     scores = lexical_scores(["acme", "loss"], [name, matter], frequencies=frequencies, num_chunks=9)
     assert scores[0] == pytest.approx(TITLE_WEIGHT * scores[1])
+
+
+_WORDS = st.sampled_from("the berth berths fee fees quay 2024 1500 acme".split())
+_TEXTS = st.lists(_WORDS, max_size=12)
+_CHUNKS = st.lists(st.tuples(_TEXTS, _TEXTS, st.sampled_from(["Acme fee", "Quays"])), max_size=6)
+
+
+@given(_CHUNKS, st.lists(_WORDS, min_size=1, max_size=4, unique=True), st.integers(1, 99))
+def test_lexical_scores_are_those_of_one_chunk_after_the_other(
+    chunks: list[tuple[list[str], list[str], str]], words: list[str], num_chunks: int
+) -> None:
+    """To the last bit, in the order of the formula."""
+    around = [tuple({n - 1, n + 1} & set(range(len(chunks)))) for n in range(len(chunks))]
+    candidates = [
+        Candidate(words_in(" ".join(text)), " ".join(heading), title, beside)
+        for (text, heading, title), beside in zip(chunks, around, strict=True)
+    ]
+    frequencies = {word: n for n, word in enumerate(words)}
+    found = lexical_scores(words, candidates, frequencies=frequencies, num_chunks=num_chunks)
+
+    idf = {}
+    for word in words:
+        n = min(frequencies[word], num_chunks)
+        idf[stems(word)[0]] = math.log(1 + (num_chunks - n + 0.5) / (n + 0.5)) ** 2
+    cut = [stems(" ".join(candidate.words)) for candidate in candidates]
+    lengths = [
+        len(text) + NEIGHBOUR_WEIGHT * sum(len(cut[place]) for place in candidate.beside)
+        for text, candidate in zip(cut, candidates, strict=True)
+    ]
+    mean_length = sum(lengths) / max(len(lengths), 1) or 1.0
+    expected = []
+    for text, candidate, length in zip(cut, candidates, lengths, strict=True):
+        score = best = 0.0
+        for stem, weight in idf.items():
+            weight = weight * TITLE_WEIGHT if stem in stems(candidate.title) else weight
+            count = text.count(stem) + HEADING_WEIGHT * stems(candidate.heading).count(stem)
+            count += NEIGHBOUR_WEIGHT * sum(cut[place].count(stem) for place in candidate.beside)
+            score += weight * count / (count + K1 * (1 - B + B * length / mean_length))
+            best += weight
+        expected.append(score / best)
+    assert found == expected
 
 
 def test_questions_are_cleaned_of_grammar_but_never_empty() -> None:

@@ -11,8 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import Stemmer
 
+FloatArray = npt.NDArray[np.float64]
 K1, B = 0.9, 0.4  # Anserini's BM25 constants; others were no better: docs/decisions/0014
 HEADING_WEIGHT = 0.5  # a word of the heading says what a chunk is about, if less than its text
 NEIGHBOUR_WEIGHT = 0.3  # of a word in the chunk before or after: a table's head is often there
@@ -95,49 +98,67 @@ def lexical_scores(
     Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond",
     2009, section 3, with 3.6 on fields; idf as in Lucene, which is never negative.
     """
+    if not candidates:
+        return []
     stemmed = _stemmer()
     squared_idf: dict[str, float] = {}
     for word, stem in zip(words, stemmed(list(words)), strict=True):
         n = min(frequencies.get(word, 0), num_chunks)
         squared_idf[stem] = math.log(1 + (num_chunks - n + 0.5) / (n + 0.5)) ** 2
+    in_text = _counts_in([each.words for each in candidates], list(squared_idf))
+    lengths = np.array([len(each.words) for each in candidates], dtype=np.float64)
+    places = [each.beside for each in candidates]
+    lengths += NEIGHBOUR_WEIGHT * _sums_beside(lengths, places)
+    mean_length = sum(lengths.tolist()) / len(candidates) or 1.0
+    dampening = K1 * (1 - B + B * lengths / mean_length)
+
+    in_heading = {each.heading: Counter[str]() for each in candidates}
+    for heading in in_heading:
+        in_heading[heading] = Counter(stemmed(words_in(heading)))
+    in_title = {each.title: frozenset[str]() for each in candidates}
+    for title in in_title:
+        in_title[title] = frozenset(stemmed(words_in(title)))
+
+    # one word after the other, each for all candidates at once
+    in_beside = _sums_beside(in_text, places)
+    scores, best = np.zeros(len(candidates)), np.zeros(len(candidates))
+    for column, (stem, whole) in enumerate(squared_idf.items()):
+        in_name = whole * TITLE_WEIGHT
+        weights = np.array([in_name if stem in in_title[c.title] else whole for c in candidates])
+        counts = in_text[:, column] + HEADING_WEIGHT * np.array(
+            [in_heading[c.heading][stem] for c in candidates]
+        )
+        counts += NEIGHBOUR_WEIGHT * in_beside[:, column]
+        scores += weights * counts / (counts + dampening)
+        best += weights
+    found: list[float] = np.divide(scores, best, out=np.zeros_like(scores), where=best > 0).tolist()
+    return found
+
+
+def _counts_in(texts: Sequence[Sequence[str]], stems: Sequence[str]) -> FloatArray:
+    """Return how often each text, cut into words, has a form of each stem, [texts, stems]."""
+    columns = {stem: column for column, stem in enumerate(stems)}
     # each form of a word is stemmed once, and only those that the question asks for are counted
-    forms = list(set().union(*(candidate.words for candidate in candidates)))
-    wanted = {f: stem for f, stem in zip(forms, stemmed(forms), strict=True) if stem in squared_idf}
-    counts = [
-        Counter(map(wanted.__getitem__, filter(wanted.__contains__, each.words)))
-        for each in candidates
-    ]
-    lengths = [
-        len(each.words)
-        + NEIGHBOUR_WEIGHT * sum(len(candidates[place].words) for place in each.beside)
-        for each in candidates
-    ]
-    mean_length = sum(lengths) / max(len(lengths), 1) or 1.0
-    weights_of: dict[str, dict[str, float]] = {}
-    headings: dict[str, Counter[str]] = {}
-    scores = []
-    for in_text, length, candidate in zip(counts, lengths, candidates, strict=True):
-        if candidate.title not in weights_of:
-            in_title = set(stemmed(words_in(candidate.title)))
-            weights_of[candidate.title] = {
-                stem: weight * (TITLE_WEIGHT if stem in in_title else 1.0)
-                for stem, weight in squared_idf.items()
-            }
-        weights = weights_of[candidate.title]
-        if candidate.heading not in headings:
-            headings[candidate.heading] = Counter(stemmed(words_in(candidate.heading)))
-        in_heading = headings[candidate.heading]
-        dampening = K1 * (1 - B + B * length / mean_length)
-        score = 0.0
-        near = [counts[place] for place in candidate.beside]
-        for stem, weight in weights.items():
-            beside = sum([each.get(stem, 0) for each in near])
-            count = in_text.get(stem, 0) + HEADING_WEIGHT * in_heading.get(stem, 0)
-            count += NEIGHBOUR_WEIGHT * beside
-            score += weight * count / (count + dampening)
-        best = sum(weights.values())
-        scores.append(score / best if best else 0.0)
-    return scores
+    forms = list(set().union(*texts))
+    wanted = {
+        form: columns[stem]
+        for form, stem in zip(forms, _stemmer()(forms), strict=True)
+        if stem in columns
+    }
+    counts = np.zeros((len(texts), len(columns)))
+    for row, words in enumerate(texts):
+        for word in filter(wanted.__contains__, words):
+            counts[row, wanted[word]] += 1
+    return counts
+
+
+def _sums_beside(values: FloatArray, places: Sequence[tuple[int, ...]]) -> FloatArray:
+    """Return for each row of `values` the sum of the rows at its places."""
+    sums = np.zeros_like(values)
+    for nth in range(max(map(len, places))):
+        rows = [row for row, own in enumerate(places) if len(own) > nth]
+        sums[rows] += values[[places[row][nth] for row in rows]]
+    return sums
 
 
 def stems_in(text: str) -> set[str]:

@@ -169,30 +169,40 @@ def _without_repeats(hits: Sequence[Hit], words_of: Mapping[int, Sequence[str]])
 
     Such sets share one of each one's rarest words, a tenth of them and one, in an order common to
     all: only those that do are compared. Source: Chaudhuri, Ganti and Kaushik, "A Primitive
-    Operator for Similarity Joins in Data Cleaning", 2006, section 4.
+    Operator for Similarity Joins in Data Cleaning", 2006, section 4. So a set with as many words
+    that no other has, as most have, repeats none and is repeated by none.
     """
     sets = [set(words_of[hit.chunk.id]) for hit in hits]
     frequencies = Counter(chain.from_iterable(sets))
-    by_rarity = sorted(frequencies, key=frequencies.__getitem__)
+    own = {word for word, frequency in frequencies.items() if frequency == 1}
+    by_rarity = sorted(frequencies.keys() - own, key=frequencies.__getitem__)
     rank = {word: number for number, word in enumerate(by_rarity)}
-    has_digit = {w for w in rank if not w.isalpha() and any(map(str.isdigit, w))}
     kept: list[Hit] = []
     holders: dict[int, list[set[str]]] = {}  # of a rare word: the sets kept that hold it
     for hit, words in zip(hits, sets, strict=True):
+        shared = words - own
         num_rare = len(words) - math.ceil(SAME_WORDS * len(words)) + 1
-        rare = sorted(map(rank.__getitem__, words))[:num_rare] or [-1]  # without words, all alike
+        num_rare -= len(words) - len(shared)
+        if num_rare <= 0:
+            kept.append(hit)
+            continue
+        rare = sorted(map(rank.__getitem__, shared))[:num_rare] or [-1]  # without words, all alike
         rivals = chain.from_iterable(holders.get(word, ()) for word in rare)
-        if not any(_repeats(words, other, has_digit) for other in rivals):
+        if not any(_repeats(words, other) for other in rivals):
             kept.append(hit)
             for word in rare:
                 holders.setdefault(word, []).append(words)
     return kept
 
 
-def _repeats(words: set[str], others: set[str], has_digit: set[str]) -> bool:
+def _repeats(words: set[str], others: set[str]) -> bool:
     if len(words & others) < SAME_WORDS * len(words | others):
         return False
-    return words & has_digit == others & has_digit
+    return not any(map(_has_digit, words ^ others))
+
+
+def _has_digit(word: str) -> bool:
+    return any(map(str.isdigit, word))
 
 
 def _nearest_first(hit: Hit) -> tuple[float, int]:

@@ -173,12 +173,14 @@ class VectorIndex:
             EmbedderMismatchError: if the library has changed to another embedder meanwhile.
         """
         with self._lock:
-            try:
-                self._oplog.require_active()
-            except EmbedderMismatchError:
-                self._reset()  # vectors of an embedder not yet active come without log entries
-                raise
-            num_changed = self._replay()
+            num_changed = 0
+            if not self._oplog.is_current(self._seq):  # it is before most questions
+                try:
+                    self._oplog.require_active()
+                except EmbedderMismatchError:
+                    self._reset()  # vectors of an embedder not yet active come without log entries
+                    raise
+                num_changed = self._replay()
             if self._unsaved > self._fold_at():
                 try:
                     self.snapshot()

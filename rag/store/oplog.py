@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, ScalarSelect, Select, delete, func, insert, select
 
 from rag.errors import EmbedderMismatchError, StoreError
 from rag.store.database import ROWS_PER_FETCH, Database, upsert
@@ -73,6 +74,23 @@ class OpLog:
         """Return the position of the newest entry."""
         with self._database.read() as connection:
             return _last_seq(connection)
+
+    def is_current(self, seq: int) -> bool:
+        """Say whether nothing happened after entry `seq`, a change of the embedder included.
+
+        One statement, because every question asks it.
+        """
+        with self._database.read() as connection:
+            active, newest, floor = connection.execute(self._state).one()
+        return active == self._embedder and seq == max(newest or 0, int(floor or 0))
+
+    @cached_property
+    def _state(self) -> Select[Any]:
+        def value(key: str) -> ScalarSelect[Any]:
+            return select(meta.c.value).where(meta.c.key == key).scalar_subquery()
+
+        newest = select(func.max(oplog.c.seq)).scalar_subquery()
+        return select(value("embedder"), newest, value("oplog_floor"))
 
     def require_active(self) -> None:
         """Raise EmbedderMismatchError if the library is searched with another embedder by now."""
