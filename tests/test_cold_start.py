@@ -1,17 +1,24 @@
-"""What a new process leaves out: specs that are known, garbage that is none."""
+"""What a new process leaves out: specs that are known, garbage that is none, blocks too dear."""
 
 import gc
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
+from conftest import make_tiny_tokenizer
+from rag.lm.engine import Prompt, ScoreRequest
+from rag.lm.lean_forward import lean_pass, use_lean_forward
+from rag.lm.loading import _SHORT_READINGS, Weights
+from rag.lm.local_engine import LocalEngine
+from rag.lm.packed_linear import PackedLinear, can_pack, use_packed_weights
 from rag.lm.spec import ModelSpec
 from rag.lm.spec_memory import remembered_spec
 from rag.runtime import without_collecting
 from rag.store.calibrations import CalibrationStore
 from rag.store.database import Database
-from tiny_families import tiny_config
+from tiny_families import tiny_config, tiny_model
 
 
 @pytest.fixture
@@ -59,3 +66,47 @@ def test_garbage_is_collected_again_after_a_block_without() -> None:
         assert gc.get_freeze_count() > before
     finally:
         gc.unfreeze()
+
+
+def test_the_first_short_readings_take_a_model_as_it_is_loaded() -> None:
+    made: list[str] = []
+    weights = Weights("tiny", num_bytes=1, load=lambda: "model", hasten=made.append)
+    for _ in range(_SHORT_READINGS):
+        assert weights.loaded(for_short=True) == "model"
+    assert made == []
+    weights.loaded(for_short=True)
+    weights.loaded()
+    assert made == ["model"]
+    at_once = Weights("tiny", num_bytes=1, load=lambda: "other", hasten=made.append)
+    at_once.loaded()
+    at_once.loaded(for_short=True)
+    assert made == ["model", "other"]
+
+
+def test_an_engine_scores_the_same_before_it_is_hastened_and_after() -> None:
+    model = tiny_model("llama").bfloat16()
+
+    def hasten(loaded: Any) -> None:  # noqa: ANN401
+        use_packed_weights(loaded)
+        use_lean_forward(loaded)
+
+    engine = LocalEngine(
+        lambda: model,
+        make_tiny_tokenizer(),
+        name="tiny",
+        config=model.config,
+        dtype_bytes=2,
+        hasten=hasten,
+    )
+    requests = [ScoreRequest((5, 6, 7, 8, 9) * 9, (11, 12, end)) for end in (3, 4)]
+    before = engine.score(requests, stop=Event())
+    assert lean_pass(model) is None
+    prompt = Prompt((), 4, (5, 6, 7, 8))
+    list(engine.generate(prompt, max_new_tokens=2, stop=Event()))  # who writes waits for it
+    packed = [part for part in model.modules() if isinstance(part, PackedLinear)]
+    assert bool(packed) == can_pack()
+    engine.forget()  # so that the prompt is read again
+    after = engine.score(requests, stop=Event())
+    assert before is not None
+    assert after is not None
+    assert after.values == before.values

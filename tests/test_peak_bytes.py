@@ -72,7 +72,7 @@ def test_the_bound_is_near_for_a_real_model() -> None:
         opened = open_model("smollm2-135m", settings)
     except ModelFetchError:
         pytest.skip("smollm2-135m is not fetched: make test fetches it")
-    model = opened.load()
+    model = opened.load_hastened()
     spec = ModelSpec.from_config(opened.config, dtype_bytes=opened.dtype.itemsize)
     bound, room = peak_bytes(spec, 1024), room_bytes(spec, 1024)
     assert beside_the_cache(model, 1024, 512) <= bound

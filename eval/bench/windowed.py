@@ -148,7 +148,7 @@ def load_checked_model(name: str, settings: Settings) -> WindowedModel:
     from rag.lm.loading import open_model
     from rag.lm.windowed_attention import check_windowed
 
-    return check_windowed(open_model(name, settings).load())
+    return check_windowed(open_model(name, settings).load_hastened())
 
 
 def peak_allocated_bytes(work: Callable[[], Any], device: str) -> int:

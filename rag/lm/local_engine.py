@@ -73,6 +73,7 @@ class LocalEngine:
         kv_reserve_bytes: int = 0,
         extra_weights_bytes: int = 0,
         decodes_statically: bool = False,
+        hasten: Callable[[Any], None] | None = None,
     ) -> None:
         """Wrap a model that is loaded, or one that a function will load.
 
@@ -90,6 +91,7 @@ class LocalEngine:
             extra_weights_bytes: what the function will load beside the model's own weights.
             decodes_statically: answers are written by a `rag.lm.static_decode` where the model can
                 be: sooner on a GPU, not on a CPU.
+            hasten: makes the loaded model faster before it writes, see `rag.lm.loading.Weights`.
 
         Raises:
             UnsupportedModelError: if its cache cannot be predicted exactly.
@@ -112,7 +114,9 @@ class LocalEngine:
                 hint="choose another model; `fathom plan --model` computes its limits all the same",
             )
         self._weights_bytes = self._spec.weights_bytes + extra_weights_bytes
-        self._weights = Weights(name, num_bytes=self._weights_bytes, model=model, load=load)
+        self._weights = Weights(
+            name, num_bytes=self._weights_bytes, model=model, load=load, hasten=hasten
+        )
         self._prefill_clock = PrefillClock(
             self._spec,
             model_name=name,
@@ -173,6 +177,7 @@ class LocalEngine:
             kv_reserve_bytes=settings.kv_reserve_bytes,
             extra_weights_bytes=opened.extra_bytes,
             decodes_statically=settings.cuda_graphs and opened.device.type == "cuda",
+            hasten=opened.hasten,
         )
 
     @property
@@ -463,7 +468,7 @@ class LocalEngine:
         if not requests:
             return Scores(())
         with self._lock:
-            model = self._loaded_model()
+            model = self._loaded_model(for_short=True)
             shared = shared_tokens(requests)
             if prefix and prefix.num_tokens > shared:
                 prefix = None
@@ -515,9 +520,9 @@ class LocalEngine:
         """The model, None as long as its weights are not read."""
         return self._weights.model
 
-    def _loaded_model(self) -> Any:  # noqa: ANN401
+    def _loaded_model(self, *, for_short: bool = False) -> Any:  # noqa: ANN401
         """Return the model, reading its weights on first use; call it with the lock held."""
-        return self._weights.loaded()
+        return self._weights.loaded(for_short=for_short)
 
 
 def _identity(name: str, weights_id: str, device_type: str, tokenizer: ChatTokenizer) -> str:

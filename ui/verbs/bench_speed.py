@@ -487,7 +487,7 @@ def _loaded(name: str) -> "tuple[OpenedModel, Any, ModelSpec]":
 
         torch.set_num_threads(settings.num_threads)
     spec = ModelSpec.from_config(opened.config, dtype_bytes=opened.dtype.itemsize)
-    return opened, opened.load(), spec.on_device(opened.device.type)
+    return opened, opened.load_hastened(), spec.on_device(opened.device.type)
 
 
 def _check_clock(name: str) -> None:
