@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.bench.rounds import Seconds, middle, ratio
 from rag.errors import FathomError
+from rag.lm.engine import Message
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,9 +39,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, file = os.path.split(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
 model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
-chat = [{"role": "user", "content": sys.argv[2]}]
 ids = tokenizer.apply_chat_template(
-    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    json.loads(sys.argv[2]), add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
 out = model.generate(**ids, max_new_tokens=1, do_sample=False)
 print(json.dumps({"first": tokenizer.decode(out[0, -1])}), flush=True)
@@ -77,25 +77,30 @@ def bench_cold(
     question: str,
     gguf: Path | None,
     *,
+    messages: Sequence[Message],
     rounds: int = 3,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> ColdBench:
-    """Start both in turn, the files in the page cache.
+    """Start all in turn, the files in the page cache.
 
-    Ours retrieves, so that it reads a thousand tokens; transformers reads the question alone, with
-    the weights as it dequantises them at every start.
+    Ours retrieves, so that it reads a thousand tokens. transformers reads the question alone, then
+    the same prompt, with the weights as it dequantises them at every start.
 
     Args:
         model: a catalog name or folder that has been fetched.
         home: a library with documents.
         question: what is asked.
-        gguf: the same model's file for transformers; None leaves its row out.
+        gguf: the same model's file for transformers; None leaves its rows out.
+        messages: the prompt that ours makes of the question.
         rounds: how often; one more comes first and is not counted.
         on_progress: is told what is started.
     """
     arms: dict[str, list[str]] = {"fathom": ["-c", _OURS, model, str(home), question]}
     if gguf is not None:
-        arms["transformers, GGUF"] = ["-c", _TRANSFORMERS, str(gguf.resolve()), question]
+        alone = [Message("user", question)]
+        for name, chat in (("transformers, GGUF", alone), ("the same prompt", messages)):
+            given = json.dumps([asdict(message) for message in chat])
+            arms[name] = ["-c", _TRANSFORMERS, str(gguf.resolve()), given]
     found: dict[str, list[Seconds]] = {name: [] for name in arms}
     for number in range(rounds + 1):
         for name, command in arms.items():

@@ -12,6 +12,7 @@ import typer
 
 from rag.errors import FathomError, SettingsError
 from rag.settings import load_settings
+from rag.types import Route
 from ui.console import Json, err, open_fathom, out, print_json
 from ui.verbs.bench_options import app
 from ui.verbs.bench_speed import Rounds
@@ -159,9 +160,17 @@ def bench_cold_verb(
         text = Path(folder) / "reference.txt"
         text.write_text(python_texts(20_000)[0], encoding="utf-8")
         here = {"home": home, "database_url": None}
-        open_fathom(settings.model_copy(update=here)).ingest(text)
+        fathom = open_fathom(settings.model_copy(update=here))
+        fathom.ingest(text)
+        plan = fathom.service().plan(QUESTIONS[0], fathom.documents(), route=Route.RETRIEVAL)
         bench = bench_cold(
-            model, home, QUESTIONS[0], gguf, rounds=rounds, on_progress=status.update
+            model,
+            home,
+            QUESTIONS[0],
+            gguf,
+            messages=plan.prompt.messages,
+            rounds=rounds,
+            on_progress=status.update,
         )
     (err if as_json else out).print(card(bench), markup=False)
     print_json(bench.to_json())
