@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from conftest import make_tiny_tokenizer
+from rag.errors import StorageFullError
 from rag.lm.engine import Prompt, ScoreRequest
 from rag.lm.lean_forward import lean_pass, use_lean_forward
 from rag.lm.loading import _SHORT_READINGS, Weights
@@ -52,6 +53,18 @@ def test_another_config_has_another_spec(calibrations: CalibrationStore) -> None
     longer = tiny_config("llama", max_position_embeddings=12345)
     second = remembered_spec(longer, dtype_bytes=2, calibrations=calibrations)
     assert first.max_positions != second.max_positions == 12345
+
+
+def test_a_spec_that_cannot_be_kept_is_worked_out_all_the_same(
+    calibrations: CalibrationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageFullError("the disk is full", hint="free some space")
+
+    monkeypatch.setattr(calibrations, "save", full)
+    config = tiny_config("llama")
+    found = remembered_spec(config, dtype_bytes=2, calibrations=calibrations)
+    assert found == ModelSpec.from_config(config, dtype_bytes=2)
 
 
 def test_garbage_is_collected_again_after_a_block_without() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rag.errors import StoreError
 from rag.lm.layers import LayerSpec
 from rag.lm.meta_model import Activations
 from rag.lm.spec import ModelSpec, PositionRange
@@ -14,6 +16,8 @@ from rag.store.calibrations import CalibrationStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
 
 # What works a spec out: a change in one of these makes all of them be worked out anew.
 _CODE = ("layers.py", "meta_model.py", "spec.py")
@@ -38,7 +42,10 @@ def remembered_spec(
     kept = calibrations.load(key)
     if kept is None:
         spec = ModelSpec.from_config(config, dtype_bytes=dtype_bytes)
-        calibrations.save(key, asdict(spec))
+        try:
+            calibrations.save(key, asdict(spec))
+        except StoreError as error:  # the next process works it out again
+            logger.warning("the shape of the model is not remembered: %s", error.message)
         return spec
     return _from_json(kept)
 
