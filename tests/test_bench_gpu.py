@@ -13,7 +13,7 @@ from eval.bench.gpu_attention import AttentionRow, visible_pairs
 from eval.bench.gpu_decode import STATIC_WAYS, DecodeRow, step_bytes
 from eval.bench.gpu_embed import EmbedRow, _word
 from eval.bench.gpu_prefill import PrefillRow, useful_flops
-from eval.bench.gpu_rows import ROW_WAYS
+from eval.bench.gpu_rows import row_ways
 from eval.bench.gpu_run import Run
 from eval.bench.gpu_search import ExactRow, exact_limit_seconds, nearest
 from rag.lm.spec import ModelSpec
@@ -41,7 +41,7 @@ def test_the_bench_on_small_shapes() -> None:
         for way in ("transformers", "plain", *STATIC_WAYS)
     ]
     assert [(row.model, row.way, row.num_rows) for row in bench.rows] == [
-        ("tiny-llama", way, 4 if are_all else 1) for way, _, are_all in ROW_WAYS
+        ("tiny-llama", way, num_rows) for way, num_rows in row_ways(4)
     ]
     assert [row.agrees for row in bench.twins] == [True, True, True]
     assert {(row.way, row.window) for row in bench.attention} == {

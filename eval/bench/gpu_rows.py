@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 
 # What of each prompt comes after the document.
 _TAIL_TOKENS = 64
-# The way, whether the step is static, and whether all rows or one is written.
-ROW_WAYS = (("recorded", True, False), ("plain", False, True), ("recorded", True, True))
+
+
+def row_ways(num_rows: int) -> list[tuple[str, int]]:
+    """Return each way with its rows: one alone, so many, and four times as many."""
+    return [
+        *(("recorded", 1), ("plain", num_rows)),
+        *(("recorded", num_rows), ("recorded", 4 * num_rows)),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +86,8 @@ def bench_rows(
         document = native_cache(model.config)
         read(model, document, some_ids(context_tokens, spec.vocab_size))
         alone: list[int] = []
-        for way, is_static, are_all in ROW_WAYS:
-            count = num_rows if are_all else 1
-            if run.too_late(f"{what}, {way}"):
+        for way, count in row_ways(num_rows):
+            if run.too_late(f"{what}: {count} {way}"):
                 continue
             with run.section(f"{what}: {count} {way}"):
                 tails = [
@@ -92,7 +97,7 @@ def bench_rows(
                 cache = SharedPrefixCache(document)
                 logits = forward_shared(model, tails, cache, front_padding=[0] * count)
                 newest = logits[:, -1].argmax(-1).tolist()
-                decode = _static if is_static else _plain
+                decode = _plain if way == "plain" else _static
                 seconds, found = decode(run, model, cache, newest, num_tokens)
                 alone = alone or found
                 differ = (
