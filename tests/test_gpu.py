@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from conftest import make_tiny_engine, make_tiny_tokenizer, prompt_of
+from rag.lm.agreement import difference, tolerance
 from rag.lm.chunked_attention import NAME as CHUNKED
 from rag.lm.chunked_attention import use_chunked_attention
 from rag.lm.engine import DocumentPrefix, GenerationDone, TextPiece
 from rag.lm.forward import forward
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import native_cache
-from rag.lm.partial_attention import _cudnn, _flash, _works, attend, attend_plain
+from rag.lm.partial_attention import attend, attend_plain, works
 from rag.lm.shared_prefix import forward_in_step
 from rag.lm.spec import ModelSpec
 from rag.lm.static_cache import STATIC_FAMILIES
 from rag.lm.static_decode import PLAIN_STEPS, StaticDecoder, can_decode_statically
-from rag.lm.windowed_attention import difference, tolerance
 from rag.retrieval.embedding import open_embedder
 from rag.retrieval.gpu_embedder import GpuEmbedder
 from rag.retrieval.vector_index import IndexPlan
@@ -144,9 +144,9 @@ def test_an_answer_on_a_gpu_is_the_plain_one(family: str) -> None:
 @pytest.mark.parametrize("width", [8, 64, 128])
 def test_fused_attention_gives_the_sums_of_two_products(dtype: torch.dtype, width: int) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    assert _works(_flash, device, dtype, width, width)
+    assert works("flash", device, dtype, width, width)
     if torch.cuda.get_device_capability() >= (9, 0):
-        assert _works(_cudnn, device, dtype, width, width)
+        assert works("cudnn", device, dtype, width, width)
     torch.manual_seed(1)
     key, value = (torch.randn(1, 2, 1_111, width, device=device, dtype=dtype) for _ in range(2))
     for num_queries, is_causal in ((1, False), (7, False), (1_030, False), (1_111, True)):

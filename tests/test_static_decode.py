@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_tiny_tokenizer, prompt_of
+from rag.lm.agreement import difference, tolerance
 from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import DocumentPrefix, GenerationDone, TextPiece
 from rag.lm.forward import forward
@@ -28,10 +29,16 @@ from rag.lm.kv_bytes import (
 )
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import native_cache
+from rag.lm.shared_prefix import can_share
 from rag.lm.spec import ModelSpec
 from rag.lm.static_cache import STATIC_FAMILIES, attend_one, static_refusal
-from rag.lm.static_decode import PLAIN_STEPS, GraphedStep, StaticDecoder, can_decode_statically
-from rag.lm.windowed_attention import difference, tolerance
+from rag.lm.static_decode import (
+    PLAIN_STEPS,
+    GraphedStep,
+    StaticDecoder,
+    can_decode_statically,
+    in_place,
+)
 from tiny_families import FAMILIES, WINDOW, tiny_model
 
 NEW = 24
@@ -364,10 +371,15 @@ def test_a_step_neither_asks_nor_tells_the_host_anything(family: str) -> None:
     assert set().union(*operations.seen.values()) == {"meta"}
 
 
-@pytest.mark.parametrize("family", TELLING)
-def test_a_step_is_one_graph_for_every_position(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "starts_in_place"),
+    [*((family, False) for family in TELLING), ("llama", True), ("granite", True)],
+)
+def test_a_step_is_one_graph_for_every_position(family: str, starts_in_place: bool) -> None:
     """A compiler that may not leave the graph takes it whole, and only once."""
     model = tiny_model(family)
+    spec = spec_of(model)
+    assert not starts_in_place or can_share(model, spec)
     graphs = []
 
     def note(graph: Any, _: Any) -> Any:  # noqa: ANN401
@@ -379,7 +391,7 @@ def test_a_step_is_one_graph_for_every_position(family: str) -> None:
     torch._dynamo.reset()
     decoder = StaticDecoder(
         model,
-        cache,
+        in_place(model, spec, cache) if starts_in_place else cache,
         [first_id],
         max_new_tokens=2 * WINDOW,
         wrap=lambda step: torch.compile(step, fullgraph=True, dynamic=False, backend=note),

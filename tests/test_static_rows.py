@@ -13,6 +13,7 @@ import torch
 
 from conftest import prompt_of
 from eval.bench.windowed import peak_allocated_bytes
+from rag.lm.agreement import difference, tolerance
 from rag.lm.batch_generation import shared_batch_bytes
 from rag.lm.engine import DocumentPrefix, GenerationDone, Prompt, TextPiece
 from rag.lm.forward import forward
@@ -28,7 +29,6 @@ from rag.lm.shared_prefix import (
 )
 from rag.lm.static_cache import STATIC_FAMILIES, attend_one
 from rag.lm.static_decode import PLAIN_STEPS, Rows, StaticDecoder, can_decode_statically
-from rag.lm.windowed_attention import difference, tolerance
 from test_generation import answers
 from test_static_decode import NEW, _Devices, engine_of, ids_of, prefilled, same, spec_of
 from tiny_families import WINDOW, tiny_model

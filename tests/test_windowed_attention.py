@@ -355,6 +355,16 @@ def test_flex_attention_agrees_with_its_plain_twin(
     torch.testing.assert_close(flex, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("num_queries", [3, 33, 90])
+def test_flex_attention_reads_the_sinks_themselves(num_queries: int) -> None:
+    """The first chunk: its first queries see sinks alone, each no further than to itself."""
+    case = attention_case(num_queries, False, 3, held=0)
+    torch.testing.assert_close(
+        attend_flex(*case, 0.3), attend_sdpa(*case, 0.3), rtol=1e-4, atol=1e-5
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 @pytest.mark.parametrize("with_sinks", [False, True])
@@ -368,16 +378,16 @@ def test_compiled_flex_attention_agrees_with_its_plain_twin(
 
 
 def attention_case(
-    num_queries: int, with_sinks: bool, grouped: int, device: str = "cpu"
+    num_queries: int, with_sinks: bool, grouped: int, device: str = "cpu", held: int = 36
 ) -> tuple[Tensor, Tensor, Tensor, WindowStep, Tensor | None]:
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    plan, num_keys = WindowPlan(5, 32), 36 + num_queries
+    plan, num_keys = WindowPlan(5, 32), held + num_queries
     step = WindowStep(
-        num_sinks=5,
+        num_sinks=min(5, num_keys),
         window=32,
         mask=visible_keys(plan, num_queries, num_keys, torch.device(device)),
         turn=None,

@@ -180,18 +180,19 @@ def bench_twins(
     """Compare the logits of a prompt in one piece with those of our ways to read it."""
     import torch
 
+    from rag.lm.agreement import tolerance
     from rag.lm.native_cache import native_cache
     from rag.lm.windowed_attention import WindowedSession, WindowPlan, check_windowed
 
     text = model.config.get_text_config(decoder=True)
     num_tokens = max(2 * plan.window, 3 * CHUNK_TOKENS[run.device.type] // 2)  # more than one chunk
     ids = some_ids(num_tokens, text.vocab_size)
-    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    most = tolerance(model)
     rows: list[TwinRow] = []
 
     def add(twin: str, found: torch.Tensor, expected: torch.Tensor) -> None:
         apart = difference(found, expected)
-        rows.append(TwinRow(f"{name}: {twin}", apart, tolerance, apart < tolerance))
+        rows.append(TwinRow(f"{name}: {twin}", apart, most, apart < most))
 
     what = f"{name}: twins"
     if run.too_late(what):

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rag.lm.windowed_attention import difference
+from rag.lm.agreement import difference
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +54,18 @@ def attend(
         [B, G, T, D], and the logarithms of the sums of the exponentials of the scores, float32
         [B, G, T].
     """
-    if query.device.type == "cpu":
+    widths = query.shape[-1], value.shape[-1]
+    kernel = _choose(query.device, query.dtype, *widths, query.shape[2], mask is not None)
+    if kernel == "cpu":
         bias = None
         if mask is not None:
             bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         # What scaled_dot_product_attention calls on a CPU; it alone gives the sums too.
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, sums = kernel(query, key, value, attn_mask=bias, is_causal=is_causal, scale=scale)
+        on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, sums = on_cpu(query, key, value, attn_mask=bias, is_causal=is_causal, scale=scale)
         return out, sums.float()
-    if mask is None:
-        fused = [_flash] if query.shape[2] < _MANY_QUERIES else [_cudnn, _flash]
-        for each in fused:
-            if _works(each, query.device, query.dtype, query.shape[-1], value.shape[-1]):
-                return each(query, key, value, scale, is_causal)
+    if kernel != "plain":
+        return _FUSED[kernel](query, key, value, scale, is_causal)
     return attend_plain(query, key, value, mask, scale=scale, is_causal=is_causal)
 
 
@@ -102,9 +101,8 @@ def attend_plain(
 
 def has_fused_attention(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Say whether `attend` has a kernel without a mask for heads of this width."""
-    return device.type == "cpu" or any(
-        _works(each, device, dtype, width, width) for each in (_cudnn, _flash)
-    )
+    kernel: str = _choose(device, dtype, width, width, _MANY_QUERIES, False)
+    return kernel != "plain"
 
 
 # ---- the kernels that scaled_dot_product_attention calls on a GPU; these give the sums ----------
@@ -124,16 +122,47 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: b
     return out, sums.view(out.shape[:3])
 
 
+_FUSED: dict[str, _Kernel] = {"flash": _flash, "cudnn": _cudnn}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    value_width: int,
+    num_queries: int,
+    has_mask: bool,
+) -> str:
+    """Return which kernel; a compiler asks once and builds upon it."""
+    if device.type == "cpu":
+        return "cpu"
+    fused = ("flash",) if num_queries < _MANY_QUERIES else ("cudnn", "flash")
+    for name in fused if not has_mask else ():
+        if works(name, device, dtype, width, value_width):
+            return name
+    return "plain"
+
+
 @lru_cache
-def _works(
-    kernel: _Kernel, device: torch.device, dtype: torch.dtype, width: int, value_width: int
+def works(
+    name: str, device: torch.device, dtype: torch.dtype, width: int, value_width: int
 ) -> bool:
-    """Say whether a device has a kernel for such heads: tried, and compared, once."""
+    """Say whether a device has a kernel for such heads: tried, and compared, once.
+
+    Args:
+        name: flash or cudnn.
+        device: where.
+        dtype: of queries, keys and values.
+        width: of queries and keys.
+        value_width: of values.
+    """
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     if width % 8 or width != value_width:
         return False
-    if kernel is _cudnn and torch.cuda.get_device_capability(device) < (9, 0):
+    kernel = _FUSED[name]
+    if name == "cudnn" and torch.cuda.get_device_capability(device) < (9, 0):
         return False  # flash attention is as fast there, and plans nothing
     with torch.inference_mode():
         some = torch.Generator(device).manual_seed(1)
@@ -151,5 +180,5 @@ def _works(
                 )
             )
         except RuntimeError as error:
-            logger.info("no %s attention with its sums here: %s", kernel.__name__[1:], error)
+            logger.info("no %s attention with its sums here: %s", name, error)
             return False

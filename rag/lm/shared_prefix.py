@@ -23,11 +23,12 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
+from rag.lm.agreement import difference, tolerance
 from rag.lm.forward import allocated, forward, stoppable
 from rag.lm.native_cache import native_cache
 from rag.lm.partial_attention import Part, attend, join
 from rag.lm.spec import ModelSpec
-from rag.lm.windowed_attention import attention_named, difference, probe_ids, refusal, tolerance
+from rag.lm.windowed_attention import attention_named, probe_ids, refusal
 
 _ATTENTION = "fathom_shared_prefix"
 # What of the self-test's tokens is the document, and how long the two tails are.

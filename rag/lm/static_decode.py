@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from rag.lm.agreement import difference, tolerance
 from rag.lm.forward import allocated, forward, is_allocation_failure
 from rag.lm.kv_bytes import static_capacity
 from rag.lm.native_cache import merge, native_cache
 from rag.lm.shared_prefix import SharedPrefixCache, can_share, forward_in_step
 from rag.lm.spec import ModelSpec
 from rag.lm.static_cache import ATTENTION, StaticCache, static_copy, static_refusal
-from rag.lm.windowed_attention import attention_named, difference, tolerance
+from rag.lm.windowed_attention import attention_named
 
 logger = logging.getLogger(__name__)
 

@@ -45,8 +45,10 @@ from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConf
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rag.errors import UnsupportedModelError
+from rag.lm.agreement import difference, tolerance
 from rag.lm.forward import stoppable
 from rag.lm.kv_bytes import measured_kv_bytes
+from rag.lm.partial_attention import join
 from rag.lm.spec import CHUNK_TOKENS
 
 # Families for which tests compare the windowed logits with a dense reference.
@@ -86,9 +88,6 @@ _TEST_TOKENS = 40
 _TEST_SHIFT = 23
 # FlexAttention refuses narrower heads.
 _FLEX_WIDTH = 16
-# Root mean square, relative; what is wrong is off by about 1, what is rounded by less than this.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-_TOLERANCE_16_BIT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,32 +330,44 @@ def attend_flex(
     sink_scores: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Attend by FlexAttention, which skips the blocks that no query sees; as `attend_sdpa`."""
-    T, K = query.shape[2], key.shape[2]
-    S = step.num_sinks
-    score_mod = None
-    if sink_scores is not None:
+    """Attend by FlexAttention, which skips the blocks that no query sees; as `attend_sdpa`.
 
-        def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return torch.where(k < S, sink_scores[b, h, q, k.clamp(max=S - 1)], score)
-
-    if query.device.type == "cuda":
-        if query.shape[-1] < _FLEX_WIDTH:
-            return attend_sdpa(query, key, value, step, sink_scores, scale)
+    It sees the window alone. The sinks are a part beside it, with scores of their own: worked into
+    the kernel, those would be looked up for every key that it computes.
+    """
+    B, H, T, D = query.shape
+    G, S = key.shape[1], step.num_sinks
+    before, is_cuda = key.shape[2] - T, query.device.type == "cuda"
+    if before + T <= S or (is_cuda and D < _FLEX_WIDTH):  # there is no window yet, or no kernel
+        return attend_sdpa(query, key, value, step, sink_scores, scale)
+    kernel, options = _plain_flex(), None
+    if is_cuda:
         kernel, options = _compiled_flex(), _flex_options(query.device, query.element_size())
-    else:
-        kernel, options = _plain_flex(), None
-    out: Tensor = kernel(
+    mask = _block_mask(step.window, T, before - S, str(query.device))
+    behind, aux = kernel(
         query,
-        key,
-        value,
-        score_mod,
-        _block_mask(S, step.window, T, K, str(query.device)),
+        key[:, :, S:],
+        value[:, :, S:],
+        None,
+        mask,
         scale,
-        query.shape[1] != key.shape[1],
+        H != G,
         kernel_options=options,
+        return_aux=_aux_request(),
     )
-    return out
+    if not S:
+        found: Tensor = behind
+        return found
+    # The queries that share a key head become rows of it.
+    if sink_scores is None:
+        rows = query.reshape(B, G, H // G * T, D).float()
+        sink_scores = (rows @ key[:, :, :S].float().mT * scale).view(B, H, T, S)
+    if before < S:  # the sinks are being read: none is seen before it stands there
+        seen = torch.arange(S, device=query.device) <= torch.arange(T, device=query.device)[:, None]
+        sink_scores = sink_scores.masked_fill(~seen, -torch.inf)
+    weights = sink_scores.softmax(-1).to(value.dtype).view(B, G, H // G * T, S)
+    sinks = (weights @ value[:, :, :S]).view(B, H, T, -1)
+    return join((sinks, sink_scores.logsumexp(-1)), (behind, aux.lse))
 
 
 class _SinkWindowLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -528,17 +539,25 @@ def _flex_options(device: torch.device, element_size: int) -> dict[str, int] | N
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
 
 
+def _aux_request() -> Any:  # noqa: ANN401
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    return AuxRequest(lse=True)
+
+
 @cache
-def _block_mask(num_sinks: int, window: int, num_queries: int, num_keys: int, device: str) -> Any:  # noqa: ANN401
-    """Return FlexAttention's form of `visible_keys`; the same for every chunk of a full window."""
+def _block_mask(window: int, num_queries: int, before: int, device: str) -> Any:  # noqa: ANN401
+    """Return FlexAttention's form of a window; the same for every chunk once that is full.
+
+    `before` counts the keys before the first query's own; those of the first chunk, whose sinks are
+    a part of their own, are fewer than its queries.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
-    before = num_keys - num_queries
-
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q + before) & ((k > q + before - window) | (k < num_sinks))
+        return (k <= q + before) & (k > q + before - window)
 
-    return create_block_mask(visible, None, None, num_queries, num_keys, device=device)
+    return create_block_mask(visible, None, None, num_queries, num_queries + before, device=device)
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
@@ -621,21 +640,6 @@ def probe_ids(model: Any) -> list[int]:  # noqa: ANN401
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     # Spread over the vocabulary, none of the special ones at its start.
     return [(7 + 7919 * index) % vocab_size for index in range(_TEST_TOKENS)]
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Return the root mean square of the difference as a share of what was expected.
-
-    Infinite if any is not a number.
-    """
-    expected = expected.float()
-    share = float((found.float() - expected).norm() / expected.norm())
-    return share if share == share else float("inf")
-
-
-def tolerance(model: Any) -> float:  # noqa: ANN401
-    """Return the `difference` that rounding makes in the model's dtype, at most."""
-    return _TOLERANCE.get(model.dtype, _TOLERANCE_16_BIT)
 
 
 def _unsupported(model: Any, reason: str) -> UnsupportedModelError:  # noqa: ANN401
