@@ -201,6 +201,21 @@ def test_one_server_reads_file_after_file_each_in_a_process_of_its_own(
     assert server.is_alive()
 
 
+def test_a_server_that_lacks_a_package_says_which(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the packages are on PYTHONPATH alone, which readers do not see."""
+    start = f"import sys; sys.modules['pypdfium2'] = None\n{guard._start_server()}"
+    monkeypatch.setattr(guard, "_start_server", lambda: start)
+    guard.stop_idle()
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    with pytest.raises(ReaderFailedError, match="pypdfium2") as raised:
+        read_guarded(path, name="a.txt", settings=settings)
+    assert "PYTHONPATH" in (raised.value.hint or "")
+    assert guard._idle == []
+
+
 def test_a_server_that_was_ended_is_replaced(settings: Settings, tmp_path: Path) -> None:
     guard.stop_idle()
     guard.start_ahead()

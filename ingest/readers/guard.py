@@ -101,13 +101,10 @@ def _ask_worker(task: dict[str, Any], path: Path, name: str, settings: Settings)
         try:
             return_code = server.read(request, output.fileno())
         except BaseException as error:
-            server.close()
+            last_words = server.close()
             if not isinstance(error, OSError):
                 raise
-            raise ReaderFailedError(
-                f"the process that reads {name} could not be started, or was ended: {error}",
-                hint="free some memory, then run the same command again",
-            ) from error
+            raise _not_started(name, error, last_words) from error
         with _idle_lock:
             _idle.append(server)
         if return_code in (None, -signal.SIGXCPU, -signal.SIGKILL):
@@ -133,12 +130,13 @@ class _Server:
 
     def __init__(self) -> None:
         self._channel, theirs = socket.socketpair()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process lives
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-c", _start_server()],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=self._said,
                 env=_ENVIRONMENT,
             )
 
@@ -160,11 +158,15 @@ class _Server:
         """Say whether the process is still there."""
         return self._process.poll() is None
 
-    def close(self) -> None:
-        """End it, whatever it is at."""
+    def close(self) -> str:
+        """End it, whatever it is at; return the last line that it printed while it started."""
         self._channel.close()
         self._process.kill()
         self._process.wait()
+        with self._said:
+            self._said.seek(0)
+            lines = self._said.read().decode(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else ""
 
 
 _idle: list[_Server] = []
@@ -203,6 +205,19 @@ def _start_server() -> str:
     return (
         f"import sys; sys.path.insert(0, {str(root)!r});"
         " from ingest.readers.worker import serve; serve()"
+    )
+
+
+def _not_started(name: str, error: OSError, last_words: str) -> ReaderFailedError:
+    if "ModuleNotFoundError" in last_words or "ImportError" in last_words:
+        return ReaderFailedError(
+            f"the process that reads {name} could not be started: {last_words}",
+            hint=f"install Fathom, with all it needs, into {sys.executable}: readers see neither"
+            " PYTHONPATH nor the current folder",
+        )
+    return ReaderFailedError(
+        f"the process that reads {name} could not be started, or was ended: {last_words or error}",
+        hint="free some memory, then run the same command again",
     )
 
 

@@ -37,6 +37,7 @@ def serve() -> None:
     """
     for name in PRELOADED:
         import_module(f"ingest.readers.{name}")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what it cannot start for was said until here
     channel = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     while True:
