@@ -126,6 +126,16 @@ def test_an_option_that_a_sentence_says_is_proved_by_it(lamps: Fathom) -> None:
     assert (cited.num_unverified, cited.num_concluded) == (0, 0)
 
 
+def test_an_option_in_the_askers_own_words_is_shown_where_the_documents_speak_of_it(
+    lamps: Fathom,
+) -> None:
+    question = "What is the wall in the yard?\n(A) a sturdy stone barrier of some age\n(B) a hedge"
+    cited = _cited(lamps, "A", question)
+    assert cited.text == f"(A) a sturdy stone barrier of some age [1] {UNVERIFIED}"
+    assert cited.citations[0].quote == "The wall in the yard is made of stone."
+    assert _cited(lamps, "B", question).text == f"(B) a hedge {UNVERIFIED}"
+
+
 def test_a_bare_yes_is_shown_and_marked_with_the_sentences_that_speak_of_the_question(
     lamps: Fathom,
 ) -> None:

@@ -255,9 +255,9 @@ def _premises(
 ) -> list[_Sentence]:
     """Return the few sentences that a conclusion speaks of, in the order of the text.
 
-    Together they hold everything that it says beyond the question or, of an option, half; where it
-    says no more than the question does, half of that. None where they do not. Of a comparison each
-    side that is left is shown, too.
+    Together they hold everything that it says beyond the question; where it says no more than the
+    question does, half of that. An option is worded by the asker, so any word of it will do. None
+    where they do not. Of a comparison each side that is left is shown, too.
     """
     said = without_yes_or_no(claim(statement, form), form)
     words = frozenset(_words(said))
@@ -267,10 +267,11 @@ def _premises(
     if not asked_about or not relevant:
         return []
     target = own or words or question_words
-    least = 1.0 if own and not is_option(said, form) else MIN_SUPPORT
+    least = 0.0 if is_option(said, form) else 1.0 if own else MIN_SUPPORT
     found = [best] if best else _covering(target, relevant, [], asked_about, weights, 0.0)
     held = frozenset[str]().union(*(s.words for s in found))
-    if best is None and _weight(target & held, weights) < least * _weight(target, weights):
+    is_enough = best or _weight(target & held, weights) >= least * _weight(target, weights)
+    if not found or not is_enough:
         return []
     if form.is_comparison:
         sides = frozenset(_words(" ".join(form.options.values()))) & weights.keys() or asked_about
