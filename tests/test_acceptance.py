@@ -35,6 +35,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -508,6 +509,23 @@ def test_24_a_past_answer_comes_again(small_fathom: Fathom, handbook: Path) -> N
     again = replay(before.receipt.id, small_fathom.receipts, small_fathom.service())
     assert again.same_text
     assert again.differences == ()
+
+
+def test_a_long_reading_is_told_where_nobody_sees_it_change(
+    small_fathom: Fathom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of stdout and stderr that are no terminal: once, with the time left and how to end it."""
+    monkeypatch.setattr("ui.verbs.questions.open_fathom", lambda _: small_fathom)
+    engine: Any = small_fathom.engine
+    short = replace(engine.spec, chunk_tokens=200)
+    monkeypatch.setattr(engine, "_prefill", engine._new_prefill(short))
+    ask = ["ask", QUESTION, "--route", "full", "--json"]
+    assert "Reading" not in CliRunner().invoke(app, ask).stderr
+    monkeypatch.setattr("ui.verbs.questions._LONG_SECONDS", 0.0)
+    monkeypatch.setattr("ui.reading._SECONDS_UNTOLD", 0.0)
+    told = CliRunner().invoke(app, [*ask[:1], QUESTION + " Please.", *ask[2:]]).stderr
+    assert told.count("Reading") == 1
+    assert "left; Ctrl+C ends it" in " ".join(told.split())
 
 
 # ---- operations ---------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Verbs on questions: ask, plan, receipt."""
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,9 @@ from ui.console import (
 
 app = typer.Typer()
 
+# Where nobody sees the status change, a longer reading is told once.
+_LONG_SECONDS = 60.0
+
 
 @app.command(
     epilog="Examples: fathom ask 'Who signs?'  |  fathom ask --route full -d 1 'Who signs?' --json"
@@ -47,6 +51,7 @@ def ask(
     from rag.answering.service import AnswerReady, QuestionRewritten, RouteChosen
     from rag.lm.engine import PrefillProgress, TextPiece
     from ui.formatting import receipt_text
+    from ui.reading import Reading
 
     if not question.strip():
         raise typer.BadParameter("the question is empty")
@@ -57,7 +62,7 @@ def ask(
         before = fathom.receipts.load(after)
         asked = before.receipt.standalone_question or fathom.receipts.asked(after)[0]
         history.append(Turn(asked, before.answer))
-    answer = None
+    answer, reading, is_told = None, Reading(), err.is_terminal
     with err.status("loading the model") as status:
         for event in fathom.service().stream(
             question, document_ids=ids, route=route, history=history, thrift=thrift
@@ -65,9 +70,14 @@ def ask(
             if isinstance(event, QuestionRewritten):
                 err.print(f"asked as: {event.question}", markup=False)
             elif isinstance(event, RouteChosen):
+                reading = Reading()
                 status.update(f"{event.decision.route}: reading {event.read}")
             elif isinstance(event, PrefillProgress):
-                status.update(f"reading: {event.done:,} of {event.total:,} tokens")
+                now = time.monotonic()
+                status.update(reading.words(event, now))
+                if not is_told and (reading.seconds_left(event, now) or 0) > _LONG_SECONDS:
+                    is_told = True
+                    err.print(f"{reading.words(event, now)}; Ctrl+C ends it", markup=False)
             elif isinstance(event, TextPiece):
                 status.update("writing")
             elif isinstance(event, AnswerReady):
