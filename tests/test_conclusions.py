@@ -188,3 +188,31 @@ def test_options_are_taken_from_the_end_of_a_question() -> None:
     assert without_yes_or_no("Yes, it is.", form_of("Is it?")) == "it is."
     assert without_yes_or_no("No lamp is there.", form_of(WHICH)) == "No lamp is there."
     assert not form_of("Can you tell me the fee?").may_conclude
+
+
+def test_a_summary_is_shown_and_marked_with_sentences_that_it_tells_in_other_words(
+    lamps: Fathom, saying: SayingEngine
+) -> None:
+    """Its question names nothing that stands in the text; none of its sentences stands there."""
+    saying.says = (
+        "Lamps with their numbers in Peak and Dale, and a fee of 35 crowns, are described."
+    )
+    routes, answer = _asked(lamps, "Summarise the whole document.")
+    assert len(routes) == 1
+    assert not answer.abstained
+    assert UNVERIFIED in answer.answer
+    assert answer.answer.startswith(saying.says[:-1])
+    assert "The fee is 35 crowns a night." in [c.quote for c in answer.citations]
+    assert CONCLUDED in answer.receipt.reason
+
+
+def test_a_summary_of_something_else_is_not_shown(lamps: Fathom, saying: SayingEngine) -> None:
+    saying.says = "Whales migrate through arctic oceans, singing to their young."
+    _, answer = _asked(lamps, "Summarise the whole document.")
+    assert answer.abstained
+    assert answer.answer.startswith(CANNOT_ANSWER)
+
+
+def test_a_statement_of_a_summary_that_a_sentence_says_is_proved_by_it(lamps: Fathom) -> None:
+    cited = _cited(lamps, "The wall in the yard is made of stone.", "Summarise the document.")
+    assert (cited.text, cited.num_unverified) == ("The wall in the yard is made of stone. [1]", 0)

@@ -256,18 +256,23 @@ def _premises(
     """Return the few sentences that a conclusion speaks of, in the order of the text.
 
     Together they hold everything that it says beyond the question; where it says no more than the
-    question does, half of that. An option is worded by the asker, so any word of it will do. None
-    where they do not. Of a comparison each side that is left is shown, too.
+    question does, half of that. An option is worded by the asker, so any word of it will do. A
+    summary tells what stands in the text in other words, whatever its question names: half of its
+    own will do. None where they do not. Of a comparison each side that is left is shown, too.
     """
     said = without_yes_or_no(claim(statement, form), form)
     words = frozenset(_words(said))
     own = words - question_words
     asked_about = question_words & weights.keys()
-    relevant = [s for s in sentences if _is_relevant(s, asked_about, weights)]
-    if not asked_about or not relevant:
+    relevant = sentences
+    if not form.is_summary:
+        relevant = [s for s in sentences if asked_about and _is_relevant(s, asked_about, weights)]
+    if not relevant:
         return []
     target = own or words or question_words
-    least = 0.0 if is_option(said, form) else 1.0 if own else MIN_SUPPORT
+    least = 1.0 if own and not form.is_summary else MIN_SUPPORT
+    if is_option(said, form):
+        least = 0.0
     found = [best] if best else _covering(target, relevant, [], asked_about, weights, 0.0)
     held = frozenset[str]().union(*(s.words for s in found))
     is_enough = best or _weight(target & held, weights) >= least * _weight(target, weights)

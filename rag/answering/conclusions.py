@@ -1,6 +1,7 @@
 """What a question lets a model conclude: one of its options, yes or no, one of what is compared.
 
-No sentence says such an answer, however right it is: "the second", "yes", "B". It is told here by
+No sentence says such an answer, however right it is: "the second", "yes", "B". Nor does one say a
+summary, which tells in few words what stands in many. It is told here by
 the wording of question and answer, without a look at any text; English only, as the classes are.
 """
 
@@ -31,13 +32,14 @@ class QuestionForm:
 
     `stem` is the question without its options; `options` are theirs by letter, if it has any.
     `may_conclude` says that the answer may be one that no single sentence says: of options, yes or
-    no, a comparison, a chain. A lookup is answered by one sentence, or not at all.
+    no, a comparison, a chain, a summary. A lookup is answered by one sentence, or not at all.
     """
 
     stem: str
     options: Mapping[str, str]
     is_comparison: bool
     is_yes_or_no: bool
+    is_summary: bool
     may_conclude: bool
 
 
@@ -46,12 +48,13 @@ def form_of(question: str) -> QuestionForm:
     stem, options = split_options(question)
     question_class = classify_question(stem).question_class
     is_yes_or_no = _YES_OR_NO.match(stem) is not None
-    several = question_class in (QuestionClass.COMPARISON, QuestionClass.MULTI_HOP)
+    several = question_class not in (QuestionClass.LOOKUP, QuestionClass.AGGREGATE)
     return QuestionForm(
         stem=stem,
         options=options,
         is_comparison=question_class is QuestionClass.COMPARISON,
         is_yes_or_no=is_yes_or_no,
+        is_summary=question_class is QuestionClass.SUMMARY,
         may_conclude=bool(options) or is_yes_or_no or several,
     )
 
