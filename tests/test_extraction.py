@@ -128,6 +128,7 @@ def test_a_stop_says_which_documents_were_left_out(register: Fathom, tmp_path: P
         ("What is the total number of open tickets in this file?", ["open", "tickets"]),
         ("Which rooms does Ann have a key to? Name all of them.", ["rooms", "Ann", "key"]),
         ("List every obligation of the licensee.", ["obligation", "licensee"]),
+        ("List all sentences that mention the sample document.", ["sample", "document"]),
     ],
 )
 def test_the_matter_of_a_question_is_what_it_asks_to_list(question: str, words: list[str]) -> None:

@@ -33,6 +33,7 @@ _ASKING = frozenset(
     stems(
         "list enumerate name give show tell count find how many often time every all each say"
         " mention state tell describe record total different various please there following"
+        " sentence statement passage contain"
     )
 )
 _NUMBER_OF = re.compile(r"\bnumber of\b", re.I)
