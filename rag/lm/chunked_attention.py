@@ -18,13 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rag.lm.layers import VERIFIED_FAMILIES
+from rag.lm.grouped_attention import can_attend_otherwise, is_plain
 from rag.lm.partial_attention import attend, has_fused_attention, join
 
 NAME = "fathom_chunked"
-
-# What `sdpa` refuses, or works into the mask: left to it.
-_SPECIAL = ("softcap", "position_bias", "cache")
 
 
 def use_chunked_attention(model: Any) -> None:  # noqa: ANN401 - a causal model of transformers
@@ -33,13 +30,7 @@ def use_chunked_attention(model: Any) -> None:  # noqa: ANN401 - a causal model 
     Args:
         model: on its device. On a CPU, or with another attention than `sdpa`, nothing is changed.
     """
-    text = model.config.get_text_config(decoder=True)
-    if model.device.type != "cuda" or model.config._attn_implementation != "sdpa":
-        return
-    # The code of latents asks for `sdpa` by its name.
-    if text.model_type not in VERIFIED_FAMILIES or getattr(text, "kv_lora_rank", None):
-        return
-    if model._can_set_attn_implementation():
+    if model.device.type == "cuda" and can_attend_otherwise(model):
         model.set_attn_implementation(NAME)
 
 
@@ -69,8 +60,7 @@ def chunked_attention(
     """
     B, H, T, D = query.shape
     G, K = key.shape[1:3]
-    is_plain = not any(kwargs.get(name) is not None for name in _SPECIAL)
-    if attention_mask is not None or T in (1, K) or not is_plain:
+    if attention_mask is not None or T in (1, K) or not is_plain(kwargs):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )

@@ -15,6 +15,7 @@ Source: docs/decisions/0034.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -39,17 +40,28 @@ def use_grouped_attention(model: Any) -> None:  # noqa: ANN401 - a causal model 
     Args:
         model: on its device. On a GPU, or with another attention than `sdpa`, nothing is changed.
     """
-    text = model.config.get_text_config(decoder=True)
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
-        return
-    # The code of latents asks for `sdpa` by its name, and has no heads to group.
-    if text.model_type not in VERIFIED_FAMILIES or getattr(text, "kv_lora_rank", None):
-        return
-    if not model._can_set_attn_implementation():
+    if model.device.type != "cpu" or not can_attend_otherwise(model):
         return
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
+
+
+def can_attend_otherwise(model: Any) -> bool:  # noqa: ANN401 - a causal model of transformers
+    """Say whether an attention function of ours may stand for `sdpa` in this model."""
+    text = model.config.get_text_config(decoder=True)
+    # The code of latents asks for `sdpa` by its name, and has no heads to group.
+    return (
+        model.config._attn_implementation == "sdpa"
+        and text.model_type in VERIFIED_FAMILIES
+        and not getattr(text, "kv_lora_rank", None)
+        and model._can_set_attn_implementation()
+    )
+
+
+def is_plain(options: Mapping[str, Any]) -> bool:
+    """Say whether an attention is asked for nothing that `sdpa` refuses or works into the mask."""
+    return not any(options.get(name) is not None for name in _SPECIAL)
 
 
 def grouped_attention(
@@ -79,9 +91,8 @@ def grouped_attention(
     B, H, T, D = query.shape
     G = key.shape[1]
     shares = G < H and key.shape[-1] == value.shape[-1]
-    is_plain = not any(kwargs.get(name) is not None for name in _SPECIAL)
     has_plain_mask = T == 1 if attention_mask is None else attention_mask.shape[1] == 1
-    if not (shares and is_plain and has_plain_mask):
+    if not (shares and is_plain(kwargs) and has_plain_mask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )

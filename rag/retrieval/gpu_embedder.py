@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LOT_CHARACTERS = 1_000_000  # tokenized at a time, a quarter million tokens: 25 MB of encodings
 LOTS_AHEAD = 2  # beside the one in hand: the tokenizer need not wait for Python between them
-# eight lots of an ingest's chunks: but for the first, each is tokenized while another is computed
+# sixteen lots of an ingest's chunks: but for the first, each is tokenized while another is computed
 QUEUED_TEXTS = 16_384
 BATCH_TOKENS = 131_072  # padding included; computing it takes several times its launches
 # as fast as bfloat16, with three more bits: a least cosine of 0.999998 against 0.99992
