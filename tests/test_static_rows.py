@@ -30,7 +30,16 @@ from rag.lm.shared_prefix import (
 from rag.lm.static_cache import STATIC_FAMILIES, attend_one
 from rag.lm.static_decode import PLAIN_STEPS, Rows, StaticDecoder, can_decode_statically
 from test_generation import answers
-from test_static_decode import NEW, _Devices, engine_of, ids_of, prefilled, same, spec_of
+from test_static_decode import (
+    NEW,
+    _Devices,
+    engine_of,
+    hiding,
+    ids_of,
+    prefilled,
+    same,
+    spec_of,
+)
 from tiny_families import WINDOW, tiny_model
 
 DOCUMENT = ids_of(60, seed=1)
@@ -138,8 +147,9 @@ def test_what_was_attended_to_before_counts_in_full(dtype: torch.dtype, parts: i
     key, value = (torch.randn(3, 2, 64, 8).to(dtype) for _ in range(2))
     slots = torch.arange(64)
     hidden = torch.stack([(slots < padding) | (slots > 20) for padding in (0, 9, 20)])
+    value[:, :, -1] = 0  # the slot that stands for what was attended to before
     before = attend_prefix(query, before_key, before_value, scale=0.3)
-    found = attend_one(query, key, value, hidden, parts=parts, scale=0.3, before=before)
+    found = attend_one(query, key, value, hiding(hidden), parts=parts, scale=0.3, before=before)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.float(),
         torch.cat((before_key.expand(3, 2, 50, 8), key), dim=2).float(),
@@ -172,10 +182,10 @@ def test_rows_that_come_out_otherwise_are_found_out_and_written_the_plain_way(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        hidden: torch.Tensor,
+        bias: torch.Tensor,
         **options: Any,  # noqa: ANN401
     ) -> torch.Tensor:
-        return right(query, key, value, hidden[:1].expand_as(hidden), **options)
+        return right(query, key, value, bias[:1].expand_as(bias), **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("rag.lm.static_cache.attend_one", without_padding)
@@ -301,12 +311,14 @@ def test_the_document_stands_once_and_nothing_moves() -> None:
         static = decoder.cache
         tensors = [decoder.token, decoder.logits, static.position]
         for layer in static.static_layers:
-            tensors += [*layer.states, *layer.prefix, layer.place.slot, layer.place.hidden]
+            tensors += [layer.states, *layer.prefix, layer.place.slot, layer.place.bias]
         return [tensor.data_ptr() for tensor in tensors]
 
     for layer, (keys, values) in zip(decoder.cache.static_layers, document, strict=True):
         assert (layer.prefix[0] is keys, layer.prefix[1] is values) == (True, True)
-        assert layer.states[0].shape[2] == static_capacity(max(LENGTHS) + 2 * WINDOW - 1)
+        assert layer.states.shape[3] == static_capacity(
+            max(LENGTHS) + 2 * WINDOW - 1, has_prefix=True
+        )
     kept = [(keys.clone(), values.clone()) for keys, values in document]
     before = addresses()
     for _ in range(2 * WINDOW - 1):
@@ -353,7 +365,7 @@ def test_their_memory_is_free_at_once_and_the_document_stays() -> None:
         document = cache.layers[0].prefix_keys
         decoder = StaticDecoder(model, cache, first_ids, max_new_tokens=NEW, front_padding=PADDING)
         decoder.next_ids()
-        kept = weakref.ref(decoder.cache.static_layers[0].states[0])
+        kept = weakref.ref(decoder.cache.static_layers[0].states)
         decoder.close()
         del decoder
         assert kept() is None
@@ -389,5 +401,5 @@ def test_a_row_alone_is_no_other_step_than_before() -> None:
     decoder = StaticDecoder(model, cache, [first_id], max_new_tokens=NEW)
     layer = decoder.cache.static_layers[0]
     assert layer.prefix == ()
-    assert layer.place.parts == layer.place.num_slots == 64
+    assert (layer.place.parts, layer.place.num_slots) == (1, 64)
     assert decoder.cache.position_ids.tolist() == [[40]]

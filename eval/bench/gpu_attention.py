@@ -153,7 +153,7 @@ def bench_one_query(run: Run, shapes: AttentionShapes) -> list[OneQueryRow]:
 
     from rag.lm.kv_bytes import STATIC_PARTS
     from rag.lm.shared_prefix import attend_prefix
-    from rag.lm.static_cache import attend_one
+    from rag.lm.static_cache import attend_one, num_parts
 
     rows: list[OneQueryRow] = []
     scale = shapes.head_dim**-0.5
@@ -171,13 +171,12 @@ def bench_one_query(run: Run, shapes: AttentionShapes) -> list[OneQueryRow]:
                 query: torch.Tensor,
                 key: torch.Tensor,
                 value: torch.Tensor,
-                parts: int = STATIC_PARTS,
                 before: tuple[torch.Tensor, torch.Tensor] | None = None,
             ) -> torch.Tensor:
-                hidden = torch.zeros(1, key.shape[2], dtype=torch.bool, device=run.device)
-                return attend_one(
-                    query, key, value, hidden, parts=parts, scale=scale, before=before
-                )
+                slots = key.shape[2]
+                bias = torch.zeros(1, slots, device=run.device)
+                parts = num_parts(slots, num_rows=1)
+                return attend_one(query, key, value, bias, parts=parts, scale=scale, before=before)
 
             ways: dict[str, Callable[..., torch.Tensor]] = {
                 "in place": lambda query, *prompt: attend(

@@ -14,8 +14,10 @@ from rag.lm.kv_bytes import kv_cache_bytes
 if TYPE_CHECKING:
     from rag.lm.spec import ModelSpec
 
-# The goal is one in which the step is recorded; `called` is its plain twin.
-STATIC_WAYS = ("called", "recorded", "compiled and recorded")
+# The goal is one in which the step is recorded; `called` is its plain twin. They are the lean step
+# where a model has one, and then its own code is recorded beside it.
+OWN_CODE = "own code recorded"
+STATIC_WAYS = ("called", OWN_CODE, "recorded", "compiled and recorded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ def bench_decode(
     import torch
     from transformers import DynamicCache
 
+    from rag.lm.lean_step import STEP_FAMILIES, lean_step
     from rag.lm.native_cache import native_cache
     from rag.lm.static_decode import can_decode_statically, in_place
 
@@ -96,16 +99,26 @@ def bench_decode(
             run.left_out.append(f"{what}, {', '.join(STATIC_WAYS)}: the self-test refused them")
             return rows
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=compiler)
-        for way, records, wrap in zip(
-            STATIC_WAYS, (False, True, True), (None, None, compiled), strict=True
-        ):
+        options: Sequence[dict[str, Any]] = (
+            {"records": False},
+            {"is_lean": False},
+            {},
+            {"wrap": compiled},
+        )
+        if lean_step(model) is None and spec.model_type in STEP_FAMILIES:
+            run.left_out.append(
+                f"{what}, lean: refused, the log says why; the rest is its own code"
+            )
+        for way, of_way in zip(STATIC_WAYS, options, strict=True):
+            if way == OWN_CODE and lean_step(model) is None:
+                continue  # it is what `recorded` is
             if run.too_late(f"{what}, {way}"):
                 continue
             with run.section(f"{what}, {way}"):
                 cache = native_cache(model.config)
                 first_id = read(model, cache, ids)
                 started = in_place(model, spec, cache)
-                add(way, *_static(run, model, started, first_id, num_tokens, records, wrap))
+                add(way, *_static(run, model, started, first_id, num_tokens, **of_way))
     return rows
 
 
@@ -147,24 +160,19 @@ def _static(
     cache: Any,  # noqa: ANN401
     first_id: int,
     num_tokens: int,
-    records: bool,
-    wrap: Callable[[Any], Any] | None,
+    **options: Any,  # noqa: ANN401
 ) -> tuple[float, list[int]]:
     """As `_plain`; in the steps that are not timed the step is compiled and recorded."""
     from rag.lm.static_decode import PLAIN_STEPS, StaticDecoder
 
     decoder = StaticDecoder(
-        model,
-        cache,
-        [first_id],
-        max_new_tokens=PLAIN_STEPS + 2 + num_tokens,
-        records=records,
-        wrap=wrap or (lambda step: step),
+        model, cache, [first_id], max_new_tokens=PLAIN_STEPS + 2 + num_tokens, **options
     )
     with closing(decoder):
         found = [decoder.next_ids()[0] for _ in range(PLAIN_STEPS + 1)]
         seconds = run.timed(lambda: found.extend(decoder.next_ids()[0] for _ in range(num_tokens)))
-        if records and run.device.type == "cuda" and not decoder.is_recorded:
+        is_to_be_recorded = options.get("records", True) and run.device.type == "cuda"
+        if is_to_be_recorded and not decoder.is_recorded:
             raise RuntimeError("the step was not recorded; the log says why")
     return seconds, found
 

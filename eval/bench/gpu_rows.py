@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from eval.bench.gpu_decode import step_bytes
+from eval.bench.gpu_decode import OWN_CODE, step_bytes
 from eval.bench.gpu_run import Run, read, some_ids
 from rag.lm.kv_bytes import kv_cache_bytes
 
@@ -22,7 +23,7 @@ _TAIL_TOKENS = 64
 def row_ways(num_rows: int) -> list[tuple[str, int]]:
     """Return each way with its rows: one alone, so many, and four times as many."""
     return [
-        *(("recorded", 1), ("plain", num_rows)),
+        *(("recorded", 1), ("plain", num_rows), (OWN_CODE, num_rows)),
         *(("recorded", num_rows), ("recorded", 4 * num_rows)),
     ]
 
@@ -68,6 +69,7 @@ def bench_rows(
         context_tokens: the document.
         num_tokens: how many are timed, of each row.
     """
+    from rag.lm.lean_step import lean_step
     from rag.lm.native_cache import native_cache
     from rag.lm.shared_prefix import SharedPrefixCache, can_share, forward_shared
     from rag.lm.static_decode import can_decode_statically
@@ -87,6 +89,8 @@ def bench_rows(
         read(model, document, some_ids(context_tokens, spec.vocab_size))
         alone: list[int] = []
         for way, count in row_ways(num_rows):
+            if way == OWN_CODE and lean_step(model) is None:
+                continue  # it is what `recorded` is
             if run.too_late(f"{what}: {count} {way}"):
                 continue
             with run.section(f"{what}: {count} {way}"):
@@ -97,7 +101,7 @@ def bench_rows(
                 cache = SharedPrefixCache(document)
                 logits = forward_shared(model, tails, cache, front_padding=[0] * count)
                 newest = logits[:, -1].argmax(-1).tolist()
-                decode = _plain if way == "plain" else _static
+                decode = _plain if way == "plain" else partial(_static, is_lean=way != OWN_CODE)
                 seconds, found = decode(run, model, cache, newest, num_tokens)
                 alone = alone or found
                 differ = (
@@ -149,6 +153,8 @@ def _static(
     cache: SharedPrefixCache,
     newest: list[int],
     num_tokens: int,
+    *,
+    is_lean: bool,
 ) -> tuple[float, list[int]]:
     """As `_plain`; in the steps that are not timed the step is recorded."""
     from rag.lm.static_decode import PLAIN_STEPS, StaticDecoder
@@ -159,6 +165,7 @@ def _static(
         newest,
         max_new_tokens=PLAIN_STEPS + 2 + num_tokens,
         front_padding=[0] * len(newest),
+        is_lean=is_lean,
     )
     found: list[int] = []
 
@@ -179,10 +186,10 @@ def lines(rows: Sequence[RowsRow]) -> list[str]:
         return []
     return [
         "",
-        f"{'rows in step':<16} {'way':<10} {'rows':>5} {'document':>9} {'tokens/s':>9} {'limit':>9}"
+        f"{'rows in step':<16} {'way':<18} {'rows':>5} {'document':>9} {'tokens/s':>9} {'limit':>9}"
         f" {'share':>6} {'ratio':>6} {'same':>5}",
         *(
-            f"{row.model:<16} {row.way:<10} {row.num_rows:>5} {row.context_tokens:>9,}"
+            f"{row.model:<16} {row.way:<18} {row.num_rows:>5} {row.context_tokens:>9,}"
             f" {row.tokens_per_second:>9,.1f} {row.limit_tokens_per_second:>9,.1f}"
             f" {row.share:>6.0%} {row.ratio:>6.2f} {row.same_tokens:>5}"
             for row in rows

@@ -54,7 +54,7 @@ def shared_batch_bytes(
     attention in float32.
     """
     caches = static_kv_bytes(spec, num_tokens, num_rows=num_rows, shared_tokens=shared_tokens)
-    num_own = static_capacity(num_tokens - shared_tokens)
+    num_own = static_capacity(num_tokens - shared_tokens, has_prefix=True)
     chunk = max(num_rows, spec.chunk_tokens)
     layers = [
         num_rows * num_own * layer.elements_per_token * spec.dtype_bytes

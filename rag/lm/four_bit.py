@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from rag.errors import BrokenModelError
-from rag.lm.lean_forward import LEAN_FAMILIES, LeanLayer, lean_pass
+from rag.lm.lean_forward import LEAN_FAMILIES, lean_pass
+from rag.lm.lean_layers import LeanLayer
 from rag.lm.packed_linear import PackedLinear, can_pack
 
 FILE_NAME = "four_bit.weights"

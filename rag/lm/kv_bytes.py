@@ -80,9 +80,12 @@ def room_bytes(spec: ModelSpec, num_tokens: int) -> int:
     return kv_cache_bytes(spec, num_tokens + ROOM_TOKENS) - kv_cache_bytes(spec, num_tokens)
 
 
-def static_capacity(num_tokens: int) -> int:
-    """Return the slots of a full layer in a static cache that is to hold `num_tokens` tokens."""
-    return -(-num_tokens // STATIC_PARTS) * STATIC_PARTS
+def static_capacity(num_tokens: int, *, has_prefix: bool = False) -> int:
+    """Return the slots of a full layer in a static cache that is to hold `num_tokens` tokens.
+
+    Behind a prefix these are a row's own, and one slot stands for the prefix.
+    """
+    return -(-(num_tokens + has_prefix) // STATIC_PARTS) * STATIC_PARTS
 
 
 def static_kv_bytes(
@@ -100,7 +103,7 @@ def static_kv_bytes(
         num_rows: how many are in step.
         shared_tokens: how many of the tokens stand once for all rows.
     """
-    slots = static_capacity(num_tokens - shared_tokens)
+    slots = static_capacity(num_tokens - shared_tokens, has_prefix=shared_tokens > 0)
     own = sum(
         layer.elements_per_token * min(slots, layer.window or slots) * spec.dtype_bytes
         for layer in spec.layers

@@ -15,7 +15,6 @@ Source: modelling code of transformers 5.23; docs/decisions/0034.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 
 from rag.lm.grouped_attention import NAME as GROUPED
+from rag.lm.lean_layers import LeanDecoder, LeanLayer
 from rag.lm.native_cache import GrowingLayer
 
 LEAN_FAMILIES = frozenset({"llama", "qwen2"})
@@ -74,21 +74,8 @@ def lean_pass(model: Any) -> LeanPass | None:  # noqa: ANN401
     return _PASSES.get(model)
 
 
-@dataclass(frozen=True, slots=True)
-class LeanLayer:
-    """What one layer multiplies by: outputs of a tuple's linear layers stand side by side."""
-
-    before_attention: Tensor
-    before_feed_forward: Tensor
-    act: Any
-    qkv: tuple[Any, ...]
-    out: tuple[Any, ...]
-    gate_up: tuple[Any, ...]
-    down: tuple[Any, ...]
-
-
-class LeanPass:
-    """The weights of a model in the order in which a pass needs them; they are the model's own.
+class LeanPass(LeanDecoder):
+    """The pass of one token or a few of each row, to the last bit that of the model's own code.
 
     Up to `most_few_rows` rows are multiplied by `few_layers` and `few_head`. `alone` are the kinds
     of products whose result for a token depends on those beside it, see `kind_of`.
@@ -96,17 +83,8 @@ class LeanPass:
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401
         """Take the parts of a model of `LEAN_FAMILIES`."""
-        decoder = model.get_decoder()
-        attention = decoder.layers[0].self_attn
-        self._width = int(attention.head_dim)
-        self._scale = float(attention.scaling)
-        self._groups = int(attention.num_key_value_groups)
-        self._embed = decoder.embed_tokens
-        self._rotary = decoder.rotary_emb
-        self._norm, self._eps = decoder.norm.weight, decoder.norm.variance_epsilon
-        self.head = model.get_output_embeddings()
+        super().__init__(model)
         self.few_head = self.head
-        self.layers = [_parts(layer) for layer in decoder.layers]
         self.few_layers = self.layers
         self.most_few_rows = 0
         self.alone: frozenset[Kind] = frozenset()
@@ -128,32 +106,37 @@ class LeanPass:
         cache: Any,  # noqa: ANN401
     ) -> Tensor:
         """Return the states [rows, tokens, width] that leave some layers; in inference mode."""
-        B, T, D = len(rows), len(rows[0]), self._width
+        T, D = len(rows[0]), self._width
         held = cache.get_seq_length()
         states: Tensor = self._embed(torch.tensor(rows))
         cos, sin = self._rotary(states, position_ids=torch.arange(held, held + T)[None])
         # Turning takes (-second, first) times the sine; here (second, first) times (-sine, sine).
         sin = torch.cat([-sin[..., : D // 2], sin[..., D // 2 :]], dim=-1)
-        for layer, cached in zip(layers, cache.layers, strict=True):
-            found = self._products(layer.qkv, self._normed(states, layer.before_attention))
-            heads = found.view(B, T, -1, D).transpose(1, 2)
-            kv_heads = heads.shape[1] // (self._groups + 2)
-            turning = heads[:, :-kv_heads]
-            turned = turning * cos + turning.roll(D // 2, -1) * sin
-            keys, values = cached.update(turned[:, -kv_heads:], heads[:, -kv_heads:])
-            queries = turned[:, :-kv_heads]
-            seen = [
-                self._attended(queries[:, :, t], keys[:, :, :upto], values[:, :, :upto])
-                for t, upto in enumerate(range(held + 1, held + T + 1))
-            ]
-            states = states + self._products(layer.out, _joined(seen))
-            gate, up = self._products(
-                layer.gate_up, self._normed(states, layer.before_feed_forward)
-            ).chunk(2, -1)
-            states = states + self._products(layer.down, layer.act(gate) * up)
-        return states
+        return self._passed(layers, states, (cos, sin), cache.layers)
 
-    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attended(
+        self,
+        layer: LeanLayer,
+        heads: Tensor,
+        turn: tuple[Tensor, Tensor],
+        cached: Any,  # noqa: ANN401
+    ) -> Tensor:
+        """Return [B, T, H * D] of [B, T, (H + 2G) * D]; one token's queries at a time."""
+        B, T, _ = heads.shape
+        D = self._width
+        heads = heads.view(B, T, -1, D).transpose(1, 2)
+        kv_heads = self._kv_heads
+        turning, (cos, sin) = heads[:, :-kv_heads], turn
+        turned = turning * cos + turning.roll(D // 2, -1) * sin
+        keys, values = cached.update(turned[:, -kv_heads:], heads[:, -kv_heads:])
+        queries, held = turned[:, :-kv_heads], keys.shape[2] - T
+        seen = [
+            self._seen(queries[:, :, t], keys[:, :, :upto], values[:, :, :upto])
+            for t, upto in enumerate(range(held + 1, held + T + 1))
+        ]
+        return _joined(seen)
+
+    def _seen(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Return [B, 1, H * D] of one token's queries [B, H, D], those of a group as rows."""
         B, kv_heads = keys.shape[:2]
         rows = queries.reshape(B, kv_heads, self._groups, self._width)
@@ -162,8 +145,9 @@ class LeanPass:
 
     def _products(self, linears: tuple[Any, ...], states: Tensor) -> Tensor:
         if states.shape[1] == 1 or not any(kind_of(linear) in self.alone for linear in linears):
-            return _side_by_side(linears, states)
-        return _joined([_side_by_side(linears, token) for token in torch.split(states, 1, dim=1)])
+            return super()._products(linears, states)
+        tokens = torch.split(states, 1, dim=1)
+        return _joined([super(LeanPass, self)._products(linears, token) for token in tokens])
 
     def _normed(self, states: Tensor, weight: Tensor) -> Tensor:
         wide = states.float()
@@ -175,26 +159,6 @@ def kind_of(linear: Any) -> Kind:  # noqa: ANN401
     """Return what decides which kernel a linear layer's product is computed by."""
     has_bias = getattr(linear, "bias", None) is not None
     return type(linear), linear.in_features, linear.out_features, has_bias
-
-
-def _parts(layer: Any) -> LeanLayer:  # noqa: ANN401 - a decoder layer of transformers
-    attention, feed_forward = layer.self_attn, layer.mlp
-    return LeanLayer(
-        before_attention=layer.input_layernorm.weight,
-        before_feed_forward=layer.post_attention_layernorm.weight,
-        act=feed_forward.act_fn,
-        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=(attention.o_proj,),
-        gate_up=(feed_forward.gate_proj, feed_forward.up_proj),
-        down=(feed_forward.down_proj,),
-    )
-
-
-def _side_by_side(linears: tuple[Any, ...], states: Tensor) -> Tensor:
-    if len(linears) == 1:
-        found: Tensor = linears[0](states)
-        return found
-    return torch.cat([linear(states) for linear in linears], dim=-1)
 
 
 def _joined(tokens: list[Tensor]) -> Tensor:

@@ -137,6 +137,7 @@ def open_model(name: str, settings: Settings) -> OpenedModel:
 
     from rag.lm.four_bit import four_bit_bytes, use_four_bit
     from rag.lm.lean_forward import use_lean_forward
+    from rag.lm.lean_step import lean_step
     from rag.lm.packed_linear import use_packed_weights
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -153,6 +154,8 @@ def open_model(name: str, settings: Settings) -> OpenedModel:
         use_lean_forward(model)
         if four_bit is not None:
             use_four_bit(model, four_bit)
+        if device.type == "cuda" and settings.cuda_graphs:
+            lean_step(model)  # moves weights, so before caches take the memory
 
     return OpenedModel(
         name=name_in_four_bits(own_name) if four_bit else own_name,

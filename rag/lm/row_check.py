@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from rag.lm.lean_forward import Kind, LeanLayer, LeanPass, kind_of
+from rag.lm.lean_forward import Kind, LeanPass, kind_of
+from rag.lm.lean_layers import LeanLayer
 from rag.lm.native_cache import native_cache
 
 # Sums of each kind. Where another order was seen, one in 2,000 differed.

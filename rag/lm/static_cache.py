@@ -10,7 +10,7 @@ answer and no more: for an 8B model the slots that stay empty are 0.2% of what a
 
 Several sequences in step are rows of the same tensors, the shorter ones padded at their front as in
 the plain way. What all of them begin with stands beside their own slots, once, and is not copied:
-see `rag.lm.shared_prefix`.
+see `rag.lm.shared_prefix`. The last of the slots stands for it then, and holds nothing.
 
 Source: gpt-fast, and StaticCache of transformers 5.23; docs/decisions/0040.
 """
@@ -26,12 +26,15 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from rag.lm.kv_bytes import STATIC_PARTS
+from rag.lm.kv_bytes import STATIC_PARTS, static_capacity
 from rag.lm.native_cache import GrowingLayer, OwningWindowLayer, native_cache
 from rag.lm.shared_prefix import SharedPrefixCache, attend_prefix
 from rag.lm.windowed_attention import EXACT_ROPES, WINDOWED_FAMILIES
 
 ATTENTION = "fathom_static"
+
+# Up to so many slots one product is sooner done than several and their sum.
+_SLOTS_OF_ONE_PART = 1_024
 
 # Families for which tests compare the step with the plain way. Experts are chosen by reading which
 # on the host, which no graph can; the families with windows of their own are added.
@@ -82,7 +85,7 @@ class StaticCache(Cache):
         super().__init__(layers=list(layers))
         self.static_layers = tuple(layers)
         self.prefix_tokens = prefix_tokens
-        device = layers[0].states[0].device
+        device = layers[0].states.device
         self.position = torch.tensor([num_tokens], device=device)
         self._shift = torch.tensor([[prefix_tokens - pad] for pad in front_padding], device=device)
         self._places = list({id(layer.place): layer.place for layer in layers}.values())
@@ -112,7 +115,7 @@ class StaticCache(Cache):
         return sum(
             _num_bytes(states)
             for layer in self.static_layers
-            for states in (*layer.states, *layer.prefix)
+            for states in (layer.states, *layer.prefix)
         )
 
 
@@ -122,10 +125,9 @@ class _Place:
     def __init__(self, num_slots: int, padding: Tensor) -> None:
         rows, device = len(padding), padding.device
         self.num_slots = num_slots
-        # Many rows occupy a GPU by themselves.
-        self.parts = math.gcd(num_slots, max(1, STATIC_PARTS >> (rows - 1).bit_length()))
+        self.parts = num_parts(num_slots, rows)
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        self.hidden = torch.ones(rows, num_slots, dtype=torch.bool, device=device)
+        self.bias = torch.zeros(rows, num_slots, device=device)  # float32, as scores are
         self._slots = torch.arange(num_slots, device=device)
         self._padding = padding
 
@@ -133,17 +135,25 @@ class _Place:
         self.slot.copy_(position % self.num_slots)
         # What a slot holds is the last position that came to it; before 0 there was none.
         held = position - (position - self._slots) % self.num_slots
-        torch.lt(held, self._padding, out=self.hidden)
+        self.bias.zero_().masked_fill_(held < self._padding, -torch.inf)
+
+
+def num_parts(num_slots: int, num_rows: int) -> int:
+    """Return into how many parts `attend_one` divides the slots of so many rows."""
+    if num_slots <= _SLOTS_OF_ONE_PART:
+        return 1
+    # Many rows occupy a GPU by themselves.
+    return math.gcd(num_slots, max(1, STATIC_PARTS >> (num_rows - 1).bit_length()))
 
 
 class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer, [rows, heads, slots, width], where they stay."""
+    """Keys and values of one layer, [2, rows, heads, slots, width], where they stay."""
 
     is_compileable = True
 
     def __init__(
         self,
-        states: tuple[Tensor, Tensor],
+        states: Tensor,
         window: int | None,
         place: _Place,
         prefix: tuple[Tensor, ...],
@@ -157,7 +167,8 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             prefix: keys and values that all rows begin with, [1, heads, tokens, width], if any.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.states = self.keys, self.values = states
+        self.states = states
+        self.keys, self.values = states
         self.prefix = prefix
         self.place = place
         self.is_sliding = window is not None
@@ -180,9 +191,28 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         values.index_copy_(2, self.place.slot, value_states)
         return keys, values
 
+    def write(self, heads: Tensor) -> None:
+        """Write one token a row at the place, [rows, key heads and value heads, width], at once."""
+        B, _, D = heads.shape
+        new = heads.view(B, 2, -1, 1, D).transpose(0, 1)
+        self.states.index_copy_(3, self.place.slot, new)
+
+    def attended(self, query: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
+        """Return what one query a row, [B, H, 1, D], finds in the slots and in the prefix."""
+        return attend_one(
+            query,
+            self.states[0],
+            self.states[1],
+            self.place.bias,
+            parts=self.place.parts,
+            scale=scale,
+            softcap=softcap,
+            before=attend_prefix(query, *self.prefix, scale=scale) if self.prefix else None,
+        )
+
     def used_bytes(self, num_tokens: int) -> int:
         """Return the bytes that the layer keeps of a row with `num_tokens` tokens of its own."""
-        own = sum(map(_num_bytes, self.states)) // self.place.hidden.numel()
+        own = _num_bytes(self.states) // self.place.bias.numel()
         return own * min(num_tokens, self._kept) + sum(map(_num_bytes, self.prefix))
 
     def get_seq_length(self) -> int:
@@ -199,7 +229,7 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 def static_copy(
-    cache: Cache, capacity: int, *, front_padding: Sequence[int] | None = None
+    cache: Cache, num_new: int, *, front_padding: Sequence[int] | None = None
 ) -> StaticCache:
     """Return a static cache that goes on from a prefilled one, whose layers are dropped.
 
@@ -208,13 +238,14 @@ def static_copy(
 
     Args:
         cache: sequences in the layers of `native_cache`, or a `SharedPrefixCache`.
-        capacity: tokens of a row's own, of prompt and answer, at least as many as `cache` holds.
+        num_new: tokens that there is to be room for beside those of the cache.
         front_padding: how many of the first own tokens of each row stand for nothing; by default
             there is one row, without any.
     """
     front_padding = front_padding or [0]
     prefix_tokens = cache.prefix_tokens if isinstance(cache, SharedPrefixCache) else 0
     num_tokens = cache.get_seq_length() - prefix_tokens
+    capacity = static_capacity(num_tokens + num_new, has_prefix=prefix_tokens > 0)
     first: Any = cache.layers[0]
     device = (first.prefix_keys if prefix_tokens else first.keys).device
     padding = torch.tensor(front_padding, device=device)[:, None]
@@ -229,18 +260,20 @@ def static_copy(
         own = (layer.keys, layer.values) if layer.is_initialized else [s[:, :, :0] for s in prefix]
         held = own[0].shape[-2]
         at = torch.arange(num_tokens - held, num_tokens, device=device) % num_slots
-        states = _in_slots(own[0], at, num_slots), _in_slots(own[1], at, num_slots)
-        layers.append(StaticLayer(states, window, place, prefix))
+        layers.append(StaticLayer(_in_slots(own, at, num_slots), window, place, prefix))
     return StaticCache(layers, num_tokens, front_padding=front_padding, prefix_tokens=prefix_tokens)
 
 
-def _in_slots(states: Tensor, at: Tensor, num_slots: int) -> Tensor:
-    """Return [rows, heads, num_slots, width] with the states at their slots, and zeros elsewhere.
+def _in_slots(own: Sequence[Tensor], at: Tensor, num_slots: int) -> Tensor:
+    """Return [2, rows, heads, num_slots, width], keys and values at their slots, zeros elsewhere.
 
     Slots that hold nothing are given no weight, and nothing times what is not a number is none.
     """
-    rows, heads, _, width = states.shape
-    return states.new_zeros((rows, heads, num_slots, width)).index_copy_(2, at, states)
+    rows, heads, _, width = own[0].shape
+    found = own[0].new_zeros((2, rows, heads, num_slots, width))
+    for slots, states in zip(found, own, strict=True):
+        slots.index_copy_(2, at, states)
+    return found
 
 
 def _num_bytes(states: Tensor) -> int:
@@ -266,16 +299,7 @@ def _static_attention(
         raise RuntimeError("the model is writing an answer; wait until it has")
     layer = fathom_static.static_layers[module.layer_idx]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend_one(
-        query,
-        key,
-        value,
-        layer.place.hidden,
-        parts=layer.place.parts,
-        scale=scale,
-        softcap=softcap,
-        before=attend_prefix(query, *layer.prefix, scale=scale) if layer.prefix else None,
-    )
+    out = layer.attended(query, scale=scale, softcap=softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -286,7 +310,7 @@ def attend_one(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    hidden: Tensor,
+    bias: Tensor,
     *,
     parts: int,
     scale: float,
@@ -295,40 +319,43 @@ def attend_one(
 ) -> Tensor:
     """Attend with one query a row to the slots it sees; every shape is known beforehand.
 
-    Two batched products with a softmax in float32 between. The second sums over the slots, and a
-    product with few rows and columns would occupy few of a GPU's processors: it is computed in
-    parts, whose sums are added. What was attended to before counts as one more key: its score is
-    the logarithm of the sum of the exponentials of theirs, its value what they gave together.
+    Two batched products with a softmax in float32 between. The second sums over the slots, and of
+    many slots a product with few rows and columns would occupy few of a GPU's processors: it is
+    computed in parts, whose sums are added. What was attended to before counts as one more key: its
+    score is the logarithm of the sum of the exponentials of theirs, its value what they gave
+    together.
 
     Args:
         query: [B, H, 1, D].
         key: [B, G, S, D] with H a multiple of G; so is `value`.
-        value: [B, G, S, D].
-        hidden: which slots a row does not see, bool [B, S].
+        value: [B, G, S, D]; zeros in the last slot where something was attended to before.
+        bias: 0 for the slots that a row sees, minus infinity for the others, float32 [B, S].
         parts: a divisor of S.
         scale: the factor of the scores.
         softcap: what the scores are bent to stay below, if anything.
-        before: of `attend_prefix` with the same queries, if the rows share a prefix.
+        before: of `attend_prefix` with the same queries, if the rows share a prefix; the last slot
+            stands for it.
 
     Returns:
         [B, H, 1, D].
     """
     B, H, _, D = query.shape
     _, G, S, _ = key.shape
-    scores = _product(query.reshape(B * G, H // G, D), key.flatten(0, 1).mT) * scale
+    scores = _product(query.reshape(B * G, H // G, D), key.flatten(0, 1).mT).view(B, G, H // G, S)
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(B, G, H // G, S).masked_fill(hidden[:, None, None], -torch.inf)
+        scores, scale = torch.tanh(scores * (scale / softcap)), softcap
+    scores = torch.add(bias[:, None, None], scores, alpha=scale)
     if before is not None:
-        scores = torch.cat((scores, before[1][..., None]), dim=-1)
-    weights = scores.softmax(-1)
-    own = weights[..., :S].to(value.dtype)
-    each = own.reshape(B * G, H // G, parts, -1).transpose(1, 2).flatten(0, 1)
-    sums = _product(each, value.view(B * G * parts, S // parts, -1))  # [B*G*parts, H/G, D]
-    out = sums.view(B, G, parts, H // G, -1).sum(2)
+        scores[..., -1] = before[1]
+    weights = scores.softmax(-1).to(value.dtype)
+    each = weights.view(B * G, H // G, parts, S // parts).transpose(1, 2).flatten(0, 1)
+    out = torch.bmm(each, value.view(B * G * parts, S // parts, -1))
+    if parts > 1:
+        out = out.view(B * G, parts, H // G, -1).sum(1)
+    out = out.view(B, G, H // G, -1)
     if before is not None:
-        out = out + weights[..., S:] * before[0]
-    return out.view(B, H, 1, -1).to(query.dtype)
+        out = torch.addcmul(out, weights[..., -1:], before[0])
+    return out.view(B, H, 1, -1)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from transformers import Cache
 
 from rag.lm.agreement import difference, tolerance
 from rag.lm.forward import allocated, forward, is_allocation_failure
-from rag.lm.kv_bytes import static_capacity
+from rag.lm.lean_step import give_up_lean_step, lean_step
 from rag.lm.native_cache import merge, native_cache
 from rag.lm.shared_prefix import SharedPrefixCache, can_share, forward_in_step
 from rag.lm.spec import ModelSpec
@@ -57,7 +57,8 @@ def can_decode_statically(
     """Say whether the answers of a model can be written so: proven on the model itself.
 
     A few tokens, recorded where there is a GPU, must have the logits that they have in the plain
-    way, a window that is full among them. What fails here keeps the plain way, and that is logged.
+    way, a window that is full among them. Where the lean step's differ, the step is the model's own
+    code; where those of that differ, answers are written in the plain way. Either is logged.
 
     Args:
         model: a causal model of transformers, ready to run.
@@ -71,9 +72,16 @@ def can_decode_statically(
         return False
     proven = _IS_EXACT.setdefault(model, {})
     if rows not in proven:
-        proven[rows] = allocated(
-            lambda: _is_exact(model, spec, rows), "while static decoding was tried"
-        )
+
+        def is_proven() -> bool:
+            if lean_step(model) is not None:
+                if _is_exact(model, spec, rows):
+                    return True
+                give_up_lean_step(model)
+                proven.clear()  # what was proven was the lean step
+            return _is_exact(model, spec, rows)
+
+        proven[rows] = allocated(is_proven, "while static decoding was tried")
     return proven[rows]
 
 
@@ -97,6 +105,7 @@ class StaticDecoder:
         *,
         max_new_tokens: int,
         front_padding: Sequence[int] | None = None,
+        is_lean: bool = True,
         records: bool = True,
         wrap: Callable[[Step], Step] = lambda step: step,
     ) -> None:
@@ -110,18 +119,20 @@ class StaticDecoder:
             max_new_tokens: the longest answer, its first token included; its last is not cached.
             front_padding: how many of the first tokens of each row, a shared prefix aside, stand
                 for nothing; by default there is one row, without any.
+            is_lean: False has the step computed by the model's own code, as where no lean one is.
             records: False calls the step on a GPU too.
             wrap: what makes of the step the one that is run; a compiler, say.
         """
         self._model = model
+        self._lean = lean_step(model) if is_lean else None
         self._device = model.device
         self._prompt_tokens = cache.get_seq_length()
         self._most_steps = max_new_tokens - 1
-        shared = cache.prefix_tokens if isinstance(cache, SharedPrefixCache) else 0
-        capacity = static_capacity(self._prompt_tokens - shared + self._most_steps)
         rows = len(first_ids)
         with torch.inference_mode():
-            self.cache: StaticCache = static_copy(cache, capacity, front_padding=front_padding)
+            self.cache: StaticCache = static_copy(
+                cache, self._most_steps, front_padding=front_padding
+            )
             self.token = torch.tensor([[first_id] for first_id in first_ids], device=self._device)
             vocab_size = model.config.get_text_config(decoder=True).vocab_size
             self.logits = torch.zeros(rows, vocab_size, dtype=model.dtype, device=self._device)
@@ -192,15 +203,18 @@ class StaticDecoder:
         where it is.
         """
         self.cache.point()
-        found = self._model(
-            input_ids=self.token,
-            position_ids=self.cache.position_ids,
-            attention_mask=self._mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            fathom_static=self.cache,
-        ).logits[:, -1]
+        if self._lean is not None:
+            found = self._lean.logits(self.token, self.cache)
+        else:
+            found = self._model(
+                input_ids=self.token,
+                position_ids=self.cache.position_ids,
+                attention_mask=self._mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+                fathom_static=self.cache,
+            ).logits[:, -1]
         self.logits.copy_(found)
         self.token.copy_(found.argmax(-1, keepdim=True))
         self.cache.position.add_(1)
@@ -319,6 +333,11 @@ def _is_exact(model: Any, spec: ModelSpec, rows: Rows) -> bool:  # noqa: ANN401
     decoder = StaticDecoder(
         model, copied, newest, max_new_tokens=_TEST_STEPS + 1, front_padding=padding
     )
+    what = (
+        "answers are decoded in the plain way: the static one"
+        if lean_step(model) is None
+        else "decoding's step is the model's own code: the lean one"
+    )
     largest = 0.0
     try:
         for _ in range(_TEST_STEPS):
@@ -332,15 +351,12 @@ def _is_exact(model: Any, spec: ModelSpec, rows: Rows) -> bool:  # noqa: ANN401
     except RuntimeError as error:
         if is_allocation_failure(error):
             raise
-        logger.warning("answers are decoded in the plain way: the static one failed: %s", error)
+        logger.warning("%s failed: %s", what, error)
         return False
     finally:
         decoder.close()
     if largest > tolerance(model):
-        logger.warning(
-            "answers are decoded in the plain way: the static one's logits differ by %.1f%%",
-            100 * largest,
-        )
+        logger.warning("%s's logits differ by %.1f%%", what, 100 * largest)
         return False
     return True
 
