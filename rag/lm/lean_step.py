@@ -131,7 +131,7 @@ class LeanStep(LeanDecoder):
         return cached.attended(turned[:, :-num_kv, None], scale=self._scale).reshape(rows, -1)
 
     def _heads_normed(self, heads: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
-        sizes = self._groups * self._kv_heads, self._kv_heads, self._kv_heads
+        sizes = [self._groups * self._kv_heads, self._kv_heads, self._kv_heads]
         query, key, value = torch.split(heads, sizes, dim=1)
         return torch.cat((self._normed(query, by_query), self._normed(key, by_key), value), dim=1)
 
