@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import faiss
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from conftest import make_tiny_engine, make_tiny_tokenizer, prompt_of
+from eval.bench.windowed import peak_allocated_bytes
 from rag.lm.agreement import difference, tolerance
 from rag.lm.chunked_attention import NAME as CHUNKED
 from rag.lm.chunked_attention import use_chunked_attention
 from rag.lm.engine import DocumentPrefix, GenerationDone, TextPiece
 from rag.lm.forward import forward
+from rag.lm.lean_step import STEP_FAMILIES, lean_step
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import native_cache
 from rag.lm.partial_attention import attend, attend_plain, works
@@ -83,25 +86,41 @@ def test_gpu_logits_agree_with_cpu_logits() -> None:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", sorted(STATIC_FAMILIES))
-def test_a_recorded_step_gives_the_logits_of_the_plain_way(family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("family", "is_lean"),
+    [
+        *((family, False) for family in sorted(STATIC_FAMILIES)),
+        *((family, True) for family in sorted(STEP_FAMILIES)),
+    ],
+)
+def test_a_recorded_step_gives_the_logits_of_the_plain_way(
+    family: str, is_lean: bool, dtype: torch.dtype
+) -> None:
     """Recorded, called, and calling the model: three ways to the same tokens, fed alike."""
     model = tiny_model(family).to("cuda", dtype)
+    assert lean_step(model) is not None or not is_lean
     ids = [(7 + 7919 * index) % 250 for index in range(40)]
 
-    def prefilled() -> object:
+    def prefilled() -> Any:  # noqa: ANN401
         cache = native_cache(model.config)
         forward(model, [ids], cache)
         return cache
 
     plain = prefilled()
     recorded, called = (
-        StaticDecoder(model, prefilled(), [7], max_new_tokens=24, records=records)  # type: ignore[arg-type]
+        StaticDecoder(
+            model,
+            prefilled(),
+            [7],
+            max_new_tokens=24,
+            is_lean=is_lean,
+            records=records,
+        )
         for records in (True, False)
     )
     newest = 7
     for step in range(23):
-        expected = forward(model, [[newest]], plain)[0, -1]  # type: ignore[arg-type]
+        expected = forward(model, [[newest]], plain)[0, -1]
         with torch.inference_mode():
             called.token.fill_(newest)
             recorded.token.fill_(newest)
@@ -113,6 +132,21 @@ def test_a_recorded_step_gives_the_logits_of_the_plain_way(family: str, dtype: t
         newest = int(expected.argmax())
         assert recorded.is_recorded == (step >= PLAIN_STEPS)
     assert not called.is_recorded
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_weights_are_put_one_after_the_other_on_a_gpu_without_a_second_copy() -> None:
+    model = tiny_model("llama", num_hidden_layers=4, hidden_size=1024, intermediate_size=8192)
+    model.to("cuda", torch.bfloat16)
+    torch.cuda.empty_cache()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    peak = peak_allocated_bytes(lambda: lean_step(model), "cuda")
+    assert lean_step(model) is not None
+    pair = 2 * 8192 * 1024 * 2
+    assert peak < 1.25 * pair
+    assert torch.cuda.memory_allocated() < allocated + 2**20
+    assert torch.cuda.memory_reserved() < reserved + 2 * pair
 
 
 @pytest.mark.gpu
