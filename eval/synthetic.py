@@ -35,8 +35,8 @@ from eval.synthetic_words import (
     THINGS,
 )
 from rag.answering.prompt import is_refusal
-from rag.answering.sentences import sentence_spans
 from rag.errors import FathomError, ReadError
+from rag.sentences import sentence_spans
 
 # Changed whenever a word, a count or a rule of the suite is: results of two versions differ.
 SUITE_VERSION = 1

@@ -5,6 +5,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
+from rag.sentences import ends_sentence
 from rag.types import CanonicalText, Chunk, Section
 
 TokenOffsets = Callable[[str], list[tuple[int, int]]]
@@ -134,8 +135,7 @@ def _cut(
             window_end = min(start + window_chars, end)
             found_tokens = token_offsets(text[start:window_end])
             token_starts, first = [start + token_start for token_start, _ in found_tokens], 0
-            found = _BREAK.finditer(text, start, window_end)
-            breaks = [(match.end(), _strength(match.group())) for match in found]
+            breaks = _breaks(text, start, window_end)
         limit = min(_at(token_starts, first + budget, window_end), start + max_chars)
         limit = max(limit, start + 1)  # one character may be several tokens
         while True:
@@ -160,6 +160,17 @@ def _best_break(breaks: list[tuple[int, int]], half: int, limit: int) -> int:
     low = bisect_left(breaks, (half, 0))
     high = bisect_right(breaks, (limit, _PARAGRAPH))
     return max(breaks[low:high], key=lambda found: (found[1], found[0]), default=(limit, 0))[0]
+
+
+def _breaks(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """Return the offset and the strength of each place in `text[start:end]` to end a chunk at."""
+    breaks = []
+    for match in _BREAK.finditer(text, start, end):
+        strength, stop = _strength(match[0]), match.start() - 1
+        is_stop = strength == _SENTENCE and text[stop] == "."
+        if not is_stop or ends_sentence(text, stop, match.start()):
+            breaks.append((match.end(), strength))
+    return breaks
 
 
 def _strength(found: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import HANDBOOK, HashEmbedder, make_tiny_engine
-from rag.answering.citations import UNVERIFIED, resolve_citations, split_sentences
+from rag.answering.citations import UNVERIFIED, CitedText, resolve_citations
 from rag.answering.context import full_context, retrieved_context
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
 from rag.answering.service import AnswerReady, RouteChosen
@@ -176,13 +176,25 @@ def test_statements_without_support_are_marked(small_fathom: Fathom) -> None:
     assert len(cited.citations) == cited.num_unverified == 1
 
 
-def test_sentences_keep_their_markers_numbers_and_names() -> None:
-    text = "It costs 3.50 today. [2] See python.org for more! Done"
-    assert split_sentences(text) == [
-        "It costs 3.50 today. [2]",
-        "See python.org for more!",
-        "Done",
-    ]
+def test_a_statement_is_whole_whatever_stops_are_in_it(library: Fathom, tmp_path: Path) -> None:
+    """Names, and the numbers of a list, are no statements; a number alone is one."""
+    path = tmp_path / "letters.txt"
+    text = "Mr. Bennet lives near St. Hyacinth's Church in No. 7. J. K. Bell pays 3.50 crowns."
+    path.write_text(text)
+    library.ingest(path)
+    context = full_context(library.documents(), store=library.store, count_tokens=len)
+
+    def resolve(answer: str) -> CitedText:
+        return resolve_citations(
+            answer, "Who lives at the church?", context.passages, library.store
+        )
+
+    cited = resolve("Mr. Bennet lives near St. Hyacinth's. It is No. 7.")
+    assert cited.text == "Mr. Bennet lives near St. Hyacinth's. [1] It is No. 7. [1]"
+    assert [citation.quote for citation in cited.citations] == [text[: text.index(" J. K.")]]
+    listed = resolve("1. Mr. Bennet lives near it.\n2. Whales do.")
+    assert listed.text == f"1. Mr. Bennet lives near it. [1] 2. Whales do. {UNVERIFIED}"
+    assert resolve("8. It is near.").text == f"8. {UNVERIFIED} It is near. [1]"
 
 
 # ---- many questions ----------------------------------------------------------------------------

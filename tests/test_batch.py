@@ -443,6 +443,8 @@ def answer(small_fathom: Fathom) -> Answer:
     ("text", "mode", "route", "abstained", "confidence"),
     [
         ("It is 35 crowns. [1] It is blue. [unverified]", "written", "full", False, 0.5),
+        ("It is blue. [unverified] It is 35 crowns. [1]", "written", "full", False, 0.5),
+        ("It is 35 crowns, says Mr. Bell. [1]", "written", "full", False, 1.0),
         ("It is 35 crowns. [1] So it is. [2]", "written", "retrieval", False, 1.0),
         (
             "It is blue. [unverified] The nearest sentence found: [1]",

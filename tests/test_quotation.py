@@ -35,7 +35,6 @@ from rag.answering.sentence_choice import (
     rank_sentences,
     weights,
 )
-from rag.answering.sentences import LONGEST_SENTENCE_CHARS, sentence_spans
 from rag.lm.catalog import fetched_models, load_catalog
 from rag.lm.local_engine import LocalEngine
 from rag.retrieval.lexical_score import stems
@@ -70,36 +69,6 @@ def sentences(*texts: str, documents: tuple[int, ...] = ()) -> list[Sentence]:
         )
         start += len(text) + 1
     return found
-
-
-def test_sentences_end_where_a_reader_would_end_them() -> None:
-    text = (
-        "Dr. Smith met J. R. Jones in the U.S. Navy. It cost 3.5 million, e.g. for ships!\n"
-        'He said "Go." Then\nhe left.\n\n# A heading\n\n- one\n- two\n'
-    )
-    assert [text[a:b] for a, b in sentence_spans(text)] == [
-        "Dr. Smith met J. R. Jones in the U.S. Navy.",
-        "It cost 3.5 million, e.g. for ships!",
-        'He said "Go."',
-        "Then\nhe left.",
-        "# A heading",
-        "- one",
-        "- two",
-    ]
-    assert sentence_spans("港の使用料は一泊三十五クローネです。子供は無料。") == [(0, 18), (18, 24)]
-    assert sentence_spans(" \n ") == []
-
-
-@given(
-    st.text(alphabet=st.sampled_from("ab .,。!?\n(\"'1-#"), max_size=300) | st.text(max_size=2000)
-)
-def test_sentences_lose_nothing_but_white_space(text: str) -> None:
-    spans = sentence_spans(text)
-    places = {at for start, end in spans for at in range(start, end)}
-    assert len(places) == sum(end - start for start, end in spans)
-    assert all(sign.isspace() for at, sign in enumerate(text) if at not in places)
-    assert all(end - start <= LONGEST_SENTENCE_CHARS for start, end in spans)
-    assert spans == sorted(spans)
 
 
 def test_what_a_question_asks_for_is_seen_and_found() -> None:

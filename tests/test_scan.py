@@ -296,6 +296,10 @@ def test_only_what_stands_in_sight_is_a_finding(small_fathom: Fathom) -> None:
     close = locate("Children they pay nothing at all", window, [])
     assert close is not None
     assert close.quote == "Children pay nothing at all."
+    priced = Window(document, 0, 43, "A berth, says Mr. Bell, is 3.50 crowns. Go.")
+    near = locate("A berth is 3.50 crowns says Bell here", priced, [])
+    assert near is not None
+    assert near.quote == "A berth, says Mr. Bell, is 3.50 crowns."
     assert locate("The harbour fee is 36 dollars a week there", window, []) is None
     after = Window(document, window.end, window.end + 5, "Next.")
     last = Window(document, after.end, after.end + 5, "Last.")

@@ -27,6 +27,7 @@ from rag.answering.conclusions import (
 )
 from rag.answering.context import page_at, section_at
 from rag.routing.question_class import comparatives
+from rag.sentences import line_sentence_spans
 from rag.store.documents import DocumentStore
 from rag.types import Citation, ContextPassage, Document
 
@@ -41,14 +42,12 @@ MIN_RELEVANCE = 0.25
 MIN_COMPARED = 0.8
 # Sentences that a conclusion is shown with.
 MOST_PREMISES = 3
-MAX_QUOTE_CHARS = 600
 
 _MARKER = re.compile(r"\s*\[(\d{1,3})\]")
 # What anyone who reads an answer takes for a marker of ours.
 _LIKE_A_MARKER = re.compile(rf"\[(\d+|{UNVERIFIED.strip('[]')})\]")
-_SENTENCE = re.compile(
-    r"[^\n.!?。！？]*(?:[.!?](?!\s|$)[^\n.!?。！？]*)*(?:[.!?。！？]+[\"')\]]*|\n|$)"
-)
+# The number of an item, which is the list's own.
+_ITEM = re.compile(r"(?:[-*•]\s+)?(\d{1,3})[.)]\s+(?=\S)")
 _WORD = re.compile(r"\w+")
 _COMMON = frozenset(
     "a an and are as at be been but by can did do does for from had has have how if in into is it"
@@ -115,11 +114,13 @@ def resolve_citations(
         bare = without_markers(_MARKER.sub("", statement)).strip()
         if not _words(bare):
             continue
-        best = _best_support(claim(bare, form), question_words, claimed, sentences, weights)
+        item = _ITEM.match(bare)
+        said = bare[item.end() :] if item else bare
+        best = _best_support(claim(said, form), question_words, claimed, sentences, weights)
         shown = [best] if best else []
-        is_said = best is not None and _says(best, bare, form, weights)
+        is_said = best is not None and _says(best, said, form, weights)
         if not is_said and form.may_conclude:
-            shown = _premises(bare, best, form, question_words, sentences, weights)
+            shown = _premises(said, best, form, question_words, sentences, weights)
             concluded += bool(shown)
         marks = []
         for sentence in shown:
@@ -165,13 +166,24 @@ def nearest_citations(
 
 
 def split_sentences(text: str) -> list[str]:
-    """Return the sentences of a text, stripped; a marker after the full stop stays with it."""
+    """Return the sentences of a text, stripped; markers of ours after a full stop stay with it.
+
+    So does the number of a list's item with the item. One that does not count up from 1 says
+    something itself: "35. It is due in May."
+    """
     pieces: list[str] = []
-    for match in _SENTENCE.finditer(text):
-        piece = match.group().strip()
-        while pieces and (found := _MARKER.match(piece)):
-            pieces[-1] += f" {found.group().strip()}"
+    num_items = 0
+    for start, end in line_sentence_spans(text):
+        piece = text[start:end].replace("\n", " ")
+        while pieces and (found := _LIKE_A_MARKER.match(piece)):
+            pieces[-1] += f" {found[0]}"
             piece = piece[found.end() :].strip()
+        if item := _ITEM.match(piece):
+            if int(item[1]) == num_items + 1:
+                num_items += 1
+            else:
+                pieces.append(item[0].strip())
+                piece = piece[item.end() :]
         if piece:
             pieces.append(piece)
     return pieces
@@ -181,10 +193,7 @@ def _sentences(numbered: ContextPassage) -> list[_Sentence]:
     passage = numbered.passage
     spans: list[tuple[int, int]] = []
     words: list[frozenset[str]] = [frozenset()]
-    for match in _SENTENCE.finditer(_lines_joined(passage.text)):
-        raw = match.group()
-        start = match.start() + len(raw) - len(raw.lstrip())
-        end = match.start() + len(raw.rstrip())
+    for start, end in line_sentence_spans(passage.text):
         if found := frozenset(_words(passage.text[start:end])):
             spans.append((passage.start + start, passage.start + end))
             words.append(found)
@@ -192,13 +201,7 @@ def _sentences(numbered: ContextPassage) -> list[_Sentence]:
     return [
         _Sentence(numbered, start, end, words[n], words[n - 1] | words[n] | words[n + 1])
         for n, (start, end) in enumerate(spans, start=1)
-        if end - start <= MAX_QUOTE_CHARS
     ]
-
-
-def _lines_joined(text: str) -> str:
-    """Return the text, same length, with the line breaks inside paragraphs made spaces."""
-    return re.sub(r"(?<=[^\n.!?:;])\n(?=[a-z0-9(\"'])", " ", text)
 
 
 def _best_support(

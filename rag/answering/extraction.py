@@ -16,10 +16,10 @@ from threading import Event
 
 from rag.answering.citations import without_markers
 from rag.answering.counting import MOST_CITATIONS, cite_items
-from rag.answering.sentences import sentence_spans
 from rag.answering.structures.item import Item
 from rag.retrieval.lexical_score import question_words, stems, words_in
 from rag.routing.question_class import DOCUMENT, PARTS, comparatives
+from rag.sentences import sentence_spans
 from rag.store.documents import DocumentStore
 from rag.types import Citation, Document
 

@@ -20,7 +20,6 @@ from rag.answering.context import page_at, section_at
 from rag.answering.extraction import extract, extracted_text, matter_of
 from rag.answering.outcome import sha256_of
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
-from rag.answering.sentences import sentence_spans
 from rag.errors import UnsupportedModelError
 from rag.lm.engine import (
     Engine,
@@ -33,6 +32,7 @@ from rag.lm.engine import (
     TextPiece,
 )
 from rag.retrieval.lexical_score import stems
+from rag.sentences import line_sentence_spans, sentence_spans
 from rag.store.documents import DocumentStore
 from rag.types import (
     Citation,
@@ -299,11 +299,10 @@ def locate(line: str, window: Window, before: Sequence[Window]) -> Finding | Non
     if len(words) < _LEAST_WORDS:
         return None
     for seen in read[:2]:
-        for match in re.finditer(r"[^\n.!?]+(?:[.!?]+|\n|$)", seen.text):
-            sentence = match.group().strip()
+        for start, end in line_sentence_spans(seen.text):
+            sentence = seen.text[start:end]
             if len(words & _words(sentence)) >= _SAME_WORDS * len(words):
-                start = seen.start + match.start() + match.group().index(sentence)
-                return Finding(seen.document, start, start + len(sentence), sentence)
+                return Finding(seen.document, seen.start + start, seen.start + end, sentence)
     return None
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rag.answering.sentences import LONGEST_SENTENCE_CHARS, Span, sentence_spans
 from rag.retrieval.lexical_score import question_words, stems
 from rag.retrieval.retriever import Hit
+from rag.sentences import LONGEST_SENTENCE_CHARS, Span, sentence_spans
 from rag.store.documents import DocumentStore
 from rag.types import Document, Section
 
