@@ -1,5 +1,6 @@
 """From a question to a cited answer with its receipt, with a tiny random model."""
 
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -14,8 +15,9 @@ from rag.answering.service import AnswerReady, RouteChosen
 from rag.errors import DocumentNotFoundError, EmptyLibraryError, ModelError
 from rag.lm.engine import GenerationDone, PrefillProgress
 from rag.store.receipts import REDACTED
-from rag.types import Answer, Route, answer_from_json
+from rag.types import Answer, Decoding, DecodingWay, Route, answer_from_json
 from ui.assembly import Fathom
+from ui.formatting import receipt_text
 
 QUESTION = "What is the harbour fee?"
 
@@ -31,8 +33,22 @@ def test_a_receipt_tells_what_was_done(small_fathom: Fathom) -> None:
     assert receipt.new_tokens <= 16
     assert {gate.gate for gate in receipt.gates} >= {"tokens", "positions", "kv_bytes"}
     assert receipt.seconds.total >= receipt.seconds.prefill + receipt.seconds.decode > 0
+    assert receipt.decoding == Decoding(DecodingWay.PLAIN)
     assert small_fathom.receipts.load(receipt.id) == answer
     assert answer_from_json(answer.to_json()) == answer
+
+
+def test_a_receipt_older_than_a_field_of_it_is_still_read(small_fathom: Fathom) -> None:
+    answer = small_fathom.service().answer(QUESTION)
+    stored = answer.to_json()
+    for name in ("decoding", "named", "thrift", "kv_dtype", "asked_for", "scan", "mode"):
+        del stored["receipt"][name]
+    old = answer_from_json(stored)
+    assert old.receipt.decoding is None
+    assert old == replace(
+        answer, receipt=replace(answer.receipt, decoding=None, named="", thrift=None)
+    )
+    assert "written token" not in receipt_text(old)
 
 
 def test_json_has_exactly_the_keys_of_the_contract(small_fathom: Fathom) -> None:

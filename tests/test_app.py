@@ -13,6 +13,8 @@ from rag.lm.engine import PrefillProgress
 from rag.types import (
     Answer,
     Citation,
+    Decoding,
+    DecodingWay,
     Gate,
     KVBytes,
     QuestionClass,
@@ -24,7 +26,7 @@ from rag.types import (
 from ui.answer_html import answer_card, answer_html, citations_html, gates_html, receipt_html
 from ui.app import serve
 from ui.assembly import Fathom
-from ui.formatting import amount, error_html, plain_html, receipt_text
+from ui.formatting import amount, decoding_words, error_html, plain_html, receipt_text
 from ui.tabs.evidence import evidence_html
 from ui.tabs.parts import offered
 from ui.tabs.writing import paced
@@ -197,6 +199,14 @@ def test_a_receipt_says_every_number_with_its_unit() -> None:
         assert part in shown
     assert shown.count(">35.0 MiB<") == 2  # predicted and actual
     assert shown.count(">2.9 s<") == shown.count(">3.1 s<") == 1
+    assert "Written" not in shown
+    drafted = Decoding(DecodingWay.DRAFTS, drafted=40, accepted=25)
+    words = "several tokens a pass where it copies, 25 of 40 drafted tokens right"
+    written = replace(receipt, decoding=drafted)
+    assert f"<dt>Written</dt><dd>{words}</dd>" in html.unescape(receipt_html(written))
+    assert f"\nwritten {words}\n" in receipt_text(replace(an_answer(""), receipt=written))
+    rows = Decoding(DecodingWay.PLAIN, num_rows=4, refused="no recorded step")
+    assert decoding_words(rows) == "token by token, 4 answers in step; no recorded step"
     apart = replace(receipt, kv_bytes=KVBytes(36700160, 36701184))
     assert "1,024 bytes apart" in html.unescape(receipt_html(apart))
 

@@ -16,7 +16,7 @@ from ingest.pipeline import original_path
 from rag.lm.local_engine import LocalEngine
 from rag.settings import Settings
 from ui.assembly import Fathom
-from ui.doctor import examine_library, repair
+from ui.doctor import examine, examine_library, repair
 
 EMBEDDER = HashEmbedder()
 
@@ -70,6 +70,17 @@ def ready(made: Path, settings: Settings, tiny_engine: LocalEngine) -> Fathom:
     """Return a copy of the library, nothing amiss."""
     shutil.copytree(made / "home", settings.home)
     return Fathom(settings, embedder=EMBEDDER, engine=tiny_engine)
+
+
+def test_4_bit_weights_that_are_asked_for_and_not_there_are_told(ready: Fathom) -> None:
+    assert "4-bit weights" not in {check.name for check in examine(ready)}
+    asking = ready.settings.model_copy(update={"decode_weights": "4-bit"})
+    (check,) = (
+        check
+        for check in examine(Fathom(asking, embedder=EMBEDDER, engine=ready.engine))
+        if check.name == "4-bit weights"
+    )
+    assert "it has none for this device" in check.detail
 
 
 def test_nothing_is_wrong_with_a_sound_library(ready: Fathom) -> None:

@@ -12,6 +12,7 @@ from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import DocumentPrefix, GenerationDone, PrefillProgress, Prompt, TextPiece
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.local_engine import LocalEngine
+from rag.types import Decoding, DecodingWay
 from tiny_families import tiny_model
 
 MIB = 2**20
@@ -76,6 +77,7 @@ def test_answers_in_step_are_those_given_alone(family: str) -> None:
         assert text == expected
         assert done.kv_tokens == expected_done.kv_tokens
         assert done.new_tokens == expected_done.new_tokens
+        assert done.decoding == Decoding(DecodingWay.PLAIN, num_rows=5)
 
 
 def test_rows_that_end_early_leave_the_others_alone() -> None:

@@ -16,9 +16,10 @@ from rag.lm.lean_forward import LEAN_FAMILIES, kind_of, lean_pass, use_lean_forw
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import native_cache
 from rag.lm.packed_linear import can_pack, use_packed_weights
-from rag.lm.prompt_lookup import PromptLookup, _place, without_drafts
+from rag.lm.prompt_lookup import NO_DRAFTS, PromptLookup, _place, without_drafts
 from rag.lm.row_check import check_rows
 from rag.settings import Settings
+from rag.types import Decoding, DecodingWay
 from tiny_families import tiny_model
 
 LENGTHS = (4, 8, 16)
@@ -147,6 +148,25 @@ def test_an_answer_and_its_receipt_are_the_same_wherever_it_ends() -> None:
         with without_drafts(model):
             expected = answer(engine, repetitive(1), new)
         assert facts(answer(engine, repetitive(1), new)) == facts(expected)
+
+
+@needs_bfloat16
+def test_an_answer_says_what_was_drafted_and_what_of_it_was_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = drafting_model()
+    seen = note_passes(model, monkeypatch)
+    engine = LocalEngine(model, make_tiny_tokenizer(), name="tiny")
+    _, done = answer(engine, repetitive(0), 60)
+    assert done.decoding is not None
+    assert done.decoding.way is DecodingWay.DRAFTS
+    passes = [size for size in seen if size <= max(LENGTHS)]  # the prompt has 36 tokens
+    assert done.decoding.drafted == sum(passes) - len(passes)
+    # all but the first token of an answer are a pass's own, or were drafted
+    assert done.new_tokens == 1 + len(passes) + done.decoding.accepted
+    with without_drafts(model):
+        _, done = answer(engine, repetitive(0), 60)
+    assert done.decoding == Decoding(DecodingWay.PLAIN, refused=NO_DRAFTS)
 
 
 @needs_bfloat16

@@ -39,6 +39,7 @@ from rag.lm.static_decode import (
     can_decode_statically,
     in_place,
 )
+from rag.types import Decoding, DecodingWay
 from tiny_families import FAMILIES, WINDOW, tiny_model
 
 NEW = 24
@@ -107,6 +108,8 @@ def test_an_answer_is_word_for_word_the_plain_one(family: str, num_tokens: int) 
     assert found == text
     assert same(found_done, done)
     assert done.new_tokens > PLAIN_STEPS + 1
+    assert done.decoding == Decoding(DecodingWay.PLAIN)
+    assert found_done.decoding == Decoding(DecodingWay.STATIC)  # recorded on a GPU alone
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,6 +157,8 @@ def test_what_cannot_be_static_is_answered_the_plain_way(family: str) -> None:
     found, found_done = answer(engine_of(model, static=True), 40)
     assert found == text
     assert same(found_done, done)
+    assert found_done.decoding is not None
+    assert "no recorded step" in found_done.decoding.refused
 
 
 def test_a_quantised_cache_keeps_the_plain_way() -> None:

@@ -12,6 +12,7 @@ from rag.types import Answer, AnswerMode, Citation, Gate, Receipt, Route
 from ui.formatting import (
     amount,
     class_words,
+    decoding_words,
     limit_words,
     one_line,
     place,
@@ -107,6 +108,7 @@ def receipt_html(receipt: Receipt) -> str:
          f" {receipt.new_tokens:,} written"),
         ("Time", f"{seconds.retrieve:.2f} s retrieving, {seconds.prefill:.1f} s reading,"
          f" {seconds.decode:.1f} s writing, {rest:.1f} s loading and measuring"),
+        *([("Written", decoding_words(receipt.decoding))] if receipt.decoding else []),
         ("Model", f"{receipt.model}; {receipt.embedder}"),
         ("Receipt", receipt.id),
     ]  # fmt: skip

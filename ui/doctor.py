@@ -15,6 +15,7 @@ from ingest.originals import is_ingesting
 from ingest.pipeline import original_path
 from ingest.reindex import embed_chunks, reread_document
 from rag.errors import DocumentNotFoundError, FathomError
+from rag.lm.engine import model_named
 from rag.runtime import check_one_faiss
 from rag.store.access import EVERY_OWNER
 from rag.store.integrity import StoreIntegrity
@@ -125,6 +126,18 @@ def _installation(fathom: Fathom) -> Iterator[Check]:
             yield Check(use, about, True, f"{name} is here")
         except FathomError as error:
             yield Check(use, about, False, f"{error.message}; {error.hint}")
+    if fathom.settings.decode_weights == "4-bit":
+        yield _four_bits(fathom)
+
+
+def _four_bits(fathom: Fathom) -> Check:
+    """Say whether 4-bit weights, which were asked for, are there for this model and device."""
+    try:
+        name = fathom.engine.name
+    except FathomError as error:
+        return Check("4-bit weights", "installation", False, f"{error.message}; {error.hint}")
+    missing = "" if model_named(name) != name else "; it has none for this device: the stored ones"
+    return Check("4-bit weights", "installation", True, f"{name}{missing}")
 
 
 # ---- the store --------------------------------------------------------------------------------

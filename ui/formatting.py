@@ -7,6 +7,8 @@ from datetime import timedelta
 from rag.types import (
     Answer,
     Citation,
+    Decoding,
+    DecodingWay,
     Gate,
     IngestProgress,
     Receipt,
@@ -19,6 +21,13 @@ from rag.types import (
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 # What moves a terminal's cursor or colours; tab and line feed stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+_WAYS = {
+    DecodingWay.PLAIN: "token by token",
+    DecodingWay.DRAFTS: "several tokens a pass where it copies",
+    DecodingWay.STATIC: "token by token over a cache that stays in place",
+    DecodingWay.RECORDED: "by one recorded step",
+}
 
 
 def amount(value: float | None, unit: str) -> str:
@@ -78,6 +87,16 @@ def routes_words(routes: Sequence[RouteEstimate], thrift: float | None = None) -
         for estimate in routes
     )
     return words if thrift is None else f"{words}; thrift {thrift:g}"
+
+
+def decoding_words(decoding: Decoding) -> str:
+    """Return how an answer's tokens were computed, in words."""
+    words = _WAYS[decoding.way]
+    if decoding.drafted:
+        words += f", {decoding.accepted:,} of {decoding.drafted:,} drafted tokens right"
+    if decoding.num_rows > 1:
+        words += f", {decoding.num_rows:,} answers in step"
+    return f"{words}; {decoding.refused}" if decoding.refused else words
 
 
 def class_words(receipt: Receipt) -> str:
@@ -182,6 +201,7 @@ def receipt_text(answer: Answer) -> str:
         f"{seconds.total:.1f} s: {seconds.retrieve:.2f} retrieving, {seconds.prefill:.1f} reading"
         f" ({amount(seconds.prefill_predicted, 'seconds')} predicted),"
         f" {seconds.decode:.1f} writing, {rest_seconds(seconds):.1f} loading and measuring",
+        *([f"written {decoding_words(receipt.decoding)}"] if receipt.decoding else []),
         f"{receipt.model}, receipt {receipt.id}",
     ]
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _unix_lines("\n".join(lines)))

@@ -11,6 +11,7 @@ from rag.answering.prompt import CANNOT_ANSWER
 from rag.types import (
     Answer,
     Citation,
+    Decoding,
     KVBytes,
     ReadExtent,
     Receipt,
@@ -50,6 +51,7 @@ class Outcome:
     prefill_seconds: float = 0.0
     prefill_predicted_seconds: float | None = None
     decode_seconds: float = 0.0
+    decoding: Decoding | None = None
     scan: ScanTally | None = None
     notes: tuple[str, ...] = ()
     escalations: tuple[str, ...] = ()
@@ -152,6 +154,7 @@ def finished_answer(
         breadth=breadth,
         kv_dtype=kv_dtype,
         thrift=thrift,
+        decoding=outcome.decoding,
     )
     return Answer(outcome.text, outcome.abstained, outcome.citations, receipt)
 

@@ -102,6 +102,7 @@ def written_outcome(
         prefill_seconds=done.prefill_seconds,
         prefill_predicted_seconds=predicted_seconds,
         decode_seconds=done.decode_seconds,
+        decoding=done.decoding,
         notes=tuple(notes),
     )
 

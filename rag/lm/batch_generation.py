@@ -29,6 +29,7 @@ from rag.lm.static_decode import PLAIN_STEPS, Rows, StaticDecoder, can_decode_st
 # Most answers written in step: beyond, a row more costs a CPU nearly what it costs alone.
 MOST_ROWS = 32
 _FLOAT32_BYTES = 4
+_NO_STATIC_STEP = "no recorded step: this model has none that was found to give the same"
 
 
 def joined_batch_bytes(spec: ModelSpec, num_rows: int, num_tokens: int) -> int:
@@ -299,8 +300,11 @@ class BatchGeneration:
         kind: Rows,
     ) -> Iterator[tuple[int, GenerationStep]]:
         """Write on from prompts that were read, by a static decoder where that can be."""
-        if not (self._decodes_statically and can_decode_statically(self._model, self._spec, kind)):
+        if not self._decodes_statically:
             yield from self._written(rows, cache)
+            return
+        if not can_decode_statically(self._model, self._spec, kind):
+            yield from self._written(rows, cache, refused=_NO_STATIC_STEP)
             return
         begun = time.perf_counter()
         first_ids = [row.state.next_id or 0 for row in rows]
@@ -323,6 +327,8 @@ class BatchGeneration:
         self,
         rows: Sequence[Row],
         cache: Any,  # noqa: ANN401
+        *,
+        refused: str = "",
     ) -> Iterator[tuple[int, GenerationStep]]:
         return decode(
             self._model,
@@ -331,6 +337,7 @@ class BatchGeneration:
             end_ids=self._tokenizer.end_ids(self._model),
             max_new_tokens=self._max_new_tokens,
             stop=self._stop,
+            refused=refused,
         )
 
 

@@ -8,6 +8,7 @@ from threading import Event
 from typing import Any, Protocol, runtime_checkable
 
 from rag.lm.spec import ModelSpec
+from rag.types import Decoding
 
 
 def name_with_cache(name: str, kv_dtype: str) -> str:
@@ -93,6 +94,7 @@ class GenerationDone:
     and `kv_bytes` are what the cache really held at the end, the bytes summed over its tensors. All
     three are None where a server holds the cache and does not tell. `stopped` says that the
     caller's stop event ended it, `is_cut_off` that the token limit did; else the model ended it.
+    `decoding` says how the tokens were computed, None where none was or a server did.
     """
 
     prompt_tokens: int
@@ -104,6 +106,7 @@ class GenerationDone:
     decode_seconds: float
     stopped: bool
     is_cut_off: bool = False
+    decoding: Decoding | None = None
 
 
 GenerationStep = PrefillProgress | TextPiece | GenerationDone

@@ -13,9 +13,10 @@ from rag.lm.engine import GenerationDone, GenerationStep, TextPiece
 from rag.lm.kv_bytes import measured_row_bytes
 from rag.lm.native_cache import select
 from rag.lm.prefill import Prefilled
-from rag.lm.prompt_lookup import PromptLookup
+from rag.lm.prompt_lookup import NO_DRAFTS, PromptLookup
 from rag.lm.shared_prefix import SharedPrefixCache, forward_in_step
 from rag.lm.static_decode import StaticDecoder
+from rag.types import Decoding, DecodingWay
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -48,7 +49,13 @@ class Row:
         return self.done(kv_tokens=self.state.num_tokens, kv_bytes=held, stopped=True)
 
     def done(
-        self, *, kv_tokens: int, kv_bytes: int, stopped: bool = False, is_cut_off: bool = False
+        self,
+        *,
+        kv_tokens: int,
+        kv_bytes: int,
+        stopped: bool = False,
+        is_cut_off: bool = False,
+        decoding: Decoding | None = None,
     ) -> GenerationDone:
         """Return the last step of this answer."""
         return GenerationDone(
@@ -61,6 +68,7 @@ class Row:
             decode_seconds=self.decode_seconds,
             stopped=stopped,
             is_cut_off=is_cut_off,
+            decoding=decoding,
         )
 
 
@@ -72,6 +80,7 @@ def decode(
     end_ids: frozenset[int],
     max_new_tokens: int,
     stop: Event,
+    refused: str = "",
 ) -> Iterator[tuple[int, GenerationStep]]:
     """Write on from prefilled prompts, all rows in step, until each has ended.
 
@@ -90,6 +99,7 @@ def decode(
         end_ids: the tokens that end an answer.
         max_new_tokens: the longest answer.
         stop: looked at before each token that is shown.
+        refused: which faster way was wanted and not taken, for the receipt.
 
     Yields:
         Each row's number with its text pieces and, last, its GenerationDone.
@@ -123,6 +133,7 @@ def decode(
                         kv_bytes=kv_bytes,
                         stopped=not is_end and not is_full,
                         is_cut_off=is_full,
+                        decoding=_decoding(cache, lookup, len(rows), refused),
                     ),
                 )
                 ended.add(row.number)
@@ -160,6 +171,24 @@ def _next_ids(
     logits = forward_in_step(model, newest, cache, front_padding=padding)
     found: list[int] = logits[:, -1].argmax(-1).tolist()
     return found
+
+
+def _decoding(
+    cache: Cache | StaticDecoder, lookup: PromptLookup | None, num_rows: int, refused: str
+) -> Decoding:
+    """Return how rows were written so far."""
+    if isinstance(cache, StaticDecoder):
+        way = DecodingWay.RECORDED if cache.is_recorded else DecodingWay.STATIC
+        return Decoding(way, num_rows)
+    if lookup is None:
+        return Decoding(DecodingWay.PLAIN, num_rows, refused=refused)
+    return Decoding(
+        DecodingWay.DRAFTS if lookup.drafted else DecodingWay.PLAIN,
+        num_rows,
+        drafted=lookup.drafted,
+        accepted=lookup.accepted,
+        refused=NO_DRAFTS if lookup.refused else refused,
+    )
 
 
 def _held(cache: Cache | StaticDecoder, row: Row) -> tuple[int, int]:

@@ -33,6 +33,8 @@ from rag.lm.row_check import check_rows
 
 logger = logging.getLogger(__name__)
 
+NO_DRAFTS = "no drafts: products of several tokens round otherwise here"
+
 # Tokens of a pass, the newest included: more after each draft that was right to its end.
 _LENGTHS = (4, 8, 16)
 # After drafts that were of no use, in a row, so many tokens are written without one at most.
@@ -59,7 +61,11 @@ def without_drafts(model: Any) -> Iterator[None]:  # noqa: ANN401
 
 
 class PromptLookup:
-    """Writes one answer; what it reads ahead is in the cache until it is asked for."""
+    """Writes one answer; what it reads ahead is in the cache until it is asked for.
+
+    `drafted` tokens were read ahead so far, `accepted` of them were asked for. `refused` says that
+    there was a draft, and that passes of several tokens are not exact here.
+    """
 
     def __init__(self, model: Any, prompt_ids: Sequence[int]) -> None:  # noqa: ANN401
         """Begin behind a prompt.
@@ -75,6 +81,8 @@ class PromptLookup:
         self._length = 0  # of the next draft's pass, in _LENGTHS
         self._useless = 0
         self._pause = 0
+        self.drafted = self.accepted = 0
+        self.refused = False
 
     def next_id(self, newest: int, cache: Any, *, most: int) -> int:  # noqa: ANN401
         """Return the token that the model chooses after `newest`.
@@ -86,6 +94,7 @@ class PromptLookup:
         """
         self._ids = np.append(self._ids, newest)
         if self._ahead:
+            self.accepted += 1
             return self._ahead.popleft()
         draft = self._draft(most) if self._can_draft(cache) else []
         if not draft:
@@ -96,6 +105,7 @@ class PromptLookup:
             right += 1
         cache.crop(right - len(draft))
         self._learn(right, len(draft))
+        self.drafted += len(draft)
         self._ahead.extend(chosen[1 : right + 1])
         return chosen[0]
 
@@ -118,7 +128,10 @@ class PromptLookup:
             return []
         reach = min(_LENGTHS[self._length], most, len(self._ids) - begin + 1)
         length = max((length for length in _LENGTHS if length <= reach), default=0)
-        if not length or not self._holds():
+        if not length:
+            return []
+        if not self._holds():
+            self.refused = True
             return []
         draft: list[int] = self._ids[begin : begin + length - 1].tolist()
         return draft
@@ -155,7 +168,7 @@ class PromptLookup:
             tried = threads, check_rows(self._model, lean, _LENGTHS)
             _TRIED[lean] = tried
             if not tried[1]:
-                logger.info("products of several tokens round otherwise here: no drafts")
+                logger.info(NO_DRAFTS)
         return tried[1]
 
 
