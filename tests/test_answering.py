@@ -57,7 +57,7 @@ def test_json_has_exactly_the_keys_of_the_contract(small_fathom: Fathom) -> None
     assert list(value["receipt"]) == (
         "id route reason question_class gates read prompt_tokens cached_tokens new_tokens kv_bytes"
         " seconds escalations model embedder prompt_sha256 class_reason mode scan"
-        " routes standalone_question asked_for breadth kv_dtype thrift named".split()
+        " routes standalone_question asked_for breadth kv_dtype thrift named decoding".split()
     )
     assert list(value["receipt"]["read"]) == "tokens of_tokens chunks of_chunks not_read".split()
     gate_keys = {tuple(gate) for gate in value["receipt"]["gates"]}
