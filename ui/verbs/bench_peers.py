@@ -14,8 +14,7 @@ from rag.errors import FathomError, SettingsError
 from rag.settings import load_settings
 from rag.types import Route
 from ui.console import Json, err, open_fathom, out, print_json
-from ui.verbs.bench_options import app
-from ui.verbs.bench_speed import Rounds
+from ui.verbs.bench_options import Rounds, TimedModel, app
 
 BEGIN, END = "<!-- fathom bench all -->", "<!-- end of fathom bench all -->"
 
@@ -141,9 +140,7 @@ def bench_search_verb(
     epilog="Examples: fathom bench cold  |  fathom bench cold --gguf smollm2-135m.Q4_1.gguf",
 )
 def bench_cold_verb(
-    model: Annotated[
-        str, typer.Option(help="Catalog name, folder or hub id of a model.")
-    ] = "smollm2-135m",
+    model: TimedModel = "smollm2-135m",
     gguf: Annotated[
         Path | None, typer.Option(help="The same model's GGUF file, for transformers.")
     ] = None,

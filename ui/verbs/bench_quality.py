@@ -13,12 +13,8 @@ from rag.errors import ReadError
 from rag.settings import Settings, load_settings
 from rag.types import QuestionClass
 from ui.console import Home, Json, Model, err, open_fathom, out, print_json, stages_bar
-from ui.verbs.bench_options import Data, Split, app
+from ui.verbs.bench_options import Data, Rows, SetNames, Split, VectorCache, app
 from ui.verbs.comparison import MAX_NEW_TOKENS, ask_paired
-
-VectorCache = Annotated[
-    Path | None, typer.Option("--cache", help="Folder that keeps the chunks' vectors between runs.")
-]
 
 
 @app.command(
@@ -29,9 +25,7 @@ VectorCache = Annotated[
 def bench_retrieval_verb(
     data: Data,
     split: Split = "dev",
-    only: Annotated[
-        list[str] | None, typer.Option("--set", help="A set's name; may be repeated. Default: all.")
-    ] = None,
+    only: SetNames = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Questions of each set; default: all.")
     ] = None,
@@ -78,9 +72,7 @@ def bench_retrieval_verb(
 def bench_quotation_verb(
     data: Data,
     split: Split = "dev",
-    only: Annotated[
-        list[str] | None, typer.Option("--set", help="A set's name; may be repeated.")
-    ] = None,
+    only: SetNames = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Questions of each set, of each kind; default: all.")
     ] = None,
@@ -89,7 +81,7 @@ def bench_quotation_verb(
     ] = True,
     model: Model = None,
     cache: VectorCache = None,
-    rows: Annotated[Path | None, typer.Option(help="Write a JSON line a question here.")] = None,
+    rows: Rows = None,
     fit: Annotated[
         Path | None,
         typer.Option(help="Fit the weights on --split and write them here instead."),
@@ -166,9 +158,7 @@ def bench_quotation_verb(
 )
 def bench_router_verb(
     data: Data,
-    split: Annotated[
-        str, typer.Option(help="dev (in folds, to tune) or test (to report).")
-    ] = "dev",
+    split: Split = "dev",
     weights: Annotated[
         Path | None, typer.Option(help="From fathom fit-router, for test; default: those shipped.")
     ] = None,
@@ -195,14 +185,13 @@ def bench_router_verb(
 
     The latter ask questions of every class on documents of several lengths by retrieval, by reading
     everything, and as the router would have it, and tell for each slice how far the router is from
-    the better of the two.
+    the better of the two. On dev each fold of the stored answers is judged by weights that were
+    fitted on the others.
     """
     from eval.bench.router import Round, bench_router, card, cross_validation, label_pairs
     from eval.lara import load_lara
     from rag.routing.utility import load_weights
 
-    if split not in ("dev", "test"):
-        raise typer.BadParameter("--split is dev or test")
     if weights and split == "dev":
         raise typer.BadParameter("--weights are judged on test: on dev every fold fits its own")
     documents, predictions = load_lara(data)
@@ -278,7 +267,7 @@ def bench_poisoned_verb(
         typer.Option(help="A text file, in whose middle the short documents are put."),
     ] = None,
     model: Model = None,
-    rows: Annotated[Path | None, typer.Option(help="Write a JSON line an answer here.")] = None,
+    rows: Rows = None,
     as_json: Json = False,
 ) -> None:
     """Ask documents that try to give orders, beside the same without: who obeys, who is right."""

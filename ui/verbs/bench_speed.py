@@ -11,16 +11,11 @@ import typer
 from rag.errors import FathomError, SettingsError
 from rag.settings import load_settings
 from ui.console import Json, err, open_fathom, out, print_json, show_error
-from ui.verbs.bench_options import Data, Split, app
+from ui.verbs.bench_options import Clock, Data, Rounds, Split, TimedModel, app
 
 if TYPE_CHECKING:
     from rag.lm.loading import OpenedModel
     from rag.lm.spec import ModelSpec
-
-Clock = Annotated[
-    str, typer.Option(help="wall, or cpu: CPU seconds, where others use the machine too.")
-]
-Rounds = Annotated[int, typer.Option(help="How often all is run; medians are shown.", min=1)]
 
 _SMALL_CHARS = 2_000  # of a document, where a bench only tries itself
 
@@ -32,7 +27,7 @@ def bench_ingest_verb(
     paths: Annotated[
         list[str] | None, typer.Argument(help="Files and folders; by default the sample.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Runs of ours and the peer, in turn.", min=1)] = 1,
+    rounds: Rounds = 1,
     as_json: Json = False,
 ) -> None:
     """Ingest into a temporary library, beside plain sentence-transformers on the same chunks."""
@@ -82,7 +77,7 @@ def bench_windowed_verb(
     ] = None,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay for good.")] = 64,
     window: Annotated[int, typer.Option(min=1, help="Tokens a token sees beside them.")] = 512,
-    rounds: Annotated[int, typer.Option(help="Runs of both, in turn.", min=1)] = 1,
+    rounds: Rounds = 1,
     clock: Clock = "wall",
     peers: Annotated[
         bool, typer.Option("--peers", help="The full prefill is transformers' own.")
@@ -95,7 +90,6 @@ def bench_windowed_verb(
     from rag.lm.catalog import resolve_model
     from rag.lm.windowed_attention import WindowPlan
 
-    _check_clock(clock)
     settings = load_settings()
     with err.status("loading and checking the model") as status:
         bench = bench_windowed(
@@ -116,9 +110,7 @@ def bench_windowed_verb(
     epilog="Examples: fathom bench prefill  |  fathom bench prefill --model gemma-3-270m --json",
 )
 def bench_prefill_verb(
-    model: Annotated[
-        str, typer.Option(help="Catalog name, folder or hub id of a model.")
-    ] = "smollm2-135m",
+    model: TimedModel = "smollm2-135m",
     tokens: Annotated[
         list[int] | None,
         typer.Option(
@@ -134,7 +126,6 @@ def bench_prefill_verb(
     """Compare predicted with measured prefill seconds; share of the matrix-product ceiling."""
     from eval.bench.prefill import bench_prefill, card
 
-    _check_clock(clock)
     with err.status("loading the model") as status:
         opened, loaded, spec = _loaded(model)
         lengths = tokens or [spec.chunk_tokens * times for times in (1, 2, 4, 8, 16)]
@@ -158,9 +149,7 @@ def bench_prefill_verb(
     epilog="Examples: fathom bench decode  |  fathom bench decode --peers --gguf smollm2.gguf",
 )
 def bench_decode_verb(
-    model: Annotated[
-        str, typer.Option(help="Catalog name, folder or hub id of a model.")
-    ] = "smollm2-135m",
+    model: TimedModel = "smollm2-135m",
     context: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Tokens in the cache; may be repeated. Default: 128, 2048, 8192."),
@@ -186,7 +175,6 @@ def bench_decode_verb(
     """Measure tokens a second of decoding beside what the memory's bandwidth allows."""
     from eval.bench.decode import bench_decode, card
 
-    _check_clock(clock)
     with err.status("loading the model") as status:
         opened, loaded, spec = _loaded(model)
         if peers or data:
@@ -280,9 +268,7 @@ def _beside_peers(
     epilog="Examples: fathom bench threads  |  fathom bench threads --busy 4 --threads 2",
 )
 def bench_threads_verb(
-    model: Annotated[
-        str, typer.Option(help="Catalog name, folder or hub id of a model.")
-    ] = "smollm2-135m",
+    model: TimedModel = "smollm2-135m",
     busy: Annotated[
         int | None,
         typer.Option(min=0, help="Processes that keep a core busy. Default: one for each core."),
@@ -316,7 +302,7 @@ def bench_threads_verb(
     epilog="Examples: fathom bench document-kv  |  fathom bench document-kv --document-tokens 6000",
 )
 def bench_document_kv_verb(
-    model: Annotated[str, typer.Option(help="Catalog name, folder, hub id, or auto.")] = "auto",
+    model: TimedModel = "auto",
     document_tokens: Annotated[int, typer.Option(min=1, help="Length of the document.")] = 1500,
     question_tokens: Annotated[int, typer.Option(min=1, help="Length of a question.")] = 32,
     rounds: Rounds = 3,
@@ -330,7 +316,6 @@ def bench_document_kv_verb(
     from eval.bench.document_kv import bench_document_kv, card
     from eval.bench.generation_peers import load_plain
 
-    _check_clock(clock)
     with TemporaryDirectory() as folder, err.status("loading the model") as status:
         opened, loaded, _ = _loaded(model)
         bench = bench_document_kv(
@@ -359,9 +344,7 @@ def bench_batch_verb(
     only: Annotated[str, typer.Option("--set", help="The set of documents and questions.")] = (
         "squad2_articles"
     ),
-    model: Annotated[
-        str, typer.Option(help="Catalog name, folder or hub id of a model.")
-    ] = "smollm2-135m",
+    model: TimedModel = "smollm2-135m",
     documents: Annotated[int, typer.Option(min=1, help="The first so many that fit.")] = 5,
     questions: Annotated[int, typer.Option(min=1, help="About all of them together.")] = 200,
     alone: Annotated[
@@ -384,7 +367,6 @@ def bench_batch_verb(
     from eval.evidence_sets import load_evidence_set
     from rag.lm.device import choose_device
 
-    _check_clock(clock)
     if small:
         documents, questions, alone = 2, 6, 1
     evidence = load_evidence_set(data, only, split)
@@ -488,10 +470,3 @@ def _loaded(name: str) -> "tuple[OpenedModel, Any, ModelSpec]":
         torch.set_num_threads(settings.num_threads)
     spec = ModelSpec.from_config(opened.config, dtype_bytes=opened.dtype.itemsize)
     return opened, opened.load_hastened(), spec.on_device(opened.device.type)
-
-
-def _check_clock(name: str) -> None:
-    from eval.bench.machine import CLOCKS
-
-    if name not in CLOCKS:
-        raise typer.BadParameter(f"--clock is {name!r}; expected {' or '.join(CLOCKS)}")
