@@ -110,7 +110,7 @@ def test_a_second_budget_is_enough_where_it_shows_the_sentence(tmp_path: Path) -
     fathom, _ = _library(tmp_path, hidden=False)
     first = fathom.service().plan(QUESTION, fathom.documents())
     shown = first.context.passages[0].passage.text
-    wider = fathom.service()._planner.further(QUESTION, fathom.documents(), first)[0]
+    wider = fathom.service()._escalation.further(QUESTION, fathom.documents(), first)[0]
     assert wider is not None
     assert wider.context.num_tokens > first.context.num_tokens
     assert wider.context.num_tokens <= 400

@@ -14,13 +14,11 @@ from rag.answering.fitting import fitting_passages
 from rag.answering.prompt import build_messages
 from rag.answering.quoting import decide_quotation
 from rag.answering.scan import frame_tokens
-from rag.answering.scan_receipt import predicted_scan_seconds, scan_gates
-from rag.answering.sentence_choice import NUM_CHUNKS
-from rag.errors import ModelError, OutOfMemoryError
+from rag.answering.scan_receipt import scan_gates
 from rag.lm.catalog import load_catalog
 from rag.lm.engine import DocumentPrefix, Engine, Prompt, model_named
 from rag.retrieval.retriever import Hit, Retriever
-from rag.routing.gates import Limits, Need, check_gates, describe, failed, hard
+from rag.routing.gates import Limits, Need, check_gates, failed, hard
 from rag.routing.model_plan import longest_context
 from rag.routing.question_class import NEEDS_EVERYTHING, classify_question
 from rag.routing.router import counted_decision, decide_route
@@ -221,7 +219,7 @@ class Planner:
         if decision.route is Route.FULL:
             assert everything is not None  # only what was counted exactly can pass the gates
             prompt, context = full_prompt, everything
-            decision = replace(decision, reason=decision.reason + self._in_its_cache(reader))
+            decision = replace(decision, reason=decision.reason + self.cache_words(reader))
         elif decision.route is Route.SCAN:
             prompt, context, prefix, reader = Prompt((), 0), Context((), 0, 0), None, engine
         else:
@@ -279,105 +277,13 @@ class Planner:
             return self._engine, gates
         return quantised, (*gates, *gates_of(quantised))
 
-    def _in_its_cache(self, engine: Engine) -> str:
+    def cache_words(self, engine: Engine) -> str:
         """Return in what cache an engine reads, in words; nothing if it is the model's own."""
         if engine is self._engine or engine.spec is None:
             return ""
         calibrated = self.limits(engine).effective_tokens
         words = f", in an 8-bit cache ({engine.spec.kv_dtype})"
         return f"{words}, calibrated to {calibrated:,} tokens" if calibrated else words
-
-    def further(
-        self, question: str, documents: Sequence[Document], plan: Plan
-    ) -> tuple[Plan | None, str]:
-        """Return what to read after a plan found no supported answer, and why, in words.
-
-        Twice as much, then everything: in one prompt where every gate passes, else in windows,
-        where that takes no longer than the deadline of a prefill. None if there is nothing more to
-        read, no time for it, or no use: a model that is to quote made answers up from the whole of
-        a document where its sentences held none. Source: docs/decisions/0031.
-        """
-        if plan.is_extracted:
-            written = self.plan(
-                question, documents, mode=AnswerMode.WRITTEN, calibrate=True, thrift=plan.thrift
-            )
-            return self._because(
-                written, "no sentence holds the words asked for, so the model reads"
-            )
-        if plan.counted or plan.decision.route is not Route.RETRIEVAL:
-            return None, "everything was read"
-        mode = plan.decision.mode
-        is_quoted = mode is AnswerMode.QUOTED
-        tokens = plan.breadth * self._settings.retrieval_tokens
-        before = f"the nearest {tokens:,} tokens gave no supported answer"
-        if is_quoted:
-            before = f"the nearest {plan.breadth * NUM_CHUNKS} chunks seem to hold no answer"
-        if plan.breadth == 1:
-            try:
-                wider = self.plan(
-                    question,
-                    documents,
-                    route=None if is_quoted else Route.RETRIEVAL,
-                    mode=mode if is_quoted else None,
-                    calibrate=True,
-                    breadth=2,
-                    thrift=plan.thrift,
-                )
-            except ModelError:
-                wider = plan
-            more_chunks = sum(document.num_chunks for document in documents) > NUM_CHUNKS
-            if more_chunks if is_quoted else wider.context.num_tokens > plan.context.num_tokens:
-                return self._because(wider, f"{before}, so twice as much is read")
-        if is_quoted:
-            return None, f"{before}, and a model that is to quote is not asked to write"
-        everything = self.plan(
-            question, documents, route=Route.FULL, calibrate=True, thrift=plan.thrift
-        )
-        against = failed(everything.decision.gates, Route.FULL)
-        if not against:
-            return self._because(everything, f"{before}, so everything is read")
-        windows = self.plan(
-            question, documents, route=Route.SCAN, calibrate=True, thrift=plan.thrift
-        )
-        seconds = predicted_scan_seconds(windows.decision)
-        too_long = seconds is None or seconds > self._settings.prefill_deadline_seconds
-        if windows.decision.route is Route.SCAN and not too_long:
-            return self._because(windows, f"{before}, so everything is read in windows")
-        words = f"everything was not read: {describe(against[0])}"
-        if seconds is not None and too_long:
-            words += f", and in windows it would take about {seconds:,.1f} s"
-        return None, words
-
-    def _because(self, plan: Plan, words: str) -> tuple[Plan, str]:
-        words += self._in_its_cache(plan.engine)
-        return replace(plan, decision=replace(plan.decision, reason=words)), words
-
-    def smaller(
-        self, question: str, documents: Sequence[Document], plan: Plan, problem: str
-    ) -> tuple[Plan, str]:
-        """Return what to do where memory ran out with `plan`, and that in words.
-
-        Everything, then the retrieved passages, then half as many of them.
-
-        Raises:
-            OutOfMemoryError: if there is nothing smaller.
-        """
-        budget = self._settings.retrieval_tokens
-        if plan.decision.route is Route.RETRIEVAL:
-            budget //= 2
-            if plan.context.num_tokens <= budget:
-                raise OutOfMemoryError(problem)
-        smaller = self.plan(
-            question,
-            documents,
-            route=Route.RETRIEVAL,
-            calibrate=True,
-            retrieval_tokens=budget,
-            thrift=plan.thrift,
-        )
-        words = f"{problem}; so at most {budget:,} tokens of retrieved passages were read instead"
-        reason = f"memory ran out on the route {plan.decision.route}: {words}"
-        return self._because(smaller, reason)[0], words
 
     def predicted_seconds(
         self,

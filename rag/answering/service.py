@@ -8,6 +8,7 @@ from threading import Event
 
 from rag.answering.asked import Asked
 from rag.answering.conversation import Turn, stand_alone
+from rag.answering.escalation import Escalation
 from rag.answering.extraction import extract
 from rag.answering.naming import named_documents
 from rag.answering.outcome import Outcome, finished_answer, not_found, stopped_short
@@ -88,6 +89,7 @@ class AnsweringService:
         self._engine = engine
         self._settings = settings
         self._planner = Planner(store, retriever, engine, settings, calibrations)
+        self._escalation = Escalation(self._planner, settings)
 
     def answer(
         self,
@@ -323,7 +325,7 @@ class AnsweringService:
             next_plan: Plan | None
             # Out here, where the error that held the pass's tensors is gone.
             if outcome is None:
-                next_plan, words = self._planner.smaller(
+                next_plan, words = self._escalation.smaller(
                     asked.question, asked.documents, plan, problem
                 )
                 logger.warning("%s", words)
@@ -337,7 +339,7 @@ class AnsweringService:
                 outcome = not_found(outcome)
                 if not may_read_more or num_further == self._settings.escalations:
                     break
-                next_plan, words = self._planner.further(asked.question, asked.documents, plan)
+                next_plan, words = self._escalation.further(asked.question, asked.documents, plan)
                 if next_plan is None:
                     outcome = replace(outcome, notes=(*outcome.notes, words))
                     break
