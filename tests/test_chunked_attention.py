@@ -9,6 +9,7 @@ from rag.lm.chunked_attention import NAME, use_chunked_attention
 from rag.lm.forward import forward
 from rag.lm.native_cache import native_cache
 from rag.lm.partial_attention import attend, attend_plain, join
+from rag.lm.spec import ModelSpec
 from tiny_families import FAMILIES, tiny_model
 
 # 40 tokens at once, then behind them; a single one; a few that fold into one head's rows.
@@ -42,15 +43,26 @@ def read(model: Any, rows: int = 1, padding: tuple[int, ...] | None = None) -> t
     ("family", "rows"),
     [*((family, 1) for family in sorted(FAMILIES)), ("llama", 3), ("gemma3_text", 2)],
 )
-def test_two_parts_give_the_logits_of_one_under_a_mask(family: str, rows: int) -> None:
+def test_two_parts_give_the_logits_of_one_under_a_mask(
+    family: str, rows: int, parts: list[tuple[int, int]]
+) -> None:
     model = tiny_model(family)
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         pytest.skip(f"{family} attends by a way of its own")
     if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
         pytest.skip(f"{family} caches latents, whose code asks for sdpa")
+    spec = ModelSpec.from_config(model.config).on_device("cuda", has_kernel=bool)
     expected = read(model, rows)
     model.set_attn_implementation(NAME)
     torch.testing.assert_close(read(model, rows), expected, rtol=1e-4, atol=1e-5)
+    # The layers that memory is planned for without a mask are those that have none. Layers that
+    # share another's keys are planned with one, and some need none.
+    num_planned = sum(layer.in_parts for layer in spec.layers)
+    num_shared = sum(layer.kind == "shared" for layer in spec.layers)
+    behind = [pieces for pieces in _PIECES if pieces[0] and pieces[1] - pieces[0] > 1]
+    found, rest = divmod(len(parts), 2 * len(behind))
+    assert not rest
+    assert num_planned <= found <= num_planned + num_shared
 
 
 def test_only_what_is_behind_a_cache_is_in_parts(parts: list[tuple[int, int]]) -> None:

@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from conftest import make_tiny_engine, make_tiny_tokenizer, prompt_of
 from eval.bench.windowed import peak_allocated_bytes
@@ -20,6 +21,7 @@ from rag.lm.lean_step import STEP_FAMILIES, lean_step
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import native_cache
 from rag.lm.partial_attention import attend, attend_plain, works
+from rag.lm.peak_bytes import peak_bytes
 from rag.lm.shared_prefix import forward_in_step
 from rag.lm.spec import ModelSpec
 from rag.lm.static_cache import STATIC_FAMILIES
@@ -30,12 +32,14 @@ from rag.retrieval.vector_index import IndexPlan
 from test_embedding import tiny_embedder as tiny_embedder
 from test_generation import answers
 from test_gpu_embedder import SAME, TEXTS, plain_vectors, shrink_lots
+from test_peak_bytes import GROUPED, NARROW, beside_the_cache
 from test_static_decode import engine_of, same
 from test_static_rows import KINDS, PADDING, PREFIX, cache_of, prompts
 from test_vector_index import FLAT, HALF, TRAINED, Shelf, clustered
 from test_vector_index import shelf as shelf
 from tiny_families import tiny_model
 
+WINDOWED = {**NARROW, "sliding_window": 256}
 GEMMA = "gemma3_text"  # with windows of its own, so that its rows share nothing
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 needs_gpu_faiss = pytest.mark.skipif(
@@ -211,6 +215,34 @@ def test_a_chunk_in_two_parts_gives_the_logits_of_one_under_a_mask(family: str) 
     use_chunked_attention(model)
     assert model.config._attn_implementation == CHUNKED
     assert difference(read(), expected) < tolerance(model)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        ("llama", {}),
+        ("llama", NARROW),
+        ("gpt_neox", NARROW),
+        (GEMMA, WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]}),
+        (GEMMA, WINDOWED | {"layer_types": ["sliding_attention"] * 2}),
+    ],
+)
+def test_a_prefill_takes_no_more_memory_than_planned(family: str, shape: dict[str, Any]) -> None:
+    """In the chunks of a GPU, after one that has allocated the workspaces of its libraries."""
+    fields = GROUPED | {"head_dim": 64, "max_position_embeddings": 32_768} | shape
+    config = CONFIG_MAPPING[family](**fields)
+    spec = ModelSpec.from_config(config, dtype_bytes=2).on_device("cuda")
+    assert all(layer.in_parts == (layer.window is None) for layer in spec.layers)
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    model = model.eval().to("cuda")
+    use_chunked_attention(model)
+    beside_the_cache(model, 5_000, spec.chunk_tokens)
+    for num_tokens in (5_000, 10_000, 20_000):
+        found = beside_the_cache(model, num_tokens, spec.chunk_tokens)
+        assert found <= peak_bytes(spec, num_tokens)
 
 
 @pytest.mark.gpu

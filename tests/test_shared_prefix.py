@@ -1,6 +1,7 @@
 """Rows that share a document's cache: what each writes alone, in memory that was promised."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from threading import Event
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from eval.bench.windowed import peak_allocated_bytes
 from rag.lm.batch_generation import joined_batch_bytes, shared_batch_bytes
+from rag.lm.chunked_attention import NAME as CHUNKED
 from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import DocumentPrefix, GenerationDone, PrefillProgress
 from rag.lm.kv_bytes import kv_cache_bytes
@@ -119,8 +121,20 @@ def test_many_rows_read_their_questions_in_passes_of_a_chunk() -> None:
     assert all(rows * tokens <= CHUNK_TOKENS["cpu"] for rows, tokens in seen)
 
 
-@pytest.mark.parametrize(("kv_heads", "num_rows"), [(2, 8), (2, 32), (8, 16)])
-def test_a_batch_takes_no_more_memory_than_promised(kv_heads: int, num_rows: int) -> None:
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("kv_heads", "num_rows", "shared", "own"),
+    [(2, 8, 4096, 96), (2, 32, 4096, 96), (8, 16, 4096, 96), (2, 2, 600, 2048)],
+)
+def test_a_batch_takes_no_more_memory_than_promised(
+    kv_heads: int,
+    num_rows: int,
+    shared: int,
+    own: int,
+    device_type: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a CPU; and in the ways of a GPU, where no kernel gives its sums under a mask."""
     shape = {
         **TINY,
         "hidden_size": 256,
@@ -135,8 +149,15 @@ def test_a_batch_takes_no_more_memory_than_promised(kv_heads: int, num_rows: int
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     model.eval()
     spec = ModelSpec.from_config(config, dtype_bytes=2)
-    shared, own = 4096, 96
     assert can_share(model, spec)
+
+    def chosen(*case: Any) -> str:  # noqa: ANN401 - the last says whether there is a mask
+        return "plain" if case[-1] else "cpu"
+
+    if device_type == "cuda":
+        spec = replace(spec.on_device("cuda", has_kernel=bool), chunk_tokens=CHUNK_TOKENS["cpu"])
+        model.set_attn_implementation(CHUNKED)
+        monkeypatch.setattr("rag.lm.partial_attention._choose", chosen)
     ids = torch.randint(2, 250, (1, shared), generator=torch.Generator().manual_seed(1))
     tails = [[7] * own for _ in range(num_rows)]
     step = max(1, CHUNK_TOKENS["cpu"] // num_rows)
@@ -153,9 +174,9 @@ def test_a_batch_takes_no_more_memory_than_promised(kv_heads: int, num_rows: int
 
     measured = peak_allocated_bytes(batch, "cpu")
     promised = shared_batch_bytes(spec, num_rows, shared + own, shared_tokens=shared)
-    assert measured <= promised <= 2 * measured, (measured, promised)
-    copied = joined_batch_bytes(spec, num_rows, shared + own)
-    assert promised < copied / 4
+    assert measured <= promised <= 2.5 * measured, (measured, promised)
+    if own < shared / 10:
+        assert promised < joined_batch_bytes(spec, num_rows, shared + own) / 4
 
 
 def test_a_kept_document_is_shared_without_a_copy(tmp_path: Any) -> None:  # noqa: ANN401

@@ -19,11 +19,12 @@ from rag.lm.forward import PassStoppedError, allocated
 from rag.lm.generation import Row, decode
 from rag.lm.kv_bytes import kv_cache_bytes, room_bytes, static_capacity, static_kv_bytes
 from rag.lm.native_cache import merge
+from rag.lm.partial_attention import PLAIN_QUERIES
 from rag.lm.peak_bytes import peak_bytes
 from rag.lm.prefill import Prefill, Prefilled
 from rag.lm.prefill_rate import PrefillClock
 from rag.lm.shared_prefix import SharedPrefixCache, can_share, forward_shared
-from rag.lm.spec import ModelSpec
+from rag.lm.spec import LayerSpec, ModelSpec
 from rag.lm.static_decode import PLAIN_STEPS, Rows, StaticDecoder, can_decode_statically, in_place
 
 # Most answers written in step: beyond, a row more costs a CPU nearly what it costs alone.
@@ -59,12 +60,32 @@ def shared_batch_bytes(
     chunk = max(num_rows, spec.chunk_tokens)
     layers = [
         num_rows * num_own * layer.elements_per_token * spec.dtype_bytes
-        + chunk * num_own * (spec.dtype_bytes + 1)
+        + _own_attention_bytes(spec, layer, num_rows, num_own, chunk)
         + 4 * chunk * layer.query_elements_per_token * _FLOAT32_BYTES
         for layer in spec.layers
     ]
     logits = num_rows * spec.vocab_size * (spec.dtype_bytes + _FLOAT32_BYTES)
     return caches + peak_bytes(spec, num_tokens) + max(layers) + logits
+
+
+def _own_attention_bytes(
+    spec: ModelSpec, layer: LayerSpec, num_rows: int, num_own: int, chunk: int
+) -> int:
+    """Return what the rows' attention to their own tokens takes, beside what it gives.
+
+    The queries that share a key head are rows of it, and each has its mask: as booleans, those that
+    are hidden, and in numbers. A GPU has no kernel for it that gives the sums, so that there are
+    two products in float32: keys or values, and three times the scores, of some queries at a time.
+    """
+    if not layer.key_elements_per_token:
+        return 0
+    groups = layer.query_elements_per_token // layer.key_elements_per_token
+    taken = chunk * groups * num_own * (spec.dtype_bytes + 2)
+    if spec.device_type == "cuda":
+        num_queries = min(PLAIN_QUERIES, max(1, chunk // num_rows) * groups)
+        scores = 3 * layer.key_elements_per_token // layer.head_width * num_queries
+        taken += num_rows * num_own * (scores + layer.key_elements_per_token) * _FLOAT32_BYTES
+    return taken
 
 
 def batches(

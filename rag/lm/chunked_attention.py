@@ -19,9 +19,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rag.lm.grouped_attention import can_attend_otherwise, is_plain
-from rag.lm.partial_attention import attend, has_fused_attention, join
+from rag.lm.partial_attention import Part, attend, has_fused_attention, join
 
 NAME = "fathom_chunked"
+
+# Their code hands a mask on even where nothing is hidden.
+_ALWAYS_MASKED = frozenset({"biogpt"})
 
 
 def use_chunked_attention(model: Any) -> None:  # noqa: ANN401 - a causal model of transformers
@@ -30,8 +33,28 @@ def use_chunked_attention(model: Any) -> None:  # noqa: ANN401 - a causal model 
     Args:
         model: on its device. On a CPU, or with another attention than `sdpa`, nothing is changed.
     """
-    if model.device.type == "cuda" and can_attend_otherwise(model):
+    if model.device.type == "cuda" and can_attend_in_parts(model):
         model.set_attn_implementation(NAME)
+
+
+def can_attend_in_parts(model: Any) -> bool:  # noqa: ANN401 - a causal model of transformers
+    """Say whether the full layers of a model would attend so on a GPU that has a kernel for them.
+
+    What memory is planned with rests on this and on `has_kernel`, as the attention itself does.
+    """
+    text = model.config.get_text_config(decoder=True)
+    return can_attend_otherwise(model) and text.model_type not in _ALWAYS_MASKED
+
+
+def has_kernel_here(width: int, *, dtype_bytes: int) -> bool:
+    """Say `has_kernel` of heads of one width, in the dtype of so many bytes, on this GPU."""
+    dtype = torch.bfloat16 if dtype_bytes == 2 else torch.float32
+    return has_kernel(torch.device("cuda"), dtype, width, width)
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Say whether a device has a kernel without a mask for keys and values of these widths."""
+    return width == value_width and has_fused_attention(device, dtype, width)
 
 
 def chunked_attention(
@@ -58,26 +81,33 @@ def chunked_attention(
     Returns:
         [B, T, H, D], and no weights.
     """
-    B, H, T, D = query.shape
+    H, T, D = query.shape[1:]
     G, K = key.shape[1:3]
     if attention_mask is not None or T in (1, K) or not is_plain(kwargs):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    if value.shape[-1] != D or not has_fused_attention(query.device, query.dtype, D):
+    if not has_kernel(query.device, query.dtype, D, value.shape[-1]):
         visible = torch.ones(T, K, dtype=torch.bool, device=query.device).tril(K - T)
         return sdpa_attention_forward(
             module, query, key, value, visible[None, None], scaling=scaling, **kwargs
         )
     scale = D**-0.5 if scaling is None else scaling
-    groups = H // G
-    # The queries that share a key head become rows of it: no key of the cache is repeated.
-    rows = query.reshape(B, G, groups * T, D)
-    out, sums = attend(rows, key[:, :, : K - T], value[:, :, : K - T], scale=scale)
-    before = out.reshape(B, H, T, D), sums.reshape(B, H, T)
-    own = (states[:, :, K - T :].repeat_interleave(groups, 1) for states in (key, value))
+    before = _attend_folded(query, key[:, :, : K - T], value[:, :, : K - T], scale)
+    own = (states[:, :, K - T :].repeat_interleave(H // G, 1) for states in (key, value))
     after = attend(query, *own, scale=scale, is_causal=True)
     return join(before, after).transpose(1, 2).contiguous(), None
+
+
+def _attend_folded(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Part:
+    """Attend to what all queries see: those that share a key head become rows of it.
+
+    So no key of the cache is repeated, and what is copied for it is gone on return.
+    """
+    B, H, T, D = query.shape
+    G = key.shape[1]
+    out, sums = attend(query.reshape(B, G, H // G * T, D), key, value, scale=scale)
+    return out.reshape(B, H, T, D), sums.reshape(B, H, T)
 
 
 def _mask(

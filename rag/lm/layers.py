@@ -139,6 +139,8 @@ class LayerSpec:
     - shared: attends to the keys and values of an earlier layer; none: no attention at all.
 
     `state_elements` are in the model's dtype, `float32_state_elements` in float32 whatever that is.
+    `head_width` is that of one head of the layer's own keys, 0 where it caches none. `in_parts`
+    says that chunks behind the cache are attended to in two parts; see `ModelSpec.on_device`.
     """
 
     kind: LayerKind
@@ -149,6 +151,8 @@ class LayerSpec:
     index_elements_per_token: int = 0
     state_elements: int = 0
     float32_state_elements: int = 0
+    head_width: int = 0
+    in_parts: bool = False
 
     @property
     def elements_per_token(self) -> int:
@@ -257,7 +261,7 @@ def query_elements(text: Any) -> int:  # noqa: ANN401 - a config of any family
     if getattr(text, "kv_lora_rank", None):
         scored = int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim)
         return heads * (scored + int(text.v_head_dim)) // 2
-    return heads * _head_width(text)
+    return heads * head_width(text)
 
 
 def _layer(text: Any, layer_config: Any, cache: Any, *, is_shared: bool) -> LayerSpec:  # noqa: ANN401
@@ -276,8 +280,8 @@ def _layer(text: Any, layer_config: Any, cache: Any, *, is_shared: bool) -> Laye
     index = int(text.index_head_dim) if hasattr(cache, "indexer_keys") else 0
     if getattr(text, "kv_lora_rank", None):
         kind = "latent"
-    queries = query_elements(layer_config)
-    return LayerSpec(kind, window, keys, values, queries, index, state, float32_state)
+    queries, width = query_elements(layer_config), head_width(layer_config)
+    return LayerSpec(kind, window, keys, values, queries, index, state, float32_state, width)
 
 
 def _widths(config: Any) -> tuple[int, int]:  # noqa: ANN401
@@ -293,10 +297,11 @@ def _widths(config: Any) -> tuple[int, int]:  # noqa: ANN401
         kv_heads = 1 if config.multi_query else heads
     elif config.model_type not in _UNGROUPED:
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    return kv_heads * _head_width(config), kv_heads * _head_width(config)
+    return kv_heads * head_width(config), kv_heads * head_width(config)
 
 
-def _head_width(config: Any) -> int:  # noqa: ANN401
+def head_width(config: Any) -> int:  # noqa: ANN401 - a config of any family
+    """Return the width of one head of queries, and of keys where it is no latent."""
     heads = _positive(config, "num_attention_heads", "n_head", "n_heads")
     width = _positive(config, "hidden_size", "n_embd", "d_model") // heads
     if config.model_type in _UNGROUPED:

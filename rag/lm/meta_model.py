@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rag.lm.layers import LayerSpec, cache_kind, query_elements, unsupported
+from rag.lm.layers import LayerSpec, cache_kind, head_width, query_elements, unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,7 +43,8 @@ class Activations:
     `feed_forward_elements` is what the widest feed-forward layer holds at once, `scan_elements`
     what the update of a recurrent state does.
     `has_fused_attention` says that scores are never held; `repeats_heads` that keys and values of
-    grouped heads are copied to all of them.
+    grouped heads are copied to all of them; `can_attend_in_parts` that on a GPU neither mask nor
+    such copies need be.
     """
 
     hidden_size: int = 0
@@ -52,6 +53,7 @@ class Activations:
     scan_elements: int = 0
     has_fused_attention: bool = True
     repeats_heads: bool = False
+    can_attend_in_parts: bool = False
 
 
 def build_meta_model(config: PreTrainedConfig) -> Any:  # noqa: ANN401
@@ -106,6 +108,8 @@ def count_parameters(model: Any, text: PreTrainedConfig) -> tuple[int, int]:  # 
 
 def read_activations(model: Any, text: PreTrainedConfig) -> Activations:  # noqa: ANN401
     """Return the widths of a model's forward pass, from its config and the built model."""
+    from rag.lm.chunked_attention import can_attend_in_parts
+
     hidden = int(model.get_input_embeddings().embedding_dim)
     heads = max(_first(layer, _HEADS) for layer in text.per_layer_config)
     kv_heads = {
@@ -125,6 +129,7 @@ def read_activations(model: Any, text: PreTrainedConfig) -> Activations:  # noqa
         and text.model_type not in _UNFUSED
         and not getattr(text, "kv_lora_rank", None),
         repeats_heads=any(1 < count < heads for count in kv_heads),
+        can_attend_in_parts=can_attend_in_parts(model),
     )
 
 
@@ -168,7 +173,7 @@ def same_cache(left: tuple[LayerSpec, ...], right: tuple[LayerSpec, ...]) -> boo
     """Return whether two descriptions of a cache hold the same elements, whatever their names."""
 
     def held(layer: LayerSpec) -> LayerSpec:
-        return replace(layer, kind="none", query_elements_per_token=0)
+        return replace(layer, kind="none", query_elements_per_token=0, head_width=0)
 
     return list(map(held, left)) == list(map(held, right))
 
@@ -215,9 +220,9 @@ def _read(cache: Any, config: Any, num_tokens: int) -> LayerSpec:  # noqa: ANN40
                 state += int(tensor.numel())
             else:
                 float32_state += int(tensor.numel())
-    queries = query_elements(config) if any(per_token) else 0
+    queries, width = (query_elements(config), head_width(config)) if any(per_token) else (0, 0)
     keys, values, index = per_token
-    return LayerSpec(kind, window, keys, values, queries, index, state, float32_state)
+    return LayerSpec(kind, window, keys, values, queries, index, state, float32_state, width)
 
 
 def _first(config: Any, names: tuple[str, ...]) -> int:  # noqa: ANN401

@@ -25,7 +25,7 @@ Part = tuple[Tensor, Tensor]
 # What rounding to 16 bits makes of the same attention, at most.
 _KERNEL_TOLERANCE = 0.02
 # Queries whose scores the plain attention writes out at once.
-_PLAIN_QUERIES = 256
+PLAIN_QUERIES = 256
 # From here on cuDNN, which plans for every shape, is worth its plan: on an H100 twice as fast as
 # flash attention with 4,096 queries a head, a quarter as fast with four or with 128.
 _MANY_QUERIES = 1_024
@@ -89,8 +89,8 @@ def attend_plain(
     if is_causal:
         size = (query.shape[2], key.shape[2])
         mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()[None, None]
-    for begin in range(0, query.shape[2], _PLAIN_QUERIES):
-        part = slice(begin, begin + _PLAIN_QUERIES)
+    for begin in range(0, query.shape[2], PLAIN_QUERIES):
+        part = slice(begin, begin + PLAIN_QUERIES)
         scores = query[:, :, part].float() @ key.float().mT * scale
         if mask is not None:
             scores = scores.masked_fill(~mask[:, :, part], -torch.inf)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,7 +120,7 @@ class ModelSpec:
     measured on the modelling code of this family alone. `activations` is what a forward pass
     computes beside the cache. `kv_dtype` is the format in which full layers are cached, None for
     the model's own; see `quantised`. `chunk_tokens` are the most tokens of a prompt that enter the
-    model at once; see `on_device`.
+    model at once on `device_type`, cpu or cuda; see `on_device`.
     """
 
     model_type: str
@@ -133,10 +135,37 @@ class ModelSpec:
     activations: Activations = field(default_factory=Activations)
     kv_dtype: KVDtype | None = None
     chunk_tokens: int = CHUNK_TOKENS["cpu"]
+    device_type: str = "cpu"
 
-    def on_device(self, device_type: str) -> ModelSpec:
-        """Return the same shape where it is computed, cpu or cuda: prompts enter it otherwise."""
-        return replace(self, chunk_tokens=CHUNK_TOKENS[device_type])
+    def on_device(
+        self, device_type: str, *, has_kernel: Callable[[int], bool] | None = None
+    ) -> ModelSpec:
+        """Return the same shape where it is computed.
+
+        On a GPU prompts enter it in other chunks, and full layers may attend to them in two parts:
+        if the model's attention does so, and there is a kernel for the width of their heads.
+
+        Args:
+            device_type: cpu or cuda.
+            has_kernel: says so of a width; by default the GPU that is here is tried.
+        """
+        spec = replace(self, device_type=device_type, chunk_tokens=CHUNK_TOKENS[device_type])
+        if device_type == "cpu" or not self.activations.can_attend_in_parts:
+            return spec
+        if has_kernel is None:
+            from rag.lm.chunked_attention import has_kernel_here
+
+            has_kernel = partial(has_kernel_here, dtype_bytes=self.dtype_bytes)
+        layers = tuple(
+            replace(
+                layer,
+                in_parts=layer.kind in ("full", "hybrid")
+                and layer.key_elements_per_token == layer.value_elements_per_token
+                and has_kernel(layer.head_width),
+            )
+            for layer in self.layers
+        )
+        return replace(spec, layers=layers)
 
     @property
     def quantised(self) -> ModelSpec | None:

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What works a spec out: a change in one of these makes all of them be worked out anew.
-_CODE = ("layers.py", "meta_model.py", "spec.py")
+_CODE = (
+    "layers.py",
+    "meta_model.py",
+    "spec.py",
+    "grouped_attention.py",
+    "chunked_attention.py",
+)
 
 
 def remembered_spec(
