@@ -17,7 +17,7 @@ from eval.bench.gpu_rows import row_ways
 from eval.bench.gpu_run import Run
 from eval.bench.gpu_search import ExactRow, exact_limit_seconds, nearest
 from rag.lm.spec import ModelSpec
-from rag.lm.windowed_attention import WindowPlan, visible_keys
+from rag.lm.window_kernels import WindowPlan, visible_keys
 from ui.cli import app
 
 

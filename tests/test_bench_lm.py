@@ -22,7 +22,8 @@ from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.lean_forward import lean_pass, use_lean_forward
 from rag.lm.prefill_cost import prefill_work
 from rag.lm.spec import ModelSpec
-from rag.lm.windowed_attention import WindowPlan, check_windowed
+from rag.lm.window_kernels import WindowPlan
+from rag.lm.windowed_attention import check_windowed
 from tiny_families import tiny_model
 from ui.cli import app
 

@@ -23,16 +23,8 @@ from rag.lm.catalog import resolve_model
 from rag.lm.kv_bytes import held_kv_bytes, kv_cache_bytes, measured_kv_bytes, room_bytes
 from rag.lm.native_cache import native_cache
 from rag.lm.spec import ModelSpec
-from rag.lm.windowed_attention import (
-    WINDOWED_FAMILIES,
-    WindowedSession,
-    WindowPlan,
-    WindowStep,
-    attend_flex,
-    attend_sdpa,
-    check_windowed,
-    visible_keys,
-)
+from rag.lm.window_kernels import WindowPlan, WindowStep, attend_flex, attend_sdpa, visible_keys
+from rag.lm.windowed_attention import WINDOWED_FAMILIES, WindowedSession, check_windowed
 from rag.settings import load_settings
 
 NUM_TOKENS = 110

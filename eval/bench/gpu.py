@@ -236,7 +236,7 @@ def _bench_model(
     spec: ModelSpec,
 ) -> None:
     """Prefill and decode one sequence in every way."""
-    from rag.lm.windowed_attention import WindowPlan
+    from rag.lm.window_kernels import WindowPlan
 
     plan = WindowPlan(num_sinks=shapes.num_sinks, window=shapes.window)
     bench.twins += gpu_prefill.bench_twins(run, name, model, plan)

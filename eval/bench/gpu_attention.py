@@ -110,12 +110,7 @@ def _windowed(
 ) -> list[AttentionRow]:
     from torch.nn.functional import scaled_dot_product_attention
 
-    from rag.lm.windowed_attention import (
-        WindowPlan,
-        WindowStep,
-        choose_attention,
-        visible_keys,
-    )
+    from rag.lm.window_kernels import WindowPlan, WindowStep, choose_attention, visible_keys
 
     query, key, value = states
     n, scale = shapes.num_tokens, shapes.head_dim**-0.5

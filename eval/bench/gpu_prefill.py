@@ -13,7 +13,7 @@ from rag.lm.spec import CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from rag.lm.spec import ModelSpec
-    from rag.lm.windowed_attention import WindowPlan
+    from rag.lm.window_kernels import WindowPlan
 
 _MIB = 2**20
 
@@ -182,7 +182,8 @@ def bench_twins(
 
     from rag.lm.agreement import tolerance
     from rag.lm.native_cache import native_cache
-    from rag.lm.windowed_attention import WindowedSession, WindowPlan, check_windowed
+    from rag.lm.window_kernels import WindowPlan
+    from rag.lm.windowed_attention import WindowedSession, check_windowed
 
     text = model.config.get_text_config(decoder=True)
     num_tokens = max(2 * plan.window, 3 * CHUNK_TOKENS[run.device.type] // 2)  # more than one chunk

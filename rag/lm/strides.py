@@ -20,7 +20,8 @@ from rag.lm.engine import GenerationDone, GenerationStep, PrefillProgress, TextP
 
 if TYPE_CHECKING:
     from rag.lm.chat_tokenizer import TextStream
-    from rag.lm.windowed_attention import WindowedModel, WindowedSession, WindowPlan
+    from rag.lm.window_kernels import WindowPlan
+    from rag.lm.windowed_attention import WindowedModel, WindowedSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ def read_strides(
     Raises:
         PassStoppedError: if it was set while a piece of the text was read.
     """
-    from rag.lm.windowed_attention import WindowedSession, WindowPlan
+    from rag.lm.window_kernels import WindowPlan
+    from rag.lm.windowed_attention import WindowedSession
 
     plan = WindowPlan(len(strides.front), strides.window(max_new_tokens))
     session = WindowedSession(checked, plan)
@@ -122,7 +124,8 @@ def read_once(
     What left the window is gone, so only what stands at its end can be answered from: a control for
     comparisons, not a way to answer. See `read_strides` for the steps and the error.
     """
-    from rag.lm.windowed_attention import WindowedSession, WindowPlan
+    from rag.lm.window_kernels import WindowPlan
+    from rag.lm.windowed_attention import WindowedSession
 
     plan = WindowPlan(num_sinks, window)
     session = WindowedSession(checked, plan)

@@ -88,7 +88,7 @@ def bench_windowed_verb(
     from eval.bench.generation_peers import load_plain
     from eval.bench.windowed import bench_windowed, card, load_checked_model
     from rag.lm.catalog import resolve_model
-    from rag.lm.windowed_attention import WindowPlan
+    from rag.lm.window_kernels import WindowPlan
 
     settings = load_settings()
     with err.status("loading and checking the model") as status:
