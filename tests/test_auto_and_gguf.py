@@ -207,6 +207,33 @@ def test_a_gguf_files_own_4_bit_blocks_decode_where_that_is_asked_for(
         assert torch.equal(forward(fast._model, [[9]], twin).float(), found[0][1])
 
 
+@pytest.mark.skipif(layout() is None, reason="torch has no 4-bit product here")
+@pytest.mark.parametrize("place", ["first weight", "last weight", "checksum"])
+def test_a_flipped_bit_of_4_bit_weights_is_found_before_they_write(
+    tmp_path: Path, settings: Settings, place: str
+) -> None:
+    kind = GGMLQuantizationType.Q4_0
+    path = str(write_gguf(tmp_path / "tiny.gguf", hidden=256, inner=512, kind=kind))
+    file = fetch_model(path, settings) / FILE_NAME
+    content = bytearray(file.read_bytes())
+    head_end = 8 + int.from_bytes(content[:8], "little")
+    at = {
+        "first weight": head_end,
+        "last weight": len(content) - 1,
+        "checksum": content.index(b'"sha256":"') + 12,
+    }[place]
+    content[at] ^= 1
+    file.write_bytes(content)
+    engine = LocalEngine.load(path, settings.model_copy(update={"decode_weights": "4-bit"}))
+    for _ in range(2):  # it is no better the second time
+        with pytest.raises(BrokenModelError, match=rf"{FILE_NAME} is damaged.*SHA-256") as caught:
+            list(engine.generate(prompt_of([5, 6, 7]), max_new_tokens=3, stop=Event()))
+        assert "FATHOM_DECODE_WEIGHTS=stored" in str(caught.value.hint)
+    stored = LocalEngine.load(path, settings)
+    *_, done = stored.generate(prompt_of([5, 6, 7]), max_new_tokens=2, stop=Event())
+    assert isinstance(done, GenerationDone)
+
+
 def test_where_there_are_no_4_bit_weights_the_stored_ones_decode(
     tmp_path: Path,
     settings: Settings,

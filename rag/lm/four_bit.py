@@ -15,7 +15,8 @@ Source: docs/decisions/0034; block formats: ggml-quants.c of llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ _GROUP = 32
 # Of both sides of a weight: the kernel's blocks.
 _SIDE = 64
 # The kernel's layout follows the CPU's vectors, and is written as this machine wants it.
-_FORMAT = "fathom four bit 1"
+_FORMAT = "fathom four bit 2"
 # More rows than this and bfloat16 is as fast.
 MOST_ROWS = 4
 
@@ -170,12 +171,19 @@ def write_four_bit(path: Path, folder: Path, config: Any) -> int:  # noqa: ANN40
                 tensors[f"{index}.{part}.scales"] = scales
     if not tensors:
         return 0
-    save_file(tensors, folder / FILE_NAME, metadata={"layout": here})
+    about = {"layout": here, "sha256": _digest(tensors)}
+    save_file(tensors, folder / FILE_NAME, metadata=about)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def four_bit_file(folder: Path) -> Path | None:
-    """Return the file of a model's 4-bit weights, None where there is none for this CPU."""
+    """Return the file of a model's 4-bit weights, None where there is none for this CPU.
+
+    Its head alone is read; `use_four_bit` reads the weights.
+
+    Raises:
+        BrokenModelError: if that is damaged, or the file cut short.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = folder / FILE_NAME
@@ -185,9 +193,7 @@ def four_bit_file(folder: Path) -> Path | None:
         with safe_open(path, framework="pt") as file:
             written = (file.metadata() or {}).get("layout")
     except SafetensorError as error:
-        raise BrokenModelError(
-            f"{path} is damaged: {error}", hint="delete the model's folder and fetch it again"
-        ) from error
+        raise _damaged(path, str(error)) from error
     return path if written is not None and written == layout() else None
 
 
@@ -207,12 +213,13 @@ def use_four_bit(model: Any, path: Path) -> None:  # noqa: ANN401 - a causal mod
     Args:
         model: one that `use_lean_forward` took.
         path: what `four_bit_file` gave.
-    """
-    from safetensors.torch import load_file
 
+    Raises:
+        BrokenModelError: if the weights are not those that were written; nothing is changed then.
+    """
     lean = lean_pass(model)
     assert lean is not None, "the model has no lean forward"
-    tensors = load_file(path)
+    tensors = _checked_weights(path)
     layers = []
     for index, layer in enumerate(lean.layers):
         parts = {}
@@ -244,6 +251,42 @@ def without_four_bit(model: Any) -> Iterator[None]:  # noqa: ANN401
     finally:
         if lean:
             lean.most_few_rows = rows
+
+
+def _checked_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, mapped to memory, whose checksum has been compared.
+
+    Any four bits are a weight: unlike stored weights, damaged ones never look like none.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            expected = (file.metadata() or {}).get("sha256")
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    if (found := _digest(tensors)) != expected:
+        raise _damaged(path, f"its weights have SHA-256 {found}, expected {expected}")
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors: of their names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, found: str) -> BrokenModelError:
+    return BrokenModelError(
+        f"{path} is damaged: {found}",
+        hint="delete the model's folder and fetch it again, or decode with the stored weights:"
+        " FATHOM_DECODE_WEIGHTS=stored",
+    )
 
 
 def _bias(linears: Sequence[Any]) -> Tensor | None:

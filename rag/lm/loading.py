@@ -187,7 +187,8 @@ def _four_bit(
     if found is None:
         logger.warning(
             "%s has no 4-bit weights for this device, so it decodes with the stored ones; they come"
-            " with a GGUF file that is fetched on a CPU with native bfloat16",
+            " with a GGUF file that is fetched on a CPU with native bfloat16 by this version:"
+            " delete its folder and fetch it again",
             folder.name,
         )
     return found
