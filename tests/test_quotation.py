@@ -219,9 +219,9 @@ def test_deleting_a_document_drops_the_prompt_that_quoted_it(small_fathom: Fatho
     engine = small_fathom.engine
     assert isinstance(engine, LocalEngine)
     answer = small_fathom.service().answer(QUESTION, mode=AnswerMode.QUOTED)
-    assert engine._last_scored is not None
+    assert engine._scorer.holds_prompt
     small_fathom.delete(answer.citations[0].document)
-    assert engine._last_scored is None
+    assert not engine._scorer.holds_prompt
 
 
 def test_without_memory_for_the_model_the_likeliest_sentence_is_quoted_unread(

@@ -30,26 +30,22 @@ from rag.lm.engine import (
 from rag.lm.forward import PassStoppedError, is_allocation_failure
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.loading import Weights, open_model
-from rag.lm.native_cache import branch
 from rag.lm.positions import position_limit
 from rag.lm.prefill import Prefill
 from rag.lm.prefill_rate import PrefillClock
-from rag.lm.scoring import score_tails, shared_tokens
+from rag.lm.scoring import Scorer
 from rag.lm.spec import ModelSpec
 from rag.lm.spec_memory import remembered_spec
 from rag.lm.strides import read_once, read_strides, take_apart
-from rag.settings import MIB, Settings
+from rag.settings import Settings
 from rag.store.calibrations import CalibrationStore
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     from rag.lm.windowed_attention import WindowedModel
 
 logger = logging.getLogger(__name__)
-
-# The longest prefix of a `score` that is kept for the next one.
-_SCORED_PREFIX_BYTES = 64 * MIB
 
 
 class LocalEngine:
@@ -133,7 +129,7 @@ class LocalEngine:
         self._prefill = self._new_prefill(self._spec)
         self._decodes_statically = decodes_statically
         self._windowed: WindowedModel | None = None
-        self._last_scored: tuple[tuple[int, ...], Cache] | None = None
+        self._scorer = Scorer(self._prefill)
         self._lock = Lock()
 
     @classmethod
@@ -227,7 +223,7 @@ class LocalEngine:
         engine._name = name_with_cache(self._name, str(spec.kv_dtype))
         engine._spec = spec
         engine._prefill = self._new_prefill(spec)
-        engine._last_scored = None
+        engine._scorer = Scorer(engine._prefill)
         return engine
 
     @property
@@ -268,7 +264,7 @@ class LocalEngine:
 
     def forget(self) -> None:
         """Drop the prompt that `score` holds for the next call: it may quote a deleted document."""
-        self._last_scored = None
+        self._scorer.forget()
         if self.quantised is not None:
             self.quantised.forget()
 
@@ -469,40 +465,7 @@ class LocalEngine:
             return Scores(())
         with self._lock:
             model = self._loaded_model(for_short=True)
-            shared = shared_tokens(requests)
-            if prefix and prefix.num_tokens > shared:
-                prefix = None
-            longest = max(len(r.prompt_ids) + len(r.continuation_ids) for r in requests)
-            shared_ids = requests[0].prompt_ids[:shared]
-            if self._last_scored and self._last_scored[0] == shared_ids:
-                cache = branch(self._last_scored[1], 1)
-            else:
-                states = self._prefill.read(
-                    model,
-                    [shared_ids],
-                    most_bytes=2 * kv_cache_bytes(self._spec, longest),  # the prefix, and a row
-                    stop=stop,
-                    prefix=prefix,
-                )
-                state = None
-                for _, state in states:  # noqa: B007 - the last one is wanted
-                    pass
-                self._prefill.save()
-                if state is None or state.num_tokens < shared:
-                    return None
-                cache = state.cache
-                self._last_scored = None
-                if shared and kv_cache_bytes(self._spec, shared) <= _SCORED_PREFIX_BYTES:
-                    self._last_scored = (shared_ids, branch(cache, 1))
-            return score_tails(
-                model,
-                self._spec,
-                requests,
-                cache,
-                shared=shared,
-                usable_bytes=self._prefill.usable_bytes(),
-                stop=stop,
-            )
+            return self._scorer.score(model, requests, stop=stop, prefix=prefix)
 
     def _measure_rate(self) -> bool:
         model = self._loaded_model()

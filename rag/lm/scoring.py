@@ -8,11 +8,13 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from rag.lm.eight_bit_cache import new_cache
-from rag.lm.engine import ScoreRequest, Scores
+from rag.lm.engine import DocumentPrefix, ScoreRequest, Scores
 from rag.lm.forward import PassStoppedError, forward, prefill_chunks
 from rag.lm.kv_bytes import kv_cache_bytes, measured_kv_bytes
 from rag.lm.native_cache import branch
+from rag.lm.prefill import Prefill
 from rag.lm.spec import CHUNK_TOKENS, ModelSpec
+from rag.settings import MIB
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -26,7 +28,96 @@ _BATCH_SHARE = 0.5
 _FLOAT32_BYTES = 4
 
 
-def shared_tokens(requests: Sequence[ScoreRequest]) -> int:
+# The longest prefix that is held for the next call.
+_HELD_PREFIX_BYTES = 64 * MIB
+
+
+class Scorer:
+    """Scores the continuations of one engine's prompts, one call at a time.
+
+    What the prompts of a call begin with is held for the next one: a quotation asks twice or three
+    times about the same passages.
+    """
+
+    def __init__(self, prefill: Prefill) -> None:
+        """Take what reads prompts into caches, and knows the model's spec and the memory."""
+        self._prefill = prefill
+        self._held: tuple[tuple[int, ...], Cache] | None = None
+
+    @property
+    def holds_prompt(self) -> bool:
+        """Whether a prompt is held for the next call."""
+        return self._held is not None
+
+    def forget(self) -> None:
+        """Drop it."""
+        self._held = None
+
+    def score(
+        self,
+        model: Any,  # noqa: ANN401 - a causal model of transformers
+        requests: Sequence[ScoreRequest],
+        *,
+        stop: Event,
+        prefix: DocumentPrefix | None = None,
+    ) -> Scores | None:
+        """Return the log-likelihood, in nats, of each token of each request's continuation.
+
+        Args:
+            model: ready to run.
+            requests: at least one.
+            stop: looked at between the layers of a forward pass; None is returned once it is set.
+            prefix: what the prompts begin with; it may be kept already.
+
+        Raises:
+            OutOfMemoryError: if memory runs out.
+        """
+        shared = _shared_tokens(requests)
+        if prefix and prefix.num_tokens > shared:
+            prefix = None
+        longest = max(len(r.prompt_ids) + len(r.continuation_ids) for r in requests)
+        # Of the prefix, and of a row.
+        most_bytes = 2 * kv_cache_bytes(self._prefill.spec, longest)
+        cache = self._read(model, requests[0].prompt_ids[:shared], most_bytes, stop, prefix)
+        if cache is None:
+            return None
+        return _score_tails(
+            model,
+            self._prefill.spec,
+            requests,
+            cache,
+            shared=shared,
+            usable_bytes=self._prefill.usable_bytes(),
+            stop=stop,
+        )
+
+    def _read(
+        self,
+        model: Any,  # noqa: ANN401
+        shared_ids: tuple[int, ...],
+        most_bytes: int,
+        stop: Event,
+        prefix: DocumentPrefix | None,
+    ) -> Cache | None:
+        """Return a cache of what all prompts begin with, held or computed; None if stopped."""
+        if self._held and self._held[0] == shared_ids:
+            return branch(self._held[1], 1)
+        states = self._prefill.read(
+            model, [shared_ids], most_bytes=most_bytes, stop=stop, prefix=prefix
+        )
+        state = None
+        for _, state in states:  # noqa: B007 - the last one is wanted
+            pass
+        self._prefill.save()
+        if state is None or state.num_tokens < len(shared_ids):
+            return None
+        self._held = None
+        if shared_ids and kv_cache_bytes(self._prefill.spec, len(shared_ids)) <= _HELD_PREFIX_BYTES:
+            self._held = (shared_ids, branch(state.cache, 1))
+        return state.cache
+
+
+def _shared_tokens(requests: Sequence[ScoreRequest]) -> int:
     """Return how many tokens all prompts begin with, the last token of each left aside.
 
     That one predicts the continuation's first, so it is computed with it.
@@ -40,7 +131,7 @@ def shared_tokens(requests: Sequence[ScoreRequest]) -> int:
     return most
 
 
-def score_tails(
+def _score_tails(
     model: Any,  # noqa: ANN401 - a causal model of transformers
     spec: ModelSpec,
     requests: Sequence[ScoreRequest],
