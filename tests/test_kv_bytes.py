@@ -180,7 +180,7 @@ def test_a_family_without_formula_is_measured() -> None:
 
 def test_a_wrong_formula_yields_to_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     # Half of what the layers cache, as a formula that missed an upstream change would say.
-    monkeypatch.setattr("rag.lm.layers._head_width", lambda config: 4)
+    monkeypatch.setattr("rag.lm.layers.head_width", lambda config: 4)
     config = tiny_config("llama")
     spec = ModelSpec.from_config(config, dtype_bytes=2)
     assert spec.cache_basis == "measured"
