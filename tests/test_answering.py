@@ -9,6 +9,7 @@ import pytest
 
 from conftest import HANDBOOK, HashEmbedder, make_tiny_engine
 from rag.answering.citations import UNVERIFIED, CitedText, resolve_citations
+from rag.answering.conclusions import claim, form_of
 from rag.answering.context import full_context, retrieved_context
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
 from rag.answering.service import AnswerReady, RouteChosen
@@ -163,6 +164,11 @@ def test_context_keeps_the_budget_and_the_order_of_the_text(small_fathom: Fathom
             "channel 14",
             "A berth is booked by radio on channel 14.",
         ),
+        (
+            QUESTION,
+            "According to the general rules of Tarn Head in this old handbook, it is 35 crowns.",
+            "The harbour fee is 35 crowns a night.",
+        ),
         ("Summarise it.", "channel 14", "A berth is booked by radio on channel 14."),
     ],
 )
@@ -182,6 +188,18 @@ def test_words_borrowed_from_beside_the_point_are_no_support(small_fathom: Fatho
     context = full_context(small_fathom.documents(), store=small_fathom.store, count_tokens=len)
     cited = resolve_citations("It is green.", QUESTION, context.passages, small_fathom.store)
     assert cited.text == f"It is green. {UNVERIFIED}"
+
+
+def test_whose_words_they_are_is_a_claim_and_where_they_stand_is_none() -> None:
+    form = form_of(QUESTION)
+    assert claim("In this report, it is 35 crowns.", form) == "it is 35 crowns."
+    for whole in (
+        "According to the old captain, it is 35 crowns.",
+        "In the winter, it is 35 crowns.",
+        "In the contract signed in May 2020, it is 35 crowns.",
+        "According to the handbook.",
+    ):
+        assert claim(whole, form) == whole
 
 
 def test_statements_without_support_are_marked(small_fathom: Fathom) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rag.routing.question_class import classify_question, comparatives, split_options
+from rag.routing.question_class import DOCUMENT, classify_question, comparatives, split_options
 from rag.types import QuestionClass
 
 _YES_OR_NO = re.compile(
@@ -22,6 +22,17 @@ _SAYS_YES_OR_NO = re.compile(r"^\W*(?:yes|no)\b\W*", re.I)
 _LETTER = re.compile(
     r"^\W*?(?i:(?:the )?(?:correct |right |best )?(?:answer|option)(?: is)?:?\s+)?"
     r"(?:\(([A-Z])\)|([A-Z])(?=[.):,]|\W*$))[\s.):,]*"
+)
+# "According to the balance sheet," says where it stands; "according to the captain," is a claim.
+_TEXT = (
+    rf"(?:{DOCUMENT}|(?:passage|story|narrative|excerpt|context|information|statement|sheet|schedule"
+    r"|section|note|filing)s?)"
+)
+_SOURCE = re.compile(
+    r"^\W*(?:(?:according to|as (?:stated|shown|described|mentioned|reported|noted) in)"
+    rf" (?:the|this|these) (?:[\w'’ -]{{0,60}} )?{_TEXT}\b[^,.;:!?\d]{{0,60}}"
+    rf"|(?:in|based on) (?:the|this|these) (?:\w+ )?{_TEXT}),\s+(?=\S)",
+    re.I,
 )
 _WORD = re.compile(r"\w+")
 
@@ -71,9 +82,12 @@ def spelled_out(answer: str, form: QuestionForm) -> str:
 
 
 def claim(statement: str, form: QuestionForm) -> str:
-    """Return what a statement says beside the letter of an option, which is the asker's own."""
+    """Return what a statement says beside the letter of an option, which is the asker's own.
+
+    Nor is it a part of it where it says that it stands: "according to the balance sheet".
+    """
     found = _LETTER.match(statement) if form.options else None
-    return statement[found.end() :] if found else statement
+    return _SOURCE.sub("", statement[found.end() :] if found else statement)
 
 
 def without_yes_or_no(statement: str, form: QuestionForm) -> str:
