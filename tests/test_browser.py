@@ -78,6 +78,27 @@ def test_an_answer_its_receipt_its_places_and_another_route_beside_it(pages: Wat
     shoot(page, "chat-side-by-side")
 
 
+@pytest.mark.parametrize("size", [DESK, PHONE])
+def test_a_long_list_of_documents_goes_down_and_not_sideways(
+    pages: Watched, size: dict[str, int]
+) -> None:
+    page = pages.open(size)
+    page.get_by_label("handbook.md").wait_for()
+    boxes = page.locator("#documents").get_by_test_id("checkbox-group")
+    wide, width, tall, height = boxes.evaluate(
+        """list => {
+            const one = list.querySelector("label");
+            const more = Array.from({length: 40}, () => one.cloneNode(true));
+            list.append(...more);
+            const {scrollWidth, clientWidth, scrollHeight, clientHeight} = list;
+            more.forEach(label => label.remove());
+            return [scrollWidth, clientWidth, scrollHeight, clientHeight];
+        }"""
+    )
+    assert wide <= width
+    assert tall > 2 * height
+
+
 def test_nothing_moves_while_an_answer_is_written_and_stop_stops(pages: Watched) -> None:
     page = pages.open(DESK)
     ask(page, QUESTION)
