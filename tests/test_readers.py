@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import INGEST_DOCS
@@ -30,7 +31,13 @@ from ingest.readers.guard import read_guarded
 from ingest.readers.source import read_source
 from ingest.readers.text import decode, markdown_headings, underlined_titles
 from ingest.readers.web import html_text
-from rag.errors import EmptyDocumentError, EncryptedDocumentError, ReaderFailedError, ReadError
+from rag.errors import (
+    EmptyDocumentError,
+    EncryptedDocumentError,
+    ReaderFailedError,
+    ReadError,
+    UnsupportedFormatError,
+)
 from rag.settings import Settings
 from rag.types import CanonicalText, Page, Section
 
@@ -193,6 +200,15 @@ GERMAN = "Die Gebühr für größere Schiffe beträgt fünfzig Kronen. "
 def test_text_is_decoded_whatever_its_encoding(encoding: str, words: str) -> None:
     text, _ = decode(words.encode(encoding))
     assert text == words
+
+
+def test_a_program_named_text_is_refused_and_a_damaged_text_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedFormatError, match=r"noise\.txt holds no text: \d\d% of its"):
+        _written(tmp_path / "noise.txt", np.random.default_rng(0).bytes(50_000))
+    with pytest.raises(UnsupportedFormatError, match="100%"):
+        _written(tmp_path / "zeros.txt", bytes(5_000))
+    damaged = GERMAN.encode() * 20 + b"\xff\xfe\x00" * 20
+    assert GERMAN in _written(tmp_path / "damaged.txt", damaged).text
 
 
 def test_line_ends_become_unix() -> None:

@@ -27,6 +27,11 @@ from rag.types import CanonicalText
 # kreuzberg is left to the process that needs it: what has threads must not be forked
 PRELOADED = ("pdf", "page_image", "web", "text", "word")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# What no text holds. Of a program, a picture or an archive read as text they are half, of a text
+# with a few damaged bytes hardly any.
+_UNREADABLE = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
+_UNREADABLE_SHARE = 0.2
+_HEAD_CHARS = 2**20
 
 
 def serve() -> None:
@@ -125,6 +130,14 @@ def _read(path: Path, name: str) -> CanonicalText:
         )
     read = getattr(import_module(f"ingest.readers.{chosen.module}"), chosen.function)
     content: CanonicalText = read(path, chosen.media_type)
+    head = content.text[:_HEAD_CHARS]
+    share = len(_UNREADABLE.findall(head)) / max(1, len(head))
+    if share > _UNREADABLE_SHARE:
+        raise UnsupportedFormatError(
+            f"{name} holds no text: {share:.0%} of its characters are unreadable",
+            hint="if it is text, save it as UTF-8; if it shows text on a screen, it needs OCR"
+            " (for example with ocrmypdf)",
+        )
     return content
 
 
