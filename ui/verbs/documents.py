@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -28,6 +29,8 @@ from ui.console import (
 )
 
 app = typer.Typer()
+
+_PIPED_COLUMNS = 400  # where no screen breaks lines, a document is one of them
 
 
 @app.command(
@@ -129,6 +132,8 @@ def list_documents(
         return
     columns = ("no.", "title", "version", "pages", "chunks", "characters", "added", "collections")
     table = Table(*columns, box=None)
+    # a title is what -d takes, so it is broken into lines rather than cut
+    table.columns[1].overflow = table.columns[-1].overflow = "fold"
     for d in documents:
         numbers = (str(d.version), str(d.num_pages or "-"), f"{d.num_chunks:,}", f"{d.num_chars:,}")
         table.add_row(
@@ -138,7 +143,8 @@ def list_documents(
             d.created_at[:10],
             escape(", ".join(d.collections)),
         )
-    out.print(table)
+    screen = out if out.is_terminal else Console(width=_PIPED_COLUMNS, highlight=False)
+    screen.print(table)
 
 
 @app.command(
@@ -188,6 +194,13 @@ def text(
     """Print a document's canonical text, which every citation's start and end refer to."""
     store = open_fathom(load_settings(home=home)).store
     found = store.find(document)
+    if end is not None and end < start:
+        raise typer.BadParameter(f"--end {end} lies before --start {start}")
+    if start > found.num_chars:
+        raise typer.BadParameter(
+            f"--start {start} lies beyond the end: document {found.id} has {found.num_chars:,}"
+            " characters"
+        )
     content = store.text(found.id, start, end)
     if as_json:
         print_json(
