@@ -172,6 +172,10 @@ def place_questions(
             documents = found[reference]
             if isinstance(documents, FathomError):
                 raise documents
+            if question.document == []:
+                raise TableError(
+                    "the list of documents is empty", hint="name some, or leave it out"
+                )
             if not question.text:
                 raise TableError("the question is empty", hint="write one, or delete the row")
         except FathomError as error:

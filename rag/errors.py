@@ -15,6 +15,7 @@
     │   ├── ReplayError               the words of a past question are gone
     │   ├── StorageFullError          the disk is full; nothing was written
     │   └── EmbedderMismatchError     the stored vectors come from another embedder
+    ├── QuestionError               a question says nothing, or too much, or asks no document
     ├── ModelError                  a model could not be found, fetched or run
     │   ├── UnknownModelError         neither catalog name, folder nor hub id
     │   ├── ModelFetchError           a file could not be had, or its checksum is wrong
@@ -97,6 +98,10 @@ class StorageFullError(StoreError):
 
 class EmbedderMismatchError(StoreError):
     """The stored vectors come from another embedder than the one in use."""
+
+
+class QuestionError(FathomError):
+    """A question has no word or too many, or there is no document that it asks."""
 
 
 class ModelError(FathomError):

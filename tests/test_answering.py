@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from conftest import HANDBOOK, HashEmbedder, make_tiny_engine
+from rag.answering.asked import MAX_QUESTION_CHARS
 from rag.answering.citations import UNVERIFIED, CitedText, resolve_citations
 from rag.answering.conclusions import claim, form_of
 from rag.answering.context import full_context, retrieved_context
 from rag.answering.prompt import CANNOT_ANSWER, build_messages, is_refusal
 from rag.answering.service import AnswerReady, RouteChosen
-from rag.errors import DocumentNotFoundError, EmptyLibraryError, ModelError
+from rag.errors import DocumentNotFoundError, EmptyLibraryError, ModelError, QuestionError
 from rag.lm.engine import GenerationDone, PrefillProgress
 from rag.store.receipts import REDACTED
 from rag.types import Answer, Decoding, DecodingWay, Route, answer_from_json
@@ -272,6 +273,18 @@ def test_a_question_without_an_answer_does_not_take_the_others_with_it(
     assert isinstance(found[1], ModelError)
     assert isinstance(found[0], Answer)
     assert isinstance(found[2], Answer)
+
+
+def test_a_question_that_says_nothing_or_too_much_is_refused(small_fathom: Fathom) -> None:
+    service = small_fathom.service()
+    with pytest.raises(QuestionError, match="no word"):
+        service.answer(" ?! ")
+    with pytest.raises(QuestionError, match="the list of them is empty"):
+        service.answer(QUESTION, document_ids=[])
+    found = dict(service.answer_many(["...", QUESTION, "a" * (MAX_QUESTION_CHARS + 1)]))
+    assert isinstance(found[0], QuestionError)
+    assert isinstance(found[1], Answer)
+    assert "at most 20,000 are read" in str(found[2])
 
 
 def test_stop_leaves_the_rest_of_the_table_unanswered(small_fathom: Fathom) -> None:

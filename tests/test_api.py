@@ -404,12 +404,26 @@ def test_a_question_is_answered_and_its_receipt_is_kept(anna: Person) -> None:
     assert events[0][0] == "route"
     assert events[-1][0] == "answer"
     assert json.loads(events[-1][1])["answer"] == answer["answer"]
-    wrongs = {"rout": "full"}, {"route": "guess"}, {"thrift": 2}, {"question": ""}
+    wrongs: list[dict[str, Any]] = [{"rout": "full"}, {"route": "guess"}, {"thrift": 2}]
+    wrongs += [{"question": ""}, {"question": " ?! "}, {"question": "a" * 20_001}]
     for wrong in ({}, *({**asked, **change} for change in wrongs)):
         refused = anna.http.post("/v1/questions", json=wrong)
         assert refused.status_code == 422
         assert refused.json()["error"]["message"]
     assert anna.http.post("/v1/questions", content=b"{").status_code == 422
+
+
+def test_a_list_of_no_documents_does_not_ask_all_of_them(anna: Person) -> None:
+    number = anna.upload("handbook.md", HANDBOOK)["id"]
+    refused = anna.http.post("/v1/questions", json={"question": QUESTION, "documents": []})
+    assert refused.status_code == 422
+    assert refused.json()["error"]["type"] == "QuestionError"
+    anna.http.post("/v1/documents", files=[("files", ("a.md", "A."))], data={"collection": "gone"})
+    asked = {"question": QUESTION, "collection": "gone", "route": "retrieval"}
+    assert anna.http.post("/v1/questions", json=asked).status_code == 200
+    batch = {"rows": [{"question": QUESTION}], "documents": [], "start": False}
+    assert anna.http.post("/v1/batches", json=batch).status_code == 409
+    assert anna.http.post("/v1/batches", json={**batch, "documents": [number]}).status_code == 201
 
 
 def test_an_empty_library_says_so(anna: Person) -> None:
@@ -504,6 +518,7 @@ def test_openais_client_asks_and_gets_citations(anna: Person) -> None:
             {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
         ],
         temperature=0,
+        max_tokens=5,
         extra_body={"fathom": {"documents": [number], "route": "retrieval", "thrift": 0.5}},
     )
     told = given.model_extra["fathom"] if given.model_extra else {}
@@ -512,6 +527,7 @@ def test_openais_client_asks_and_gets_citations(anna: Person) -> None:
     assert told["receipt"]["thrift"] == 0.5
     assert told["citations"][0]["quote"] in HANDBOOK
     assert told["messages_not_read"] == 1
+    assert told["fields_not_used"] == ["max_tokens", "temperature"]
     assert given.usage is not None
     assert given.usage.prompt_tokens == told["receipt"]["prompt_tokens"]
     assert anna.http.get(f"/v1/receipts/{told['receipt']['id']}").status_code == 200
@@ -565,6 +581,9 @@ def test_openais_client_streams_the_checked_answer(anna: Person) -> None:
         ({"n": 2}, 400),
         ({"messages": [{"role": "user", "content": " "}]}, 400),
         ({"messages": [{"role": "system", "content": "x"}]}, 400),
+        ({"messages": [{"role": "user", "content": "?"}]}, 422),
+        ({"messages": [{"role": "user", "content": "What is the fee? " * 2_000}]}, 422),
+        ({"extra_body": {"fathom": {"documents": []}}}, 422),
         ({"extra_body": {"fathom": {"document": [1]}}}, 422),
         ({"extra_body": {"fathom": {"collection": "none"}}}, 404),
     ],

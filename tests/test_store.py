@@ -124,6 +124,20 @@ def test_a_document_comes_back_as_it_was_saved(store: DocumentStore, database: D
     assert changes.vectors.tolist() == np.eye(2, DIM).tolist()
 
 
+def test_documents_are_found_by_their_ids_at_once(store: DocumentStore, database: Database) -> None:
+    first, second = _save(store, "/a.txt", "one"), _save(store, "/2.txt", "two")
+    newer = _save(store, "/a.txt", "three")
+    superseded = store.find(str(first.id))
+    wanted = [newer.id, second.id, first.id, second.id]
+    assert store.with_ids(wanted) == [newer, second, superseded]
+    assert store.with_ids([]) == []
+    for unknown in (99, 0, -1, 2**80):
+        with pytest.raises(DocumentNotFoundError, match=f"no document '{unknown}'; there are 2"):
+            store.with_ids([second.id, unknown])
+    with pytest.raises(DocumentNotFoundError, match="there are 0"):
+        DocumentStore(database, "anna").with_ids([first.id])
+
+
 def test_what_no_database_can_hold_is_replaced_sign_for_sign(store: DocumentStore) -> None:
     text = CanonicalText("ab\0cd\ud800e", "text/plain", sections=(Section(1, "x\0", 0),)).text
     assert text == "ab\N{REPLACEMENT CHARACTER}cd\N{REPLACEMENT CHARACTER}e"

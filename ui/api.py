@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from ingest.pipeline import IngestFailure
+from rag.answering.asked import MAX_QUESTION_CHARS, askable
 from rag.answering.service import AnswerEvent, AnswerReady, QuestionRewritten, RouteChosen
 from rag.errors import FathomError
 from rag.lm.engine import PrefillProgress, TextPiece
@@ -47,7 +48,7 @@ class Question(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    question: str = Field(min_length=1, max_length=20_000)
+    question: str = Field(min_length=1, max_length=MAX_QUESTION_CHARS)
     documents: list[int | str] | None = Field(
         default=None, max_length=10_000, description="Numbers or titles; without any, all."
     )
@@ -162,6 +163,7 @@ def add_api(app: FastAPI, fathom: Fathom) -> None:
 
         The events are waiting, rewritten, route, reading, text (a draft), answer, or error.
         """
+        askable(asked.question)  # before it waits for its turn
         ids = await run_sync(document_ids, own, asked.documents, asked.collection)
         history = [await run_sync(turn_before, own, asked.after)] if asked.after else []
         events = ask_events(

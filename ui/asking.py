@@ -31,11 +31,19 @@ _THREADS = CapacityLimiter(MAX_WAITING + 8)  # those who wait must not keep othe
 def document_ids(
     own: Library, references: list[int | str] | None, collection: str | None
 ) -> list[int] | None:
-    """Return the numbers of the documents named and of the collection's; None if neither is."""
-    ids = [own.store.find(str(reference)).id for reference in references or []]
+    """Return the numbers of the documents named and of the collection's; None if neither is.
+
+    A list that names nothing asks nothing: who left all documents out does not mean all of them.
+    """
+    if references is None and not collection:
+        return None
+    references = references or []
+    numbers = [reference for reference in references if isinstance(reference, int)]
+    ids = [document.id for document in own.store.with_ids(numbers)]
+    ids += [own.store.find(reference).id for reference in references if isinstance(reference, str)]
     if collection:
         ids += [document.id for document in own.documents(collection)]
-    return ids if references or collection else None
+    return ids
 
 
 def turn_before(own: Library, receipt_id: str) -> Turn:

@@ -250,7 +250,7 @@ def place_rows(
     gone: FathomError | None = None
     default = []
     try:
-        default = [library.store.find(str(number)) for number in batch.document_ids]
+        default = library.store.with_ids(batch.document_ids)
     except DocumentNotFoundError as error:
         gone = error
     placed, wrong = place_questions(

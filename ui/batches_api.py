@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Form, Query, Request, Response, UploadFi
 from fastapi import Path as InPath
 from pydantic import BaseModel, ConfigDict, Field
 
+from rag.answering.asked import MAX_QUESTION_CHARS
 from rag.types import Route
 from ui.asking import document_ids
 from ui.http_errors import ERRORS
@@ -41,7 +42,7 @@ class BatchRow(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    question: str = Field(max_length=20_000)
+    question: str = Field(max_length=MAX_QUESTION_CHARS)
     id: str | int | None = None
     document: int | str | list[int | str] | None = Field(
         default=None, description="Numbers or titles; without any, those of the batch."

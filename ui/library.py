@@ -242,7 +242,7 @@ class Library:
             DocumentNotFoundError: if one is gone.
             StoreError: if one is another's; none was deleted.
         """
-        documents = [self.store.find(str(number)) for number in document_ids]
+        documents = self.store.with_ids(document_ids)
         delete_documents(documents, store=self.store, settings=self.settings)
         self._fathom.erase_deleted(documents)
 

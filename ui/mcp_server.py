@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from pydantic import Field
 from starlette.requests import Request
 
+from rag.answering.asked import MAX_QUESTION_CHARS
 from rag.answering.service import AnswerReady, RouteChosen
 from rag.errors import FathomError, InstallError, ModelError
 from rag.lm.engine import PrefillProgress
@@ -66,7 +67,7 @@ def make_server(library_of: LibraryOf) -> MCPServer:
 
     async def ask(
         context: Context,
-        question: Annotated[str, Field(min_length=1, max_length=20_000)],
+        question: Annotated[str, Field(min_length=1, max_length=MAX_QUESTION_CHARS)],
         documents: Annotated[
             list[int | str] | None, Field(description="Numbers or titles; without any, all.")
         ] = None,

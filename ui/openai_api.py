@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import StreamingResponse
 
+from rag.answering.asked import askable
 from rag.answering.conversation import Turn
 from rag.answering.service import AnswerEvent, AnswerReady, QuestionRewritten, RouteChosen
 from rag.errors import FathomError
@@ -77,7 +78,9 @@ class Extension(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """OpenAI's request; decoding is greedy, so sampling parameters have nothing to change."""
+    """OpenAI's request; what it sets besides changes nothing here, and the answer says so."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=1_000)
@@ -106,6 +109,7 @@ def openai_router(fathom: Fathom, library: Callable[[Request], Library]) -> APIR
         if problem := _problem(asked, name):
             return problem
         question, history = _conversation(asked.messages)
+        askable(question)  # before it waits for its turn
         extension = asked.fathom
         ids = await run_sync(document_ids, own, extension.documents, extension.collection)
         events = ask_events(
@@ -118,9 +122,9 @@ def openai_router(fathom: Fathom, library: Callable[[Request], Library]) -> APIR
             history=history,
             thrift=extension.thrift,
         )
-        not_read = sum(message.role not in ("user", "assistant") for message in asked.messages)
+        unused = _unused(asked)
         if asked.stream:
-            chunks = _chunks(events, name, not_read, asked.stream_options or StreamOptions())
+            chunks = _chunks(events, name, unused, asked.stream_options or StreamOptions())
             return StreamingResponse(chunks, media_type="text/event-stream")
         answer = await whole_answer(events, request)
         return JSONResponse(
@@ -137,7 +141,7 @@ def openai_router(fathom: Fathom, library: Callable[[Request], Library]) -> APIR
                     }
                 ],
                 "usage": _usage(answer),
-                "fathom": _extension(answer, not_read),
+                "fathom": _extension(answer, unused),
             }
         )
 
@@ -175,7 +179,7 @@ def _model_json(name: str) -> dict[str, Any]:
 async def _chunks(
     events: AsyncIterator[Waiting | AnswerEvent],
     name: str,
-    not_read: int,
+    unused: dict[str, Any],
     options: StreamOptions,
 ) -> AsyncIterator[str]:
     """Yield the stream: what is going on beside an empty delta, then the checked answer."""
@@ -203,7 +207,7 @@ async def _chunks(
                 case AnswerReady(answer):
                     for words in re.findall(r"\S+\s*|\s+", answer.answer):
                         yield chunk({"content": words})
-                    yield chunk({}, _finish_reason(answer), fathom=_extension(answer, not_read))
+                    yield chunk({}, _finish_reason(answer), fathom=_extension(answer, unused))
                     if options.include_usage:
                         yield _data({**head, "choices": [], "usage": _usage(answer)})
         yield "data: [DONE]\n\n"
@@ -233,8 +237,19 @@ def _usage(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _extension(answer: Answer, not_read: int) -> dict[str, Any]:
-    """Return what the answer stands on, and how many messages were not read."""
+def _unused(asked: ChatRequest) -> dict[str, Any]:
+    """Return how many messages are not read, and the names of what was set for nothing.
+
+    Decoding is greedy and an answer's length is a setting of the server's, so `temperature` and
+    `max_tokens` are among these.
+    """
+    unread = sum(message.role not in ("user", "assistant") for message in asked.messages)
+    unused = sorted(name for name, value in (asked.model_extra or {}).items() if value is not None)
+    return {"messages_not_read": unread, "fields_not_used": unused}
+
+
+def _extension(answer: Answer, unused: dict[str, Any]) -> dict[str, Any]:
+    """Return what the answer stands on, and what of the request had no part in it."""
     told = answer.to_json()
     del told["answer"]
-    return {**told, "messages_not_read": not_read}
+    return {**told, **unused}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Event
 
-from rag.answering.asked import Asked
+from rag.answering.asked import Asked, askable
 from rag.answering.conversation import Turn, stand_alone
 from rag.answering.escalation import Escalation
 from rag.answering.extraction import extract
@@ -25,7 +25,7 @@ from rag.answering.scan_receipt import (
 )
 from rag.answering.table import Table
 from rag.answering.writing import write
-from rag.errors import EmptyLibraryError, FathomError, OutOfMemoryError
+from rag.errors import EmptyLibraryError, FathomError, OutOfMemoryError, QuestionError
 from rag.lm.engine import Engine, PrefillProgress, TextPiece
 from rag.retrieval.retriever import Retriever
 from rag.routing.utility import RouteFeatures
@@ -138,14 +138,15 @@ class AnsweringService:
             stop: set it to end the generation; what was written until then is still cited.
 
         Raises:
-            EmptyLibraryError: if there is no document, or no question.
+            QuestionError: if it has no word or is too long, or if no document is named.
+            EmptyLibraryError: if there is no document.
             DocumentNotFoundError: if a document is gone.
             ModelError: if the model cannot read even the retrieved passages.
             OutOfMemoryError: if memory ran out with every plan.
         """
         started = time.perf_counter()
         stop = stop or Event()
-        question = storable(question)
+        question = askable(question)
         documents = self.documents(document_ids)
 
         # 1. make the question stand alone; a document that it names is asked alone
@@ -225,11 +226,11 @@ class AnsweringService:
             The number of a question from 0, and its answer or why it has none, as they come.
 
         Raises:
+            QuestionError: if no document is named.
             EmptyLibraryError: if there is no document.
             DocumentNotFoundError: if a document is gone.
         """
         stop = stop or Event()
-        questions = [storable(question) for question in questions]
         documents = self.documents(document_ids)
         table = Table(
             self._planner,
@@ -283,13 +284,18 @@ class AnsweringService:
         """Return the documents asked about; None means the latest version of all.
 
         Raises:
-            EmptyLibraryError: if there is none.
+            QuestionError: if no document is named.
+            EmptyLibraryError: if there is none to name.
             DocumentNotFoundError: if one of the ids is unknown.
         """
-        if document_ids is None:
-            documents = self._store.all()
-        else:
-            documents = [self._store.find(str(i)) for i in dict.fromkeys(document_ids)]
+        if document_ids is not None:
+            if not document_ids:
+                raise QuestionError(
+                    "no document is asked: the list of them is empty, or the collection is",
+                    hint="name documents, or leave the list out to ask all",
+                )
+            return self._store.with_ids(document_ids)
+        documents = self._store.all()
         if not documents:
             raise EmptyLibraryError(
                 "the library holds no document to ask about",

@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Event
 
-from rag.answering.asked import Asked
+from rag.answering.asked import Asked, askable
 from rag.answering.naming import named_documents
 from rag.answering.outcome import Outcome
 from rag.answering.planning import Plan, Planner
 from rag.answering.writing import written_outcome
-from rag.errors import FathomError, ModelError
+from rag.errors import FathomError, ModelError, QuestionError
 from rag.lm.engine import DocumentPrefix, Engine, GenerationDone, TextPiece
 from rag.store.documents import DocumentStore
 from rag.types import Answer, Document, Route
@@ -55,9 +55,14 @@ class Table:
             stop: set it to end; what is not answered by then is not yielded.
         """
         groups: dict[tuple[DocumentPrefix | None, Engine], dict[int, tuple[Asked, Plan]]] = {}
-        for number, question in questions.items():
+        for number, typed in questions.items():
             if stop.is_set():
                 return
+            try:
+                question = askable(typed)
+            except QuestionError as error:
+                yield number, error
+                continue
             asked = Asked(
                 question,
                 question,

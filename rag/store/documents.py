@@ -120,12 +120,7 @@ class DocumentStore:
                 if matches:
                     break
             else:
-                latest = self._documents(connection, is_latest())
-                known = ", ".join(f"{d.id} {d.title!r}" for d in latest[:5]) or "none"
-                raise DocumentNotFoundError(
-                    f"no document {reference!r}; there are {len(latest)}: {known}",
-                    hint="fathom list shows all of them with their numbers",
-                )
+                raise self._unknown(connection, reference)
         if len(matches) == 1:
             return matches[0]
         ids = ", ".join(str(d.id) for d in matches)
@@ -133,6 +128,23 @@ class DocumentStore:
             f"{len(matches)} documents are titled {reference!r}: numbers {ids}",
             hint="give the number instead",
         )
+
+    def with_ids(self, document_ids: Sequence[int]) -> list[Document]:
+        """Return the documents with these ids, each once, in this order.
+
+        Raises:
+            DocumentNotFoundError: if there is none with one of them.
+        """
+        wanted = list(dict.fromkeys(document_ids))
+        found: dict[int, Document] = {}
+        with self._database.read() as connection:
+            for ids in id_batches([i for i in wanted if i.bit_length() < 64]):
+                of_these = self._documents(connection, document.c.id.in_(ids))
+                found.update((d.id, d) for d in of_these)
+            if len(found) < len(wanted):
+                missing = next(i for i in wanted if i not in found)
+                raise self._unknown(connection, str(missing))
+        return [found[i] for i in wanted]
 
     # ---- reading -----------------------------------------------------------------------------
 
@@ -553,6 +565,14 @@ class DocumentStore:
         ids = [row.id for row in rows]
         names = access.names_of_members(connection, self._owner, ids)
         return [_document(row, names.get(row.id, [])) for row in rows]
+
+    def _unknown(self, connection: Connection, reference: str) -> DocumentNotFoundError:
+        latest = self._documents(connection, is_latest())
+        known = ", ".join(f"{d.id} {d.title!r}" for d in latest[:5]) or "none"
+        return DocumentNotFoundError(
+            f"no document {reference!r}; there are {len(latest)}: {known}",
+            hint="fathom list shows all of them with their numbers",
+        )
 
     def _recall(
         self, connection: Connection, file: SourceFile, collections: set[str]

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from rag.answering.asked import MAX_QUESTION_CHARS
 from rag.answering.conversation import Turn
 from rag.answering.service import AnswerEvent, AnswerReady
 from rag.errors import DocumentNotFoundError, FathomError
@@ -112,7 +113,7 @@ def build_chat(
                     container=False,
                     autofocus=True,
                     max_lines=6,
-                    max_length=20_000,
+                    max_length=MAX_QUESTION_CHARS,
                     elem_id="question",
                 )
                 ask = gr.Button("Ask", variant="primary", min_width=88, elem_id="ask")

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from rag.answering.asked import MAX_QUESTION_CHARS
 from rag.answering.service import AnswerReady
 from rag.errors import FathomError
 from rag.types import Route
@@ -36,7 +37,10 @@ def build_compare(library_of: LibraryOf, given_tables: GivenTables, tab: gr.Tab)
             with gr.Column(elem_id="compared", min_width=0):
                 with gr.Row(elem_id="compare-form"):
                     question = gr.Textbox(
-                        label="Question", max_lines=4, max_length=20_000, elem_id="compare-question"
+                        label="Question",
+                        max_lines=4,
+                        max_length=MAX_QUESTION_CHARS,
+                        elem_id="compare-question",
                     )
                     documents = gr.Dropdown(
                         [], label="Documents", info="None chosen: all", multiselect=True, value=[]

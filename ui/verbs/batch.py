@@ -191,7 +191,7 @@ def _default_documents(
 ) -> "list[Document]":
     """Return the documents of the rows that name none."""
     ids = document_ids(fathom, references, collection)
-    chosen = fathom.documents() if ids is None else [fathom.store.find(str(i)) for i in ids]
+    chosen = fathom.documents() if ids is None else fathom.store.with_ids(ids)
     if not chosen:
         where = "the library" if ids is None else f"the collection {collection!r}"
         raise EmptyLibraryError(
