@@ -56,6 +56,24 @@ def test_a_number_that_a_sentence_states_is_looked_up(question: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "question",
+    [
+        "What is the effective date of the Todos agreement?",
+        "What is the governing law of the agreement between Xencor and Aimmune?",
+        "What is the term of the lease between Smith and Jones?",
+        "What is the distance between Warsaw and Krakow?",
+    ],
+)
+def test_to_name_a_document_or_its_parties_compares_nothing(question: str) -> None:
+    assert classify_question(question).question_class is QuestionClass.LOOKUP
+
+
+def test_what_two_differ_in_or_what_is_between_two_dates_is_compared() -> None:
+    for question in ("What changed between 2010 and 2012?", "Between 2010 and 2012, what changed?"):
+        assert classify_question(question).question_class is QuestionClass.COMPARISON
+
+
+@pytest.mark.parametrize(
     ("question", "offers"),
     [
         ("Which is it?\n(A) red\n(B) green", True),
@@ -85,6 +103,8 @@ def test_a_long_question_of_one_character_costs_nothing() -> None:
     assert classify_question("how many " * 5_000)
     assert classify_question("which is more, " * 2_000)
     assert not offers_options("(A) x\n" * 5_000)
+    assert classify_question("between-" * 2_500)
+    assert classify_question("a-" * 25_000)
 
 
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="no shared data beside the project")

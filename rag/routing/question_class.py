@@ -21,6 +21,8 @@ NEEDS_EVERYTHING = frozenset({QuestionClass.AGGREGATE, QuestionClass.SUMMARY})
 LEAST_SHARE = 0.7
 # Without one of these features a question asks for no count and no list, whatever else it says.
 _COUNTING = frozenset({"how many", "number of", "all", "list", "total"})
+# These ask what a whole document says.
+_SUMMING = frozenset({"whole", "discussed", "about"})
 
 # What a question calls a document, and the parts that one is made of.
 DOCUMENT = (
@@ -94,6 +96,12 @@ _RULES: tuple[tuple[QuestionClass, str, re.Pattern[str]], ...] = tuple(
     )
 )
 
+# One thing that two have: to ask of "the contract between A and B" compares nothing.
+_OF_TWO = (
+    r"(?:agreement|contract|treaty|lease|licen[cs]e|deal|pact|settlement|merger|partnership|dispute"
+    r"|lawsuit|case|litigation|war|battle|border|distance|meeting|marriage|correspondence)s?"
+)
+
 # What the classifier sees: each is 1 where its pattern is found.
 FEATURES: dict[str, re.Pattern[str]] = {
     name: re.compile(pattern, re.I)
@@ -121,7 +129,8 @@ FEATURES: dict[str, re.Pattern[str]] = {
         "compare": r"\bcompar\w+|\brelative to\b|\bcontrast\w*",
         "difference": r"\bdifferen(?:ce|t|ces|tly)\b|\bdiffer\w*",
         "more or less": r"\b(?:increas|decreas|higher|lower|more|less|larger|smaller|greater)\w*",
-        "from to": r"\bfrom\b.*\bto\b|\bbetween\b.*\band\b",
+        "from to": r"\bfrom\b.*\bto\b"
+        rf"|(?:^|\b(?!{_OF_TWO}\W)\w+\W{{1,3}})between\b.*\band\b",
         "two years": r"\b(?:19|20)\d\d\b.*\b(?:19|20)\d\d\b",
         "both": r"\bboth\b|\brespectively\b|\btwo (?:segments?|parts?|characters?)\b",
         "reflect": r"\breflect\w*|\breveal\w*|\billustrat\w*|\bsymboli[sz]\w*",
@@ -229,8 +238,15 @@ def classify_by_weights(question: str) -> ClassifiedQuestion:
 
 
 def present_features(question: str) -> list[str]:
-    """Return the names of the features that a question has."""
-    return [name for name, pattern in FEATURES.items() if pattern.search(question)]
+    """Return the names of the features that a question has.
+
+    That a document is named says something of a question that counts or sums up, and nothing of
+    others: "the date of the agreement" is as much a lookup as "the date".
+    """
+    present = [name for name, pattern in FEATURES.items() if pattern.search(question)]
+    if "in this" in present and not (_COUNTING | _SUMMING) & set(present):
+        present.remove("in this")
+    return present
 
 
 @cache
