@@ -1,5 +1,6 @@
 """Doctor finds every planted inconsistency, mends what can be mended, and says what cannot."""
 
+import hashlib
 import json
 import shutil
 import tracemalloc
@@ -16,7 +17,7 @@ from ingest.pipeline import original_path
 from rag.lm.local_engine import LocalEngine
 from rag.settings import Settings
 from ui.assembly import Fathom
-from ui.doctor import examine, examine_library, repair
+from ui.doctor import Check, examine, examine_library, repair
 
 EMBEDDER = HashEmbedder()
 
@@ -81,6 +82,26 @@ def test_4_bit_weights_that_are_asked_for_and_not_there_are_told(ready: Fathom) 
         if check.name == "4-bit weights"
     )
     assert "it has none for this device" in check.detail
+
+
+def test_a_flipped_byte_of_a_fetched_model_is_found(ready: Fathom, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / ready.settings.embedder
+    folder.mkdir(parents=True)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"weights")
+    source = {weights.name: hashlib.sha256(b"weights").hexdigest(), "a.gguf": "0" * 64}
+    manifest = {"name": folder.name, "source": source, "files": {weights.name: 7}}
+    (folder / "fathom.json").write_text(json.dumps(manifest))
+    settings = ready.settings.model_copy(update={"models_dir": tmp_path / "models"})
+    fathom = Fathom(settings, embedder=EMBEDDER, engine=ready.engine)
+
+    def embedder() -> Check:
+        return next(check for check in examine(fathom) if check.name == "embedder")
+
+    assert embedder().passed
+    weights.write_bytes(b"weighty")
+    assert not embedder().passed
+    assert str(weights) in embedder().detail
 
 
 def test_nothing_is_wrong_with_a_sound_library(ready: Fathom) -> None:

@@ -1,6 +1,7 @@
 """Does everything agree? Finds what is wrong in the installation and the library, and mends it."""
 
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -122,12 +123,37 @@ def _installation(fathom: Fathom) -> Iterator[Check]:
 
     for use, name in (("embedder", fathom.settings.embedder), ("model", fathom.settings.model)):
         try:
-            resolve_model(name, fathom.settings)
-            yield Check(use, about, True, f"{name} is here")
+            changed = _changed_files(resolve_model(name, fathom.settings))
+            told = f"{name} is here"
+            if changed:
+                told = (
+                    f"not as it was fetched: {changed}; delete it, then fathom models fetch {name}"
+                )
+            yield Check(use, about, not changed, told)
         except FathomError as error:
             yield Check(use, about, False, f"{error.message}; {error.hint}")
     if fathom.settings.decode_weights == "4-bit":
         yield _four_bits(fathom)
+
+
+def _changed_files(folder: Path) -> str:
+    """Return the files of a fetched model that are not its publisher's, nothing if all are.
+
+    What was converted has no checksum, and neither has a folder of one's own.
+    """
+    from rag.lm.catalog import MANIFEST_NAME
+
+    manifest = folder / MANIFEST_NAME
+    if not manifest.is_file():
+        return ""
+    changed = []
+    for name, sha256 in json.loads(manifest.read_text(encoding="utf-8"))["source"].items():
+        path = folder / name
+        if path.is_file():
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    changed.append(str(path))
+    return ", ".join(changed)
 
 
 def _four_bits(fathom: Fathom) -> Check:
