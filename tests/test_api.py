@@ -312,6 +312,10 @@ def test_documents_come_are_read_and_go(anna: Person) -> None:
     assert len(listed) == 2
     assert "source" not in listed[0]
     part = anna.http.get(f"/v1/documents/{listed[0]['id']}/text?start=2&end=9").json()
+    for beyond in ("start=9&end=2", "start=99999"):
+        refused = anna.http.get(f"/v1/documents/{listed[0]['id']}/text?{beyond}")
+        assert refused.status_code == 422
+        assert "lies beyond the end" in refused.json()["error"]["message"]
     assert part["text"] == HANDBOOK[2:9]
     mixed = anna.http.post(
         "/v1/documents",

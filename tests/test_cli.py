@@ -117,6 +117,22 @@ def test_full_on_a_document_that_does_not_fit_names_the_gate(home: Path) -> None
 
 
 @needs_models
+def test_a_piped_list_has_whole_titles_and_text_says_where_it_ends(tmp_path: Path) -> None:
+    path = tmp_path / f"{'a long title ' * 9}.txt"
+    path.write_text("The harbour fee is 35 crowns a night.")
+    home = tmp_path / "home"
+    assert fathom(home, "ingest", str(path)).returncode == 0
+    listed = fathom(home, "list").stdout.splitlines()
+    assert len(listed) == 2
+    assert path.name in listed[1]
+    assert fathom(home, "text", "1", "--start", "37").stdout == "\n"
+    for wrong in (("--start", "38"), ("--start", "9", "--end", "4")):
+        refused = fathom(home, "text", "1", *wrong)
+        assert refused.returncode == 2
+        assert "--start" in refused.stderr
+
+
+@needs_models
 def test_list_plan_and_doctor_speak_json(home: Path) -> None:
     (document,) = fathom(home, "list", "--json").stdout.splitlines()
     assert json.loads(document)["title"] == "handbook.md"

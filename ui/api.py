@@ -111,7 +111,11 @@ def add_api(app: FastAPI, fathom: Fathom) -> None:
     ) -> dict[str, Any]:
         """Return characters `[start, end)` of a document's text, to which citations refer."""
         found = own.store.find(str(number))
-        content = own.text(found.id, start, max(start, end))
+        if start > min(end, found.num_chars):
+            raise HTTPException(
+                422, f"start {start} lies beyond the end: {min(end, found.num_chars)}"
+            )
+        content = own.text(found.id, start, end)
         return {"document": found.id, "start": start, "end": start + len(content), "text": content}
 
     @router.delete("/v1/documents/{number}", tags=["documents"], status_code=204)
