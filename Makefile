@@ -51,11 +51,11 @@ $(STAMPS)/test-installed: $(STAMPS)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[$(EXTRA),test]"
 	touch $@
 
-$(STAMPS)/models: $(STAMPS)/installed models.toml
+$(STAMPS)/models: $(STAMPS)/installed models.toml rag/lm/catalog.py
 	$(BIN)/fathom models fetch all-minilm-l6-v2 auto
 	touch $@
 
-$(STAMPS)/test-models: $(STAMPS)/installed models.toml
+$(STAMPS)/test-models: $(STAMPS)/installed models.toml rag/lm/catalog.py
 	$(BIN)/fathom models fetch all-minilm-l6-v2 smollm2-135m
 	touch $@
 

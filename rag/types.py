@@ -210,6 +210,7 @@ class DecodingWay(StrEnum):
     DRAFTS = "drafts"
     STATIC = "static"
     RECORDED = "recorded"
+    INTEGERS = "integers"
 
 
 class QuestionClass(StrEnum):
@@ -359,7 +360,8 @@ class Decoding:
     `num_rows` answers were written in step. `drafted` tokens were read ahead where the answer
     copies, `accepted` of them were the model's own choice; the text is what it is without. Rows in
     step and a static step, recorded or called, add up in another order, which in 16 bits can tip a
-    close choice. `refused` says in words which faster way was wanted and not taken, and why.
+    close choice; so can `integers`, the weights that the model's file holds, unrounded. `refused`
+    says in words which faster way was wanted and not taken, and why.
     """
 
     way: DecodingWay

@@ -34,10 +34,12 @@ def write_gguf(
     hidden: int = HIDDEN,
     inner: int = INNER,
     kind: GGMLQuantizationType | None = None,
+    head_kind: GGMLQuantizationType | None = None,
 ) -> Path:
     """Write a tiny random llama as llama.cpp stores it, without one of its tensors if so named.
 
-    The weights of its linear layers are in the format `kind`, by default in float32.
+    The weights of its linear layers are in the format `kind`, the embeddings, which are its head,
+    in `head_kind`, by default in float32.
     """
     vocabulary = make_tiny_tokenizer().get_vocab()
     tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "ab"]
@@ -78,6 +80,8 @@ def write_gguf(
             weights = random.normal(0, 0.05, shape).astype(np.float32)
             if kind is not None and name.startswith("blk") and len(shape) == 2:
                 writer.add_tensor(name, quantize(weights, kind), raw_dtype=kind)
+            elif head_kind is not None and name == "token_embd.weight":
+                writer.add_tensor(name, quantize(weights, head_kind), raw_dtype=head_kind)
             else:
                 writer.add_tensor(name, weights)
     writer.write_header_to_file()

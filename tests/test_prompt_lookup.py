@@ -16,7 +16,7 @@ from rag.lm.lean_forward import LEAN_FAMILIES, kind_of, lean_pass, use_lean_forw
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import native_cache
 from rag.lm.packed_linear import can_pack, use_packed_weights
-from rag.lm.prompt_lookup import NO_DRAFTS, PromptLookup, _place, without_drafts
+from rag.lm.prompt_lookup import NO_DRAFTS, ModelPasses, PromptLookup, _place, without_drafts
 from rag.lm.row_check import check_rows
 from rag.settings import Settings
 from rag.types import Decoding, DecodingWay
@@ -97,10 +97,10 @@ def write(model: Any, ids: list[int], new: int) -> tuple[list[int], Any]:  # noq
     """Return tokens and cache of an answer of `new` tokens, whichever they are."""
     cache: Any = native_cache(model.config)
     written = [int(forward(model, [ids], cache)[0, -1].argmax())]
-    lookup = PromptLookup(model, ids)
+    lookup = PromptLookup(ModelPasses(model, cache), ids)
     while len(written) < new:
-        written.append(lookup.next_id(written[-1], cache, most=new - len(written)))
-    lookup.take_back(cache)
+        written.append(lookup.next_id(written[-1], most=new - len(written)))
+    lookup.take_back()
     return written, cache
 
 
@@ -270,7 +270,7 @@ def test_answers_are_the_same_on_every_model(family: str, dtype: torch.dtype) ->
 
 @pytest.mark.model
 def test_a_copied_passage_is_the_same_in_fewer_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = LocalEngine.load("smollm2-135m", Settings())
+    engine = LocalEngine.load("smollm2-135m", Settings(decode_weights="stored"))
     passage = (
         "The lighthouse of Tarn Head was built in 1871 by Ewan Rae, who kept it for thirty years."
         " It stands 41 metres above the sea and its lamp can be seen for 19 miles on a clear night."

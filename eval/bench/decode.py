@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from eval.bench.decode_ways import INTEGERS, STORED, passes, weights_of
 from eval.bench.machine import CLOCKS, Machine, copy_bytes_per_second, this_machine
-from rag.lm.forward import forward
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.native_cache import branch, native_cache
 from rag.lm.prefill_rate import synthetic_cache, time_chunk
@@ -19,12 +19,13 @@ COPIED_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """Decoding with `context_tokens` in the cache.
+    """Decoding with `context_tokens` in the cache, by `weights` of `eval.bench.decode_ways`.
 
     The limit reads every weight and the cache once a token at the speed of a copy in memory.
     """
 
     context_tokens: int
+    weights: str
     bytes_per_token: int
     tokens_per_second: float
     limit_tokens_per_second: float
@@ -33,7 +34,7 @@ class DecodeRow:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBench:
-    """What `fathom bench decode` shows, a row a context."""
+    """What `fathom bench decode` shows, a row a context and kind of weights."""
 
     model: str
     dtype: str
@@ -54,6 +55,7 @@ def bench_decode(
     contexts: Sequence[int],
     *,
     name: str,
+    integers_bytes: int = 0,
     num_tokens: int = 8,
     rounds: int = 3,
     clock: str = "wall",
@@ -69,6 +71,7 @@ def bench_decode(
         spec: of the model.
         contexts: tokens in the cache before decoding begins, each 1 or more.
         name: of the model.
+        integers_bytes: of the whole numbers that it writes with by default, 0 for none.
         num_tokens: decoded at each context after one that warms up.
         rounds: how often all is run; medians are shown.
         clock: `wall`, or `cpu` where others have the machine for most of the time.
@@ -78,17 +81,25 @@ def bench_decode(
     read_clock = CLOCKS[clock]
     caches = {context: _context(model, spec, context) for context in contexts}
     speeds: list[float] = []
-    taken: dict[int, list[float]] = {context: [] for context in contexts}
+    here = weights_of(model) if integers_bytes else (STORED,)
+    arms = [
+        (context, weights)
+        for context in contexts
+        for weights in here
+        if weights in (STORED, INTEGERS)
+    ]
+    taken: dict[tuple[int, str], list[float]] = {arm: [] for arm in arms}
     for number in range(1, rounds + 1):
         on_progress(f"round {number} of {rounds}")
         speeds.append(copy_bytes_per_second(copied_bytes, model.device, clock=read_clock))
-        for context in contexts:
-            cache, next_id = branch(caches[context], 1), 1
-            for step in range(1 + num_tokens):
-                begun = read_clock()
-                next_id = int(forward(model, [[next_id]], cache)[0, -1].argmax())
-                if step:
-                    taken[context].append(read_clock() - begun)
+        for context, weights in arms:
+            next_id = 1
+            with passes(model, weights, branch(caches[context], 1)) as found:
+                for step in range(1 + num_tokens):
+                    begun = read_clock()
+                    (next_id,) = found.read([next_id])
+                    if step:
+                        taken[context, weights].append(read_clock() - begun)
     bytes_per_second = median(speeds)
     return DecodeBench(
         model=name,
@@ -100,11 +111,13 @@ def bench_decode(
         rows=tuple(
             _row(
                 context,
-                tokens_per_second=1 / median(taken[context]),
-                bytes_per_token=_read_bytes(model, spec, context),
+                weights,
+                tokens_per_second=1 / median(taken[context, weights]),
+                bytes_per_token=kv_cache_bytes(spec, context)
+                + (integers_bytes if weights == INTEGERS else _weight_bytes(model, spec)),
                 bytes_per_second=bytes_per_second,
             )
-            for context in contexts
+            for context, weights in arms
         ),
     )
 
@@ -115,10 +128,11 @@ def card(bench: DecodeBench) -> str:
         f"{bench.model}, {bench.dtype}; {bench.machine.describe()}",
         f"{bench.clock} seconds, medians of {bench.rounds} rounds; a copy moves"
         f" {bench.copy_bytes_per_second / 1e9:,.1f} GB/s",
-        f"{'context':>8} {'MB a token':>11} {'tokens/s':>9} {'limit':>8} {'share':>6}",
+        f"{'context':>8} {'weights':>9} {'MB a token':>11} {'tokens/s':>9} {'limit':>8}"
+        f" {'share':>6}",
     ]
     lines += [
-        f"{row.context_tokens:>8,} {row.bytes_per_token / 1e6:>11,.0f}"
+        f"{row.context_tokens:>8,} {row.weights:>9} {row.bytes_per_token / 1e6:>11,.0f}"
         f" {row.tokens_per_second:>9,.1f} {row.limit_tokens_per_second:>8,.1f} {row.share:>6.0%}"
         for row in bench.rows
     ]
@@ -138,15 +152,22 @@ def _context(model: Any, spec: ModelSpec, context: int) -> Any:  # noqa: ANN401
     return cache
 
 
-def _read_bytes(model: Any, spec: ModelSpec, context: int) -> int:  # noqa: ANN401
-    """Return the bytes that one token reads: weights that multiply it, the head, and the cache."""
+def _weight_bytes(model: Any, spec: ModelSpec) -> int:  # noqa: ANN401
+    """Return the bytes of the stored weights that one token reads: those that multiply it."""
     head_module = model.get_output_embeddings()
     head = int(head_module.in_features * head_module.out_features)
-    return (spec.linear_parameters + head) * spec.dtype_bytes + kv_cache_bytes(spec, context)
+    return (spec.linear_parameters + head) * spec.dtype_bytes
 
 
 def _row(
-    context: int, *, tokens_per_second: float, bytes_per_token: int, bytes_per_second: float
+    context: int,
+    weights: str,
+    *,
+    tokens_per_second: float,
+    bytes_per_token: int,
+    bytes_per_second: float,
 ) -> DecodeRow:
     limit = bytes_per_second / bytes_per_token
-    return DecodeRow(context, bytes_per_token, tokens_per_second, limit, tokens_per_second / limit)
+    return DecodeRow(
+        context, weights, bytes_per_token, tokens_per_second, limit, tokens_per_second / limit
+    )

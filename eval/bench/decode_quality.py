@@ -1,51 +1,102 @@
-"""What decoding in 4 bits does to answers: the same questions, with and without, on one prefill."""
+"""What the weights of decoding do to answers: each way beside plain float32, on one prefill.
+
+The measure is transformers' own code in float32 with the weights that the GGUF file stands for:
+nothing of ours decodes there, and nothing but float32 rounds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from eval.bench.decode_ways import STORED, steps, weights_of
 from eval.evidence_sets import EvidenceSet
 from eval.metrics import contains_answer
 from eval.statistics import Interval, clustered_difference, clustered_mean
+from rag.errors import SettingsError
 from rag.lm.chat_tokenizer import ChatTokenizer
 from rag.lm.engine import Message
 from rag.lm.forward import forward, prefill_chunks
-from rag.lm.four_bit import without_four_bit
-from rag.lm.native_cache import branch, native_cache
+from rag.lm.native_cache import native_cache
 from rag.lm.spec import CHUNK_TOKENS
+
+if TYPE_CHECKING:
+    import torch
 
 # Around the evidence, as a passage of a retrieval would be.
 _CONTEXT_CHARS = 600
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeQuality:
-    """Greedy answers of the plain path and of the fast one.
+class WayQuality:
+    """Greedy answers written with some weights, beside the plain ones.
 
-    `same` is the share of equal texts; `plain` and `fast` of answers that contain a gold one;
-    `difference` fast less plain, paired; `kl` the mean over the tokens of the plain answers of the
-    divergence of the next token's distribution, in nats, and `same_token` the share of them where
-    both have the same likeliest.
+    `same` is the share of equal answers, token by token; `gold` of answers that contain a gold one,
+    `difference` that less the plain share, paired. Along the plain answers: `kl` is the mean
+    divergence of the next token's distribution from the plain one, in nats, and `same_token` the
+    share of tokens where both have the same likeliest.
+    """
+
+    weights: str
+    same: Interval
+    gold: Interval
+    difference: Interval
+    kl: float
+    same_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeQuality:
+    """All ways to write the answers to the same questions.
+
+    `num_tokens` are those of the plain answers that were chosen while decoding, and `gold` the
+    share of them that contain a gold one.
     """
 
     num_questions: int
     num_tokens: int
-    same: Interval
-    plain: Interval
-    fast: Interval
-    difference: Interval
-    kl: float
-    same_token: float
+    gold: Interval
+    ways: tuple[WayQuality, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return its figures."""
         return asdict(self)
 
 
+@dataclass(slots=True, eq=False)
+class _Written:
+    """What one way has written so far; of each token along the plain answers, how far it is off."""
+
+    answers: list[list[int]] = field(default_factory=list)
+    kls: list[float] = field(default_factory=list)
+    agreed: list[bool] = field(default_factory=list)
+
+
+def load_exact(path: Path) -> Any:  # noqa: ANN401 - a causal model of transformers
+    """Return transformers' own model with a GGUF file's weights in float32, each as it is meant."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with redirect_stderr(StringIO()):  # the reader's progress bar cannot be switched off
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            # Where it could keep blocks packed, it would multiply by them in a way of its own.
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    return model.eval()
+
+
 def decode_quality(
     model: Any,  # noqa: ANN401 - a causal model of transformers
+    plain: Any,  # noqa: ANN401
     tokenizer: ChatTokenizer,
     evidence: EvidenceSet,
     *,
@@ -53,21 +104,29 @@ def decode_quality(
     max_new_tokens: int = 32,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> DecodeQuality:
-    """Answer questions about the passage that holds their evidence, both ways.
+    """Answer questions about the passage that holds their evidence, each way.
+
+    A prompt is read once, as the engine reads it, and all write on from there.
 
     Args:
-        model: decodes in 4 bits, see `use_four_bit`.
+        model: as the engine runs it, see `weights_of`.
+        plain: what `load_exact` gave of the file that its weights are from.
         tokenizer: its tokenizer.
         evidence: the questions.
         num_questions: spread evenly over the set.
         max_new_tokens: of each answer.
         on_progress: called with the number of questions done.
+
+    Raises:
+        SettingsError: if the weights of the two are not the same.
     """
+    _check_weights(model, plain)
     texts = {document.id: document.text for document in evidence.documents}
     step = max(1, len(evidence.questions) // num_questions)
     questions = evidence.questions[::step][:num_questions]
     end_ids = tokenizer.end_ids(model)
-    plain, fast, kls, agreed = [], [], [], []
+    plain_answers: list[list[int]] = []
+    ways = {weights: _Written() for weights in weights_of(model)}
     for number, question in enumerate(questions):
         start, end = question.spans[0]
         begin = max(0, start - _CONTEXT_CHARS)
@@ -75,75 +134,100 @@ def decode_quality(
         ids = tokenizer.encode_chat(
             [Message("user", f"{passage}\n\nQuestion: {question.question}\nAnswer briefly.")]
         )
-        found = _both(model, ids, end_ids, max_new_tokens)
-        plain.append(found[0])
-        fast.append(found[1])
-        kls += found[2]
-        agreed += found[3]
+        plain_answers.append(_answer(model, plain, ids, ways, end_ids, max_new_tokens))
         on_progress(number + 1)
     documents = [question.document for question in questions]
     golds = [question.answers for question in questions]
-    right = [
-        [
-            float(contains_answer(_text(tokenizer, ids), gold))
-            for ids, gold in zip(way, golds, strict=True)
-        ]
-        for way in (plain, fast)
-    ]
+
+    def right(answers: Sequence[Sequence[int]]) -> list[float]:
+        pairs = zip(answers, golds, strict=True)
+        return [float(contains_answer(_text(tokenizer, ids), gold)) for ids, gold in pairs]
+
+    def way(weights: str, found: _Written) -> WayQuality:
+        pairs = list(zip(found.answers, plain_answers, strict=True))
+        own = right(found.answers)
+        return WayQuality(
+            weights=weights,
+            same=clustered_mean([float(one == other) for one, other in pairs], documents),
+            gold=clustered_mean(own, documents),
+            difference=clustered_difference(
+                [one - other for one, other in zip(own, plain_right, strict=True)], documents
+            ),
+            kl=sum(found.kls) / max(1, len(found.kls)),
+            same_token=sum(found.agreed) / max(1, len(found.agreed)),
+        )
+
+    plain_right = right(plain_answers)
     return DecodeQuality(
         num_questions=len(questions),
-        num_tokens=len(kls),
-        same=clustered_mean([float(a == b) for a, b in zip(plain, fast, strict=True)], documents),
-        plain=clustered_mean(right[0], documents),
-        fast=clustered_mean(right[1], documents),
-        difference=clustered_difference([b - a for a, b in zip(*right, strict=True)], documents),
-        kl=sum(kls) / len(kls),
-        same_token=sum(agreed) / len(agreed),
+        num_tokens=sum(len(answer) - 1 for answer in plain_answers),
+        gold=clustered_mean(plain_right, documents),
+        ways=tuple(way(*each) for each in ways.items()),
     )
 
 
-def _both(
+def _check_weights(model: Any, plain: Any) -> None:  # noqa: ANN401
+    """Refuse a model whose embeddings are not those of the file, rounded to its dtype."""
+    import torch
+
+    own, exact = (each.get_input_embeddings().weight for each in (model, plain))
+    if own.shape != exact.shape or not torch.equal(own, exact.to(own.dtype)):
+        raise SettingsError(
+            "the model's weights are not those of the GGUF file: they were rounded otherwise, or"
+            " are of another model",
+            hint="name the file as the model, too: --model FILE --gguf FILE",
+        )
+
+
+def _answer(
     model: Any,  # noqa: ANN401
+    plain: Any,  # noqa: ANN401
     ids: Sequence[int],
+    ways: dict[str, _Written],
     end_ids: frozenset[int],
     max_new_tokens: int,
-) -> tuple[list[int], list[int], list[float], list[bool]]:
-    """Return both answers, and for each token of the plain one KL and whether both agree."""
+) -> list[int]:
+    """Write one answer each way; add them to `ways`, and return the plain one."""
     cache = native_cache(model.config)
     for start, end in prefill_chunks(0, 0, len(ids), CHUNK_TOKENS[model.device.type]):
         logits = forward(model, [ids[start:end]], cache)
     first = int(logits[0, -1].argmax())
-    own, other = cache, branch(cache, 1)
-    plain, fast = [first], [first]
-    kls: list[float] = []
-    agreed: list[bool] = []
-    is_same = True
-    while plain[-1] not in end_ids and len(plain) < max_new_tokens:
-        with without_four_bit(model):
-            expected = forward(model, [plain[-1:]], own)[0, -1].float().log_softmax(-1)
-        found = forward(model, [plain[-1:]], other)[0, -1].float().log_softmax(-1)
-        kls.append(float((expected.exp() * (expected - found)).sum()))
-        plain.append(int(expected.argmax()))
-        choice = int(found.argmax())
-        agreed.append(choice == plain[-1])
-        if is_same:
-            fast.append(choice)
-            if not agreed[-1]:
-                is_same = False
-                _write_on(model, fast, branch(other, 1), end_ids, max_new_tokens)
-    return plain, fast, kls, agreed
+    wide = native_cache(plain.config)
+    held: Any = cache.layers
+    for index, layer in enumerate(held):
+        wide.update(layer.keys.float(), layer.values.float(), index)
+
+    def written(
+        step: Callable[[int], torch.Tensor], keep: Callable[[torch.Tensor], None] = lambda _: None
+    ) -> list[int]:
+        answer = [first]
+        while answer[-1] not in end_ids and len(answer) < max_new_tokens:
+            logits = step(answer[-1])
+            keep(logits)
+            answer.append(int(logits.argmax()))
+        return answer
+
+    expected: list[torch.Tensor] = []
+    with steps(plain, STORED, wide) as step:
+        answer = written(step, lambda logits: expected.append(_logs(logits)))
+    for weights, told in ways.items():
+        is_same = True
+        with steps(model, weights, cache) as step:
+            for number, right in enumerate(expected):
+                logits = step(answer[number])
+                told.kls.append(float((right.exp() * (right - _logs(logits))).sum()))
+                told.agreed.append(int(logits.argmax()) == answer[number + 1])
+                is_same = is_same and told.agreed[-1]
+        own = answer
+        if not is_same:
+            with steps(model, weights, cache) as step:
+                own = written(step)
+        told.answers.append(own)
+    return answer
 
 
-def _write_on(
-    model: Any,  # noqa: ANN401
-    written: list[int],
-    cache: Any,  # noqa: ANN401
-    end_ids: frozenset[int],
-    max_new_tokens: int,
-) -> None:
-    """Decode on from where an answer went its own way."""
-    while written[-1] not in end_ids and len(written) < max_new_tokens:
-        written.append(int(forward(model, [written[-1:]], cache)[0, -1].argmax()))
+def _logs(logits: torch.Tensor) -> torch.Tensor:
+    return logits.double().log_softmax(-1)
 
 
 def _text(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +12,20 @@ from typing import Any
 from eval.bench import llama_cpp
 from eval.bench.corpus import python_texts
 from eval.bench.decode_quality import DecodeQuality
+from eval.bench.decode_ways import (
+    FOUR_BIT,
+    INTEGERS,
+    STORED,
+    can_compile,
+    passes,
+    weights_of,
+)
 from eval.bench.machine import CLOCKS, Clock, Machine, this_machine
+from eval.statistics import Interval
 from rag.lm.chat_tokenizer import ChatTokenizer
 from rag.lm.forward import forward, prefill_chunks
-from rag.lm.four_bit import without_four_bit
 from rag.lm.native_cache import branch, native_cache
-from rag.lm.prompt_lookup import PromptLookup, without_drafts
+from rag.lm.prompt_lookup import PromptLookup
 from rag.lm.spec import CHUNK_TOKENS
 
 # A passage of running text, and how much of it the prompt of `copying_prompt` begins to say again.
@@ -26,6 +33,7 @@ _PASSAGE_BEGIN, _PASSAGE_END = 2_000, 4_000
 _SAID_AGAIN_CHARS = 300
 
 NOT_INSTALLED = "not installed"
+NEEDS_FILE = "needs --gguf FILE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,32 +100,37 @@ def bench_generation(
     In made-up prompts there is little to copy: drafts should cost nothing there.
 
     Args:
-        model: as the engine runs it; with `use_four_bit`, both its ways are shown.
+        model: as the engine runs it; all its ways to write are shown, see `weights_of`.
         plain: the same weights as transformers alone runs them.
         lengths: of prompts.
         name: of the model.
-        gguf: the file for llama.cpp; without it that row stays empty.
+        gguf: the file for llama.cpp, and of our whole numbers; rows that lack it stay empty.
         new_tokens: written after each prompt.
         rounds: how often all is run.
         clock: `cpu` or `wall`.
-        quality: what decoding in 4 bits does to answers, for the card.
+        quality: what the weights of decoding do to answers, for the card.
         copied: returns a round's prompt whose answer copies from it; None leaves its row out.
         on_progress: called with what is run next.
     """
     import torch
 
     read_clock = CLOCKS[clock]
+    here = weights_of(model)
+    kinds = [kind for kind in _OURS if kind.weights in here]
     ways: dict[str, Callable[[list[int]], tuple[float, float]]] = {
         kind.name: partial(_ours, model, kind, new_tokens=new_tokens, clock=read_clock)
-        for kind in _OURS
-        if is_four_bit(model) or not kind.four_bit
+        for kind in kinds
     }
     ways["transformers"] = partial(_plain, plain, new_tokens=new_tokens, clock=read_clock)
     notes: dict[str, str] = {}
+    if INTEGERS not in here:
+        lacking = "this model or file has none" if gguf else NEEDS_FILE
+        lacking = lacking if can_compile() else NOT_INSTALLED
+        notes |= {kind.name: lacking for kind in _OURS if kind.weights == INTEGERS}
     if not llama_cpp.is_installed():
         notes["llama.cpp"] = NOT_INSTALLED
     elif gguf is None:
-        notes["llama.cpp"] = "needs --gguf FILE"
+        notes["llama.cpp"] = NEEDS_FILE
     else:
         peer = llama_cpp.LlamaCpp(
             gguf,
@@ -146,14 +159,15 @@ def bench_generation(
     rows = []
     for index, prompt in enumerate(prompts):
         is_copied = index == len(lengths)
-        # What writes fastest of ours: nothing is drafted where there is nothing to copy.
-        ours = [kind.name for kind in _OURS if kind.name in ways and kind.drafts == is_copied][-1]
+        # What people get by default, but that nothing is drafted where there is nothing to copy.
+        default = INTEGERS if INTEGERS in here else STORED
+        ours = _Kind(default, drafts=is_copied).name
         measured = (_way(way, taken[index, way], taken[index, ours]) for way in ways)
         rows.append(
             PeersRow(
                 len(prompt(0)),
                 (*measured, *missing),
-                same_text=_same_text(model, prompt(0), new_tokens) if is_copied else None,
+                same_text=_same_text(model, kinds, prompt(0), new_tokens) if is_copied else None,
             )
         )
     return PeersBench(
@@ -172,7 +186,7 @@ def card(bench: PeersBench) -> str:
     lines = [
         f"{bench.model}; {bench.machine.describe()}",
         f"{bench.clock} seconds, medians of {bench.rounds} rounds; ratios of each way's seconds to"
-        " ours in the same round (decoding: to our fastest), above 1 ours is faster",
+        " ours in the same round (decoding: to our default), above 1 ours is faster",
         f"{'tokens':>7}  {'way':<44} {'prefill s':>9} {'ratio':>6} {'tokens/s':>9} {'ratio':>6}",
     ]
     for row in bench.rows:
@@ -188,20 +202,29 @@ def card(bench: PeersBench) -> str:
                 f" {way.prefill_ratio:>6.2f} {1 / way.token_seconds:>9.1f} {way.token_ratio:>6.2f}"
             )
     if bench.quality is not None:
-        lines.append(describe_quality(bench.quality))
+        lines += describe_quality(bench.quality)
     return "\n".join(lines)
 
 
-def describe_quality(quality: DecodeQuality) -> str:
-    """Return what decoding in 4 bits does to answers, in a line."""
-    low, high = quality.difference.low, quality.difference.high
-    return (
-        f"4-bit decoding: {quality.same.mean:.1%} of {quality.num_questions} answers word for word"
-        f" the same; contains a gold answer {quality.fast.mean:.3f} against"
-        f" {quality.plain.mean:.3f}, difference {quality.difference.mean:+.3f}"
-        f" [{low:+.3f}, {high:+.3f}]; KL {quality.kl:.4f} nats, likeliest token the same for"
-        f" {quality.same_token:.1%} of {quality.num_tokens:,}"
-    )
+def describe_quality(quality: DecodeQuality) -> list[str]:
+    """Return what the weights of decoding do to answers, a line a way."""
+    return [
+        f"{quality.num_questions} answers beside those of the file's weights in plain float32, of"
+        f" which {_shares(quality.gold)} contain a gold one",
+        *(
+            f"{way.weights:>8}: {_shares(way.same)} word for word the same; contain a gold one"
+            f" {_shares(way.gold)}, difference {_shares(way.difference, sign='+')}; KL"
+            f" {way.kl:.1e} nats, likeliest token the same for {way.same_token:.2%} of"
+            f" {quality.num_tokens:,}"
+            for way in quality.ways
+        ),
+    ]
+
+
+def _shares(found: Interval, sign: str = "") -> str:
+    """Return a share and its interval in per cent."""
+    mean, low, high = (f"{100 * value:{sign}.1f}" for value in (found.mean, found.low, found.high))
+    return f"{mean}% [{low}, {high}]"
 
 
 def load_plain(folder: Path) -> Any:  # noqa: ANN401
@@ -215,28 +238,22 @@ def load_plain(folder: Path) -> Any:  # noqa: ANN401
     return model.eval()
 
 
-def is_four_bit(model: Any) -> bool:  # noqa: ANN401
-    """Say whether a model has 4-bit weights to decode with."""
-    from rag.lm.lean_forward import lean_pass
-
-    lean = lean_pass(model)
-    return lean is not None and lean.most_few_rows > 0
-
-
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """One of our ways to write."""
 
-    name: str
-    four_bit: bool = False
+    weights: str
     drafts: bool = False
 
+    @property
+    def name(self) -> str:
+        """What its rows are called."""
+        weights = "" if self.weights == STORED else f", {self.weights}"
+        return f"fathom{weights}{', drafts' if self.drafts else ''}"
 
-_OURS = (
-    _Kind("fathom"),
-    _Kind("fathom, 4-bit", four_bit=True),
-    _Kind("fathom, drafts", drafts=True),
-    _Kind("fathom, 4-bit, drafts", four_bit=True, drafts=True),
+
+_OURS = tuple(
+    _Kind(weights, drafts) for drafts in (False, True) for weights in (STORED, FOUR_BIT, INTEGERS)
 )
 
 
@@ -281,32 +298,26 @@ def _written(
 ) -> list[int]:
     """Return the tokens written after a prompt and `newest`, whichever they are."""
     written = [newest]
-    lookup = PromptLookup(model, ids)
-    with ExitStack() as stack:
-        if not kind.four_bit:
-            stack.enter_context(without_four_bit(model))
-        if not kind.drafts:
-            stack.enter_context(without_drafts(model))
+    with passes(model, kind.weights, cache) as found:
+        lookup = PromptLookup(found, ids)
         for left in range(new_tokens, 0, -1):
-            written.append(lookup.next_id(written[-1], cache, most=left))
+            if kind.drafts:
+                written.append(lookup.next_id(written[-1], most=left))
+            else:
+                written += found.read(written[-1:])
     return written[1:]
 
 
-def _same_text(model: Any, ids: list[int], new_tokens: int) -> bool:  # noqa: ANN401
+def _same_text(model: Any, kinds: Sequence[_Kind], ids: list[int], new_tokens: int) -> bool:  # noqa: ANN401
     """Say whether drafts leave every token as it is, in each of our ways."""
     cache = native_cache(model.config)
     for start, end in prefill_chunks(0, 0, len(ids), CHUNK_TOKENS[model.device.type]):
         logits = forward(model, [ids[start:end]], cache)
     newest = int(logits[0, -1].argmax())
     texts = {
-        kind.name: _written(model, kind, ids, branch(cache, 1), newest, new_tokens)
-        for kind in _OURS
+        kind: _written(model, kind, ids, branch(cache, 1), newest, new_tokens) for kind in kinds
     }
-    return all(
-        texts[kind.name] == texts[kind.name.removesuffix(", drafts")]
-        for kind in _OURS
-        if kind.drafts
-    )
+    return all(texts[kind] == texts[_Kind(kind.weights)] for kind in kinds)
 
 
 def _plain(

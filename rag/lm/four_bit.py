@@ -15,8 +15,7 @@ Source: docs/decisions/0034; block formats: ggml-quants.c of llama.cpp.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rag.errors import BrokenModelError
+from rag.lm.gguf_blocks import PARTS, in_halves, read_blocks, side_by_side
 from rag.lm.lean_forward import LEAN_FAMILIES, lean_pass
 from rag.lm.lean_layers import LeanLayer
 from rag.lm.packed_linear import PackedLinear, can_pack
+from rag.lm.weights_checksum import checked_weights, damaged_weights, tensors_digest
 
 FILE_NAME = "four_bit.weights"
 
@@ -39,13 +39,6 @@ _SIDE = 64
 _FORMAT = "fathom four bit 2"
 # More rows than this and bfloat16 is as fast.
 MOST_ROWS = 4
-
-_PARTS = {
-    "qkv": ("attn_q", "attn_k", "attn_v"),
-    "out": ("attn_output",),
-    "gate_up": ("ffn_gate", "ffn_up"),
-    "down": ("ffn_down",),
-}
 
 
 class FourBitLinear(torch.nn.Module):
@@ -101,41 +94,6 @@ def pack(numbers: Tensor, scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tens
     return blocks, pairs.transpose(0, 1).contiguous().bfloat16()
 
 
-def read_blocks(data: np.ndarray, kind: str) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return numbers, scales and offsets of a GGUF tensor, as `pack` takes them.
-
-    Args:
-        data: uint8 [out, bytes of a row].
-        kind: the format's name; None is returned for one that is not of 4 bits.
-    """
-    out = data.shape[0]
-    if kind in ("Q4_0", "Q4_1"):
-        size = 18 if kind == "Q4_0" else 20
-        blocks = data.reshape(out, -1, size)
-        halves = blocks[..., : size - 16].copy().view(np.float16).astype(np.float32)
-        numbers = _nibbles(blocks[..., size - 16 :])
-        scales = halves[..., 0]
-        offsets = -8 * scales if kind == "Q4_0" else halves[..., 1]
-    elif kind == "Q4_K":
-        blocks = data.reshape(out, -1, 144)
-        halves = blocks[..., :4].copy().view(np.float16).astype(np.float32)
-        packed = blocks[..., 4:16].reshape(out, -1, 3, 4)
-        low, high, rest = packed[..., 0, :], packed[..., 1, :], packed[..., 2, :]
-        # Eight scales and eight minima of 6 bits: the last four of each are spread over two bytes.
-        sizes = np.concatenate([low & 63, (rest & 15) | ((low >> 6) << 4)], axis=-1)
-        minima = np.concatenate([high & 63, (rest >> 4) | ((high >> 6) << 4)], axis=-1)
-        numbers = _nibbles(blocks[..., 16:].reshape(out, -1, 4, _GROUP))
-        scales = (halves[..., :1] * sizes).reshape(out, -1)
-        offsets = (-halves[..., 1:] * minima).reshape(out, -1)
-    else:
-        return None
-    return (
-        torch.from_numpy(numbers.reshape(out, -1).astype(np.int32)),
-        torch.from_numpy(np.ascontiguousarray(scales)),
-        torch.from_numpy(np.ascontiguousarray(offsets)),
-    )
-
-
 def write_four_bit(path: Path, folder: Path, config: Any) -> int:  # noqa: ANN401
     """Write what a GGUF file holds in 4 bits into a model's folder; return the bytes, 0 for none.
 
@@ -154,24 +112,30 @@ def write_four_bit(path: Path, folder: Path, config: Any) -> int:  # noqa: ANN40
     found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     tensors: dict[str, Tensor] = {}
     for index in range(int(text.num_hidden_layers)):
-        for part, names in _PARTS.items():
+        for part, names in PARTS.items():
             pieces = []
             for name in names:
                 tensor = found[f"blk.{index}.{name}.weight"]
                 piece = read_blocks(np.asarray(tensor.data), tensor.tensor_type.name)
-                if piece is None or any(side % _SIDE for side in piece[0].shape):
+                if piece is None or not piece.is_four_bit:
+                    break
+                if any(side % _SIDE for side in piece.numbers.shape):
                     break
                 is_turned = text.model_type == "llama" and name in ("attn_q", "attn_k")
-                width = int(text.head_dim) if is_turned else 0
-                pieces.append([_in_halves(rows, width) if width else rows for rows in piece])
+                pieces.append(in_halves(piece, int(text.head_dim)) if is_turned else piece)
             if len(pieces) == len(names):
-                joined = (torch.cat(rows) for rows in zip(*pieces, strict=True))
-                blocks, scales = pack(*joined)
+                (joined,) = side_by_side(pieces)
+                assert joined.offsets is not None  # every format of 4 bits has them
+                blocks, scales = pack(
+                    torch.from_numpy(joined.numbers).int(),
+                    torch.from_numpy(joined.scales),
+                    torch.from_numpy(joined.offsets),
+                )
                 tensors[f"{index}.{part}.blocks"] = blocks
                 tensors[f"{index}.{part}.scales"] = scales
     if not tensors:
         return 0
-    about = {"layout": here, "sha256": _digest(tensors)}
+    about = {"layout": here, "sha256": tensors_digest(tensors)}
     save_file(tensors, folder / FILE_NAME, metadata=about)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -193,7 +157,7 @@ def four_bit_file(folder: Path) -> Path | None:
         with safe_open(path, framework="pt") as file:
             written = (file.metadata() or {}).get("layout")
     except SafetensorError as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged_weights(path, str(error)) from error
     return path if written is not None and written == layout() else None
 
 
@@ -219,11 +183,11 @@ def use_four_bit(model: Any, path: Path) -> None:  # noqa: ANN401 - a causal mod
     """
     lean = lean_pass(model)
     assert lean is not None, "the model has no lean forward"
-    tensors = _checked_weights(path)
+    tensors = checked_weights(path)
     layers = []
     for index, layer in enumerate(lean.layers):
         parts = {}
-        for part in _PARTS:
+        for part in PARTS:
             plain = getattr(layer, part)
             if f"{index}.{part}.blocks" in tensors:
                 bias = _bias(plain)
@@ -253,58 +217,6 @@ def without_four_bit(model: Any) -> Iterator[None]:  # noqa: ANN401
             lean.most_few_rows = rows
 
 
-def _checked_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, mapped to memory, whose checksum has been compared.
-
-    Any four bits are a weight: unlike stored weights, damaged ones never look like none.
-    """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            expected = (file.metadata() or {}).get("sha256")
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, str(error)) from error
-    if (found := _digest(tensors)) != expected:
-        raise _damaged(path, f"its weights have SHA-256 {found}, expected {expected}")
-    return tensors
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors: of their names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _damaged(path: Path, found: str) -> BrokenModelError:
-    return BrokenModelError(
-        f"{path} is damaged: {found}",
-        hint="delete the model's folder and fetch it again, or decode with the stored weights:"
-        " FATHOM_DECODE_WEIGHTS=stored",
-    )
-
-
 def _bias(linears: Sequence[Any]) -> Tensor | None:
     found = [linear.bias for linear in linears]
     return None if found[0] is None else torch.cat(found)
-
-
-def _nibbles(data: np.ndarray) -> np.ndarray:
-    """Return [..., 2 * n] numbers of n bytes: the low halves of all, then the high halves."""
-    return np.concatenate([data & 15, data >> 4], axis=-1)
-
-
-def _in_halves(rows: Tensor, head_width: int) -> Tensor:
-    """Return rows of queries or keys in transformers' order: llama.cpp has turned pairs adjacent.
-
-    Args:
-        rows: [heads * head_width, ...].
-        head_width: of a head.
-    """
-    heads = rows.view(-1, head_width // 2, 2, *rows.shape[1:])
-    return heads.swapaxes(1, 2).reshape(rows.shape)

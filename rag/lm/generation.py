@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from rag.lm.chat_tokenizer import TextStream
 from rag.lm.engine import GenerationDone, GenerationStep, TextPiece
+from rag.lm.integer_decoder import AnswerPasses
 from rag.lm.kv_bytes import measured_row_bytes
 from rag.lm.native_cache import select
 from rag.lm.prefill import Prefilled
 from rag.lm.prompt_lookup import NO_DRAFTS, PromptLookup
-from rag.lm.shared_prefix import SharedPrefixCache, forward_in_step
+from rag.lm.shared_prefix import forward_in_step
 from rag.lm.static_decode import StaticDecoder
 from rag.types import Decoding, DecodingWay
 
@@ -75,7 +76,7 @@ class Row:
 def decode(
     model: Any,  # noqa: ANN401 - a causal model of transformers
     rows: Sequence[Row],
-    cache: Cache | StaticDecoder,
+    cache: Cache | StaticDecoder | AnswerPasses,
     *,
     end_ids: frozenset[int],
     max_new_tokens: int,
@@ -95,7 +96,7 @@ def decode(
         model: ready to run.
         rows: their prompts are read, and their padding is known.
         cache: of all of them, in their order; a `SharedPrefixCache` where they share one, or what
-            writes on from its own.
+            writes on from its own; of one row the passes that read it.
         end_ids: the tokens that end an answer.
         max_new_tokens: the longest answer.
         stop: looked at before each token that is shown.
@@ -109,8 +110,8 @@ def decode(
     """
     active = list(rows)
     lookup = None
-    if len(rows) == 1 and not isinstance(cache, (SharedPrefixCache, StaticDecoder)):
-        lookup = PromptLookup(model, rows[0].prompt_ids)
+    if isinstance(cache, AnswerPasses):
+        lookup = PromptLookup(cache, rows[0].prompt_ids)
     while True:
         ended: set[int] = set()
         for row in active:
@@ -124,7 +125,7 @@ def decode(
                 if piece := row.text.flush():
                     yield row.number, TextPiece(piece)
                 if lookup is not None:
-                    lookup.take_back(cache)
+                    lookup.take_back()
                 kv_tokens, kv_bytes = _held(cache, row)
                 yield (
                     row.number,
@@ -144,28 +145,24 @@ def decode(
                 return
             if isinstance(cache, StaticDecoder):
                 cache.select(left)
-            else:
+            elif not isinstance(cache, AnswerPasses):
                 select(cache, left)
         begun = time.perf_counter()
-        if lookup is None:
-            next_ids = _next_ids(model, active, cache)
-        else:
+        if lookup is not None:
             newest, most = active[0].state.next_id or 0, max_new_tokens - active[0].new_tokens
-            next_ids = [lookup.next_id(newest, cache, most=most)]
+            next_ids = [lookup.next_id(newest, most=most)]
+        elif isinstance(cache, StaticDecoder):
+            next_ids = cache.next_ids()
+        else:
+            next_ids = _next_ids(model, active, cache)
         seconds = time.perf_counter() - begun
         for row, next_id in zip(active, next_ids, strict=True):
             row.state.next_id = next_id
             row.decode_seconds += seconds
 
 
-def _next_ids(
-    model: Any,  # noqa: ANN401
-    rows: Sequence[Row],
-    cache: Cache | StaticDecoder,
-) -> list[int]:
+def _next_ids(model: Any, rows: Sequence[Row], cache: Any) -> list[int]:  # noqa: ANN401
     """Return the likeliest next token of each row; waits for the GPU."""
-    if isinstance(cache, StaticDecoder):
-        return cache.next_ids()
     newest = [[row.state.next_id or 0] for row in rows]
     padding = [row.padding for row in rows]
     logits = forward_in_step(model, newest, cache, front_padding=padding)
@@ -174,7 +171,10 @@ def _next_ids(
 
 
 def _decoding(
-    cache: Cache | StaticDecoder, lookup: PromptLookup | None, num_rows: int, refused: str
+    cache: Cache | StaticDecoder | AnswerPasses,
+    lookup: PromptLookup | None,
+    num_rows: int,
+    refused: str,
 ) -> Decoding:
     """Return how rows were written so far."""
     if isinstance(cache, StaticDecoder):
@@ -182,8 +182,11 @@ def _decoding(
         return Decoding(way, num_rows)
     if lookup is None:
         return Decoding(DecodingWay.PLAIN, num_rows, refused=refused)
+    way = DecodingWay.DRAFTS if lookup.drafted else DecodingWay.PLAIN
+    if isinstance(cache, AnswerPasses) and cache.has_integers:
+        way = DecodingWay.INTEGERS
     return Decoding(
-        DecodingWay.DRAFTS if lookup.drafted else DecodingWay.PLAIN,
+        way,
         num_rows,
         drafted=lookup.drafted,
         accepted=lookup.accepted,
@@ -191,8 +194,10 @@ def _decoding(
     )
 
 
-def _held(cache: Cache | StaticDecoder, row: Row) -> tuple[int, int]:
+def _held(cache: Cache | StaticDecoder | AnswerPasses, row: Row) -> tuple[int, int]:
     """Return the tokens and the logical bytes that the cache holds of a row."""
     if isinstance(cache, StaticDecoder):
         return cache.num_tokens - row.padding, cache.kv_bytes(row.padding)
+    if isinstance(cache, AnswerPasses):
+        return cache.held()
     return cache.get_seq_length() - row.padding, measured_row_bytes(cache, row.padding)

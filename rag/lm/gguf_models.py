@@ -42,7 +42,8 @@ def load_gguf_config(path: Path) -> PreTrainedConfig:
 def convert_gguf(path: Path, folder: Path) -> str:
     """Write a GGUF file's model as safetensors, with its tokenizer; return the stored dtype.
 
-    Where this machine can decode with them, its 4-bit blocks are written beside it.
+    The whole numbers that it holds are written beside it, for decoding; those of 4 bits once more
+    where this machine has a product for them.
 
     Raises:
         BrokenModelError: if the file lacks weights of its architecture.
@@ -54,6 +55,7 @@ def convert_gguf(path: Path, folder: Path) -> str:
     from transformers.utils import logging
 
     from rag.lm.four_bit import write_four_bit
+    from rag.lm.integer_weights import write_integers
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # Without native bfloat16 a CPU prefills four times slower in it than in float32.
@@ -88,6 +90,7 @@ def convert_gguf(path: Path, folder: Path) -> str:
     tokenizer.save_pretrained(folder)
     if dtype == torch.bfloat16:
         write_four_bit(path, folder, model.config)
+    write_integers(path, folder, model.config)
     return str(dtype).removeprefix("torch.")
 
 

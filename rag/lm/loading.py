@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,7 @@ def open_model(name: str, settings: Settings) -> OpenedModel:
     from transformers.utils.logging import disable_progress_bar
 
     from rag.lm.four_bit import four_bit_bytes, use_four_bit
+    from rag.lm.integer_decoder import use_integers
     from rag.lm.lean_forward import use_lean_forward
     from rag.lm.lean_step import lean_step
     from rag.lm.packed_linear import use_packed_weights
@@ -147,11 +149,15 @@ def open_model(name: str, settings: Settings) -> OpenedModel:
     stored: Any = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
     dtype = torch.bfloat16 if device.type == "cuda" else stored
     four_bit = _four_bit(folder, settings, dtype, device)
+    integers = _integers(folder, settings, device)
+    decoded = " 4-bit" if four_bit else " integers" if integers else ""
     own_name = resolve_model_name(name, settings)
 
     def hasten(model: Any) -> None:  # noqa: ANN401
         use_packed_weights(model)
-        use_lean_forward(model)
+        can_be_lean = use_lean_forward(model)
+        if integers is not None and can_be_lean:
+            use_integers(model, integers)
         if four_bit is not None:
             use_four_bit(model, four_bit)
         if device.type == "cuda" and settings.cuda_graphs:
@@ -164,11 +170,22 @@ def open_model(name: str, settings: Settings) -> OpenedModel:
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
-        weights_id=f"{_weights_fingerprint(folder)} {dtype}{' 4-bit' if four_bit else ''}",
+        weights_id=f"{_weights_fingerprint(folder)} {dtype}{decoded}",
         load=partial(load_weights, folder, dtype=dtype, device=device),
         hasten=hasten,
-        extra_bytes=four_bit_bytes(four_bit, config) if four_bit else 0,
+        extra_bytes=four_bit_bytes(four_bit, config)
+        if four_bit
+        else (integers.stat().st_size if integers else 0),
     )
+
+
+def _integers(folder: Path, settings: Settings, device: torch.device) -> Path | None:
+    """Return the file of whole numbers to write with; None where none are wanted, or usable."""
+    from rag.lm.integer_weights import integers_file
+
+    if settings.decode_weights != "integers" or device.type != "cpu":
+        return None
+    return integers_file(folder) if find_spec("openvino") else None
 
 
 def _four_bit(

@@ -28,6 +28,7 @@ from rag.lm.engine import (
     name_with_cache,
 )
 from rag.lm.forward import PassStoppedError, is_allocation_failure
+from rag.lm.integer_decoder import has_integers
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.loading import Weights, open_model
 from rag.lm.positions import position_limit
@@ -258,9 +259,9 @@ class LocalEngine:
         return max(0, self._prefill.free_bytes() - pending)
 
     def warm_up(self) -> None:
-        """Read the weights now, so that the first request does not wait for them."""
+        """Read the weights now, and compile what writes, so that no request waits for them."""
         with self._lock:
-            self._loaded_model()
+            has_integers(self._loaded_model())
 
     def forget(self) -> None:
         """Drop the prompt that `score` holds for the next call: it may quote a deleted document."""

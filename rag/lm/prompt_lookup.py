@@ -20,13 +20,14 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from rag.lm.forward import allocated, forward
+from rag.lm.kv_bytes import measured_row_bytes
 from rag.lm.lean_forward import LeanPass, lean_pass
 from rag.lm.native_cache import GrowingLayer
 from rag.lm.row_check import check_rows
@@ -60,107 +61,69 @@ def without_drafts(model: Any) -> Iterator[None]:  # noqa: ANN401
             _TRIED[lean] = tried
 
 
-class PromptLookup:
-    """Writes one answer; what it reads ahead is in the cache until it is asked for.
+class Passes(Protocol):
+    """What reads tokens behind a text: they enter its cache."""
 
-    `drafted` tokens were read ahead so far, `accepted` of them were asked for. `refused` says that
-    there was a draft, and that passes of several tokens are not exact here.
-    """
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of a pass that pays, the newest included; empty where no pass of several does."""
 
-    def __init__(self, model: Any, prompt_ids: Sequence[int]) -> None:  # noqa: ANN401
-        """Begin behind a prompt.
+    def read(self, ids: list[int]) -> list[int]:
+        """Return the likeliest token after each of `ids`; fewer where one is not certain.
 
-        Args:
-            model: ready to run; without a lean pass every pass is of one token.
-            prompt_ids: all tokens in the cache.
+        Those behind the last one returned have not entered then.
         """
-        self._model = model
+
+    def crop(self, num_tokens: int) -> None:
+        """Remove the last tokens."""
+
+    def are_exact(self) -> bool:
+        """Say whether a pass of several tokens chooses as passes of one do."""
+
+    def held(self) -> tuple[int, int]:
+        """Return the tokens in the cache, and their logical bytes."""
+
+
+class ModelPasses:
+    """Passes of a model of transformers into its cache."""
+
+    def __init__(self, model: Any, cache: Any) -> None:  # noqa: ANN401
+        """Take a model ready to run; without a lean pass every pass is of one token."""
+        self._model, self._cache = model, cache
         self._lean = lean_pass(model)
-        self._ids = np.array(prompt_ids)
-        self._ahead: deque[int] = deque()
-        self._length = 0  # of the next draft's pass, in _LENGTHS
-        self._useless = 0
-        self._pause = 0
-        self.drafted = self.accepted = 0
-        self.refused = False
 
-    def next_id(self, newest: int, cache: Any, *, most: int) -> int:  # noqa: ANN401
-        """Return the token that the model chooses after `newest`.
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """See `Passes`."""
+        is_plain = all(type(layer) is GrowingLayer for layer in self._cache.layers)
+        return _LENGTHS if self._lean is not None and is_plain else ()
 
-        Args:
-            newest: the last token of the text, the last one returned if there was one.
-            cache: holds the text before it, and what was read ahead.
-            most: tokens that the answer may still get; no pass reads beyond them.
-        """
-        self._ids = np.append(self._ids, newest)
-        if self._ahead:
-            self.accepted += 1
-            return self._ahead.popleft()
-        draft = self._draft(most) if self._can_draft(cache) else []
-        if not draft:
-            return int(forward(self._model, [[newest]], cache)[0, -1].argmax())
-        chosen = self._read([newest, *draft], cache)
-        right = 0
-        while right < len(draft) and draft[right] == chosen[right]:
-            right += 1
-        cache.crop(right - len(draft))
-        self._learn(right, len(draft))
-        self.drafted += len(draft)
-        self._ahead.extend(chosen[1 : right + 1])
-        return chosen[0]
-
-    def take_back(self, cache: Any) -> None:  # noqa: ANN401
-        """Remove from the cache what was read ahead and not asked for."""
-        if self._ahead:
-            cache.crop(-len(self._ahead))
-            self._ahead.clear()
-
-    def _can_draft(self, cache: Any) -> bool:  # noqa: ANN401
-        return self._lean is not None and all(type(layer) is GrowingLayer for layer in cache.layers)
-
-    def _draft(self, most: int) -> list[int]:
-        """Return what stood after the last tokens before, as many as the next pass takes."""
-        if self._pause:
-            self._pause -= 1
-            return []
-        begin = _place(self._ids, two=not self._useless)
-        if begin is None:
-            return []
-        reach = min(_LENGTHS[self._length], most, len(self._ids) - begin + 1)
-        length = max((length for length in _LENGTHS if length <= reach), default=0)
-        if not length:
-            return []
-        if not self._holds():
-            self.refused = True
-            return []
-        draft: list[int] = self._ids[begin : begin + length - 1].tolist()
-        return draft
-
-    def _read(self, ids: list[int], cache: Any) -> list[int]:  # noqa: ANN401
-        """Return the likeliest token after each of `ids`, which enter the cache."""
+    def read(self, ids: list[int]) -> list[int]:
+        """See `Passes`."""
+        if len(ids) == 1:
+            return [int(forward(self._model, [ids], self._cache)[0, -1].argmax())]
         lean = self._lean
         assert lean is not None
 
         def chosen() -> list[int]:
             with torch.inference_mode():
-                found: list[int] = lean.logits([ids], cache)[0].argmax(-1).tolist()
+                found: list[int] = lean.logits([ids], self._cache)[0].argmax(-1).tolist()
             return found
 
-        return allocated(
-            chosen, f"with {cache.get_seq_length():,} tokens in the cache, at the next {len(ids)}"
-        )
+        held = self._cache.get_seq_length()
+        return allocated(chosen, f"with {held:,} tokens in the cache, at the next {len(ids)}")
 
-    def _learn(self, right: int, drafted: int) -> None:
-        """Draft more where drafts are right, and less often where they are not."""
-        if right == drafted:
-            self._length = min(self._length + 1, len(_LENGTHS) - 1)
-        else:
-            self._length = 0
-        self._useless = 0 if right else self._useless + 1
-        self._pause = min(2**self._useless - 1, _LONGEST_PAUSE)
+    def crop(self, num_tokens: int) -> None:
+        """See `Passes`."""
+        if num_tokens:
+            self._cache.crop(-num_tokens)
 
-    def _holds(self) -> bool:
-        """Say whether passes of several tokens are exact here; tried once a model and threads."""
+    def held(self) -> tuple[int, int]:
+        """See `Passes`."""
+        return self._cache.get_seq_length(), measured_row_bytes(self._cache, 0)
+
+    def are_exact(self) -> bool:
+        """See `Passes`; tried once a model and threads."""
         lean, threads = self._lean, torch.get_num_threads()
         assert lean is not None
         tried = _TRIED.get(lean)
@@ -170,6 +133,89 @@ class PromptLookup:
             if not tried[1]:
                 logger.info(NO_DRAFTS)
         return tried[1]
+
+
+class PromptLookup:
+    """Writes one answer; what it reads ahead is in the cache until it is asked for.
+
+    `drafted` tokens were read ahead so far, `accepted` of them were asked for. `refused` says that
+    there was a draft, and that passes of several tokens are not exact here.
+    """
+
+    def __init__(self, passes: Passes, prompt_ids: Sequence[int]) -> None:
+        """Begin behind a prompt.
+
+        Args:
+            passes: read tokens behind the prompt.
+            prompt_ids: all its tokens.
+        """
+        self._passes = passes
+        self._ids = np.array(prompt_ids)
+        self._ahead: deque[int] = deque()
+        self._length = 0  # of the next draft's pass, in the lengths of passes
+        self._useless = 0
+        self._pause = 0
+        self.drafted = self.accepted = 0
+        self.refused = False
+
+    def next_id(self, newest: int, *, most: int) -> int:
+        """Return the token that the model chooses after `newest`.
+
+        Args:
+            newest: the last token of the text, the last one returned if there was one.
+            most: tokens that the answer may still get; no pass reads beyond them.
+        """
+        self._ids = np.append(self._ids, newest)
+        if self._ahead:
+            self.accepted += 1
+            return self._ahead.popleft()
+        draft = self._draft(most)
+        chosen = self._passes.read([newest, *draft])
+        right = 0
+        while right < len(chosen) - 1 and draft[right] == chosen[right]:
+            right += 1
+        if draft:
+            self._passes.crop(len(chosen) - 1 - right)
+            self._learn(right, len(draft))
+            self.drafted += len(draft)
+        self._ahead.extend(chosen[1 : right + 1])
+        return chosen[0]
+
+    def take_back(self) -> None:
+        """Remove from the cache what was read ahead and not asked for."""
+        if self._ahead:
+            self._passes.crop(len(self._ahead))
+            self._ahead.clear()
+
+    def _draft(self, most: int) -> list[int]:
+        """Return what stood after the last tokens before, as many as the next pass takes."""
+        lengths = self._passes.lengths
+        if not lengths:
+            return []
+        if self._pause:
+            self._pause -= 1
+            return []
+        begin = _place(self._ids, two=not self._useless)
+        if begin is None:
+            return []
+        reach = min(lengths[self._length], most, len(self._ids) - begin + 1)
+        length = max((length for length in lengths if length <= reach), default=0)
+        if not length:
+            return []
+        if not self._passes.are_exact():
+            self.refused = True
+            return []
+        draft: list[int] = self._ids[begin : begin + length - 1].tolist()
+        return draft
+
+    def _learn(self, right: int, drafted: int) -> None:
+        """Draft more where drafts are right, and less often where they are not."""
+        if right == drafted:
+            self._length = min(self._length + 1, len(self._passes.lengths) - 1)
+        else:
+            self._length = 0
+        self._useless = 0 if right else self._useless + 1
+        self._pause = min(2**self._useless - 1, _LONGEST_PAUSE)
 
 
 def _place(ids: np.ndarray, *, two: bool) -> int | None:

@@ -162,11 +162,18 @@ def bench_decode_verb(
     ] = False,
     gguf: Annotated[
         Path | None,
-        typer.Option(help="The model's GGUF file: for llama.cpp, and to decode in 4 bits."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="The model's GGUF file: for llama.cpp, and to decode with its whole numbers and in"
+            " 4 bits. Default: --model, if that is one.",
+        ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of question sets: what 4 bits do to answers (squad2_articles)."),
+        typer.Option(
+            help="Folder of question sets: how many answers are those of float32 (squad2_articles)."
+        ),
     ] = None,
     split: Split = "dev",
     questions: Annotated[int, typer.Option(min=2, help="So many questions of them.")] = 200,
@@ -174,7 +181,14 @@ def bench_decode_verb(
 ) -> None:
     """Measure tokens a second of decoding beside what the memory's bandwidth allows."""
     from eval.bench.decode import bench_decode, card
+    from rag.lm.catalog import is_gguf
 
+    if gguf is None and is_gguf(model):
+        gguf = Path(model).expanduser()
+    if data and gguf is None:
+        raise typer.BadParameter(
+            "it needs --gguf FILE: its weights are the measure", param_hint="--data"
+        )
     with err.status("loading the model") as status:
         opened, loaded, spec = _loaded(model)
         if peers or data:
@@ -194,11 +208,13 @@ def bench_decode_verb(
 
             shown = generation_peers.card(bench)
         else:
+            has_integers = load_settings().decode_weights == "integers"
             bench = bench_decode(
                 loaded,
                 spec,
                 context or [128, 2048, 8192],
                 name=opened.name,
+                integers_bytes=opened.extra_bytes if has_integers else 0,
                 rounds=rounds,
                 clock=clock,
                 on_progress=status.update,
@@ -220,30 +236,27 @@ def _beside_peers(
     questions: int,
     status: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
-    """Run the bench beside peers; with a GGUF file its own 4-bit blocks decode as well.
+    """Run the bench beside peers; with a GGUF file its own whole numbers decode as well.
 
     An answer that copies is written too, with drafts and without.
     """
-    from eval.bench.decode_quality import decode_quality
-    from eval.bench.generation_peers import (
-        bench_generation,
-        copying_prompt,
-        is_four_bit,
-        load_plain,
-    )
+    from eval.bench.decode_quality import decode_quality, load_exact
+    from eval.bench.decode_ways import decode_with
+    from eval.bench.generation_peers import bench_generation, copying_prompt, load_plain
     from eval.evidence_sets import load_evidence_set
     from rag.lm.chat_tokenizer import ChatTokenizer
-    from rag.lm.four_bit import four_bit_file, use_four_bit, write_four_bit
+    from rag.lm.gguf_models import load_gguf_config
 
+    if gguf is not None:
+        load_gguf_config(gguf)  # refuses what cannot be used
     with TemporaryDirectory() as folder:
-        if gguf is not None and write_four_bit(gguf, Path(folder), opened.config):
-            found = four_bit_file(Path(folder))
-            assert found is not None  # it has just been written on this machine
-            use_four_bit(loaded, found)
+        if gguf is not None and opened.device.type == "cpu":
+            decode_with(loaded, opened.config, gguf, Path(folder))
         quality = None
-        if data is not None and is_four_bit(loaded):
+        if data is not None and gguf is not None:
             quality = decode_quality(
                 loaded,
+                load_exact(gguf),
                 ChatTokenizer(opened.tokenizer),
                 load_evidence_set(data, "squad2_articles", split),
                 num_questions=questions,
