@@ -36,6 +36,12 @@ HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 PROMPT = list(range(5, 30))
 
 
+@pytest.fixture
+def settings(settings: Settings, tmp_path: Path) -> Settings:
+    """Return settings whose models are in a temporary folder, too."""
+    return settings.model_copy(update={"models_dir": tmp_path / "models", "device": "cpu"})
+
+
 def random_blocks(kind: str) -> np.ndarray:
     """Return a matrix in a format of GGUF; of the K formats every bit is random."""
     generator = np.random.default_rng(0)
