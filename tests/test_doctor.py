@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from conftest import HANDBOOK, HashEmbedder
 from ingest.originals import ingesting
 from ingest.pipeline import original_path
 from rag.lm.local_engine import LocalEngine
+from rag.lm.weights_checksum import tensors_digest
 from rag.settings import Settings
 from ui.assembly import Fathom
 from ui.doctor import Check, examine, examine_library, repair
@@ -102,6 +105,15 @@ def test_a_flipped_byte_of_a_fetched_model_is_found(ready: Fathom, tmp_path: Pat
     weights.write_bytes(b"weighty")
     assert not embedder().passed
     assert str(weights) in embedder().detail
+
+    weights.write_bytes(b"weights")
+    assert embedder().passed
+    written = {"numbers": torch.arange(8, dtype=torch.int8)}
+    path = folder / "integers.weights"
+    save_file(written, path, metadata={"sha256": tensors_digest(written)})
+    assert embedder().passed
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "integers.weights is damaged" in embedder().detail
 
 
 def test_nothing_is_wrong_with_a_sound_library(ready: Fathom) -> None:

@@ -139,9 +139,13 @@ def _installation(fathom: Fathom) -> Iterator[Check]:
 def _changed_files(folder: Path) -> str:
     """Return the files of a fetched model that are not its publisher's, nothing if all are.
 
-    What was converted has no checksum, and neither has a folder of one's own.
+    What was converted to safetensors has no checksum, and neither has a folder of one's own.
+
+    Raises:
+        BrokenModelError: if weights with a checksum of their own are not those that were written.
     """
     from rag.lm.catalog import MANIFEST_NAME
+    from rag.lm.weights_checksum import checked_weights
 
     manifest = folder / MANIFEST_NAME
     if not manifest.is_file():
@@ -153,6 +157,8 @@ def _changed_files(folder: Path) -> str:
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     changed.append(str(path))
+    for path in sorted(folder.glob("*.weights")):
+        checked_weights(path)
     return ", ".join(changed)
 
 
