@@ -16,14 +16,16 @@ from conftest import prompt_of
 from rag.errors import BrokenModelError
 from rag.lm import integer_decoder
 from rag.lm.catalog import fetch_model, resolve_model
-from rag.lm.engine import GenerationDone, Message, TextPiece
+from rag.lm.document_kv import DocumentKV
+from rag.lm.engine import DocumentPrefix, GenerationDone, Message, TextPiece
 from rag.lm.forward import forward
 from rag.lm.gguf_blocks import PARTS, in_halves, read_blocks
 from rag.lm.integer_decoder import IntegerDecoder
-from rag.lm.integer_weights import FILE_NAME, integers_file, load_integers
+from rag.lm.integer_weights import FILE_NAME, integers_file, load_integers, write_integers
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import branch, native_cache
 from rag.lm.prompt_lookup import PromptLookup
+from rag.lm.spec import load_config
 from rag.settings import Settings
 from rag.types import DecodingWay
 from test_auto_and_gguf import write_gguf
@@ -270,6 +272,28 @@ def test_a_cache_that_others_use_is_not_changed(tmp_path: Path, settings: Settin
         assert torch.equal(layer.values, values)
 
 
+def test_a_kept_document_answers_as_one_that_is_read_anew(
+    tmp_path: Path, settings: Settings
+) -> None:
+    path = model_file(tmp_path)
+    fetch_model(path, settings)
+    kept = DocumentKV(tmp_path / "kv", memory_bytes=2**24, disk_bytes=0)
+    engine = LocalEngine.load(path, settings, document_kv=kept)
+    prefix = DocumentPrefix(20, ("1:1:a",))
+    found = []
+    for asked in ([7, 8], [9], [7, 8]):
+        steps = engine.generate(
+            prompt_of([*PROMPT[:20], *asked]), max_new_tokens=20, stop=Event(), prefix=prefix
+        )
+        *texts, done = steps
+        assert isinstance(done, GenerationDone)
+        assert done.decoding is not None
+        assert done.decoding.way is DecodingWay.INTEGERS
+        found.append((done.reused_tokens, [step for step in texts if isinstance(step, TextPiece)]))
+    assert [reused for reused, _ in found] == [0, 20, 20]
+    assert found[0][1] == found[2][1] != found[1][1]
+
+
 def test_two_answers_in_turn_know_nothing_of_each_other(tmp_path: Path, settings: Settings) -> None:
     path = model_file(tmp_path)
     fetch_model(path, settings)
@@ -322,6 +346,26 @@ def test_a_matrix_in_another_format_leaves_the_stored_weights(
     _, done = answer(LocalEngine.load(path, settings), PROMPT)
     assert done.decoding is not None
     assert done.decoding.way is not DecodingWay.INTEGERS
+
+
+def test_a_file_with_other_weights_leaves_the_stored_ones(
+    tmp_path: Path, settings: Settings
+) -> None:
+    """What the graph would not compute is not left out: an answer would be another model's."""
+    source = GGUFReader(model_file(tmp_path))
+    path = tmp_path / "biased.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for tensor in source.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.add_tensor("blk.0.attn_output.bias", np.ones(256, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config = load_config(fetch_model(model_file(tmp_path), settings))
+    (tmp_path / "out").mkdir()
+    assert write_integers(path, tmp_path / "out", config) == 0
+    assert write_integers(tmp_path / "Q4_1.gguf", tmp_path / "out", config) > 0
 
 
 def test_a_group_of_one_weight_has_no_scale_and_is_kept(tmp_path: Path, settings: Settings) -> None:

@@ -79,7 +79,8 @@ class IntegerWeights:
 def write_integers(path: Path, folder: Path, config: Any) -> int:  # noqa: ANN401
     """Write a GGUF file's whole numbers into a model's folder; return the bytes, 0 for none.
 
-    None are written for a family that they cannot decode, or where a matrix is in another format.
+    None are written for a family that they cannot decode, for one with weights that its plain form
+    has not, or where a matrix is in another format.
 
     Args:
         path: the GGUF file.
@@ -93,38 +94,38 @@ def write_integers(path: Path, folder: Path, config: Any) -> int:  # noqa: ANN40
     if text.model_type not in LEAN_FAMILIES:
         return 0
     found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    # llama.cpp has the pairs that are turned together adjacent, transformers half a head apart.
-    turned = int(text.hidden_size) // int(text.num_attention_heads)
-    turned = int(getattr(text, "head_dim", None) or turned)
     is_turned = text.model_type == "llama"
-    tensors: dict[str, Tensor] = {}
-
-    def read(name: str) -> Blocks | None:
-        tensor = found[f"{name}.weight"]
-        return read_blocks(np.asarray(tensor.data), tensor.tensor_type.name)
-
-    def plain(name: str) -> Tensor:
-        return torch.from_numpy(np.array(found[name].data, dtype=np.float32))
-
-    groups = [("head", ["output" if "output.weight" in found else "token_embd"])]
+    own_width = int(text.hidden_size) // int(text.num_attention_heads)
+    head_width = int(getattr(text, "head_dim", None) or own_width)
+    matrices = {"head": ["output" if "output.weight" in found else "token_embd"]}
+    vectors = {"norm": ["output_norm.weight"]}
     for index in range(int(text.num_hidden_layers)):
-        groups += [
-            (f"{index}.{part}", [f"blk.{index}.{name}" for name in parts])
-            for part, parts in PARTS.items()
-        ]
+        for part, members in PARTS.items():
+            matrices[f"{index}.{part}"] = [f"blk.{index}.{name}" for name in members]
         for norm in _NORMS:
-            tensors[f"{index}.{norm}"] = plain(f"blk.{index}.{norm}.weight")
+            vectors[f"{index}.{norm}"] = [f"blk.{index}.{norm}.weight"]
         biases = [f"blk.{index}.{name}.bias" for name in PARTS["qkv"]]
-        if biases[0] in found:
-            tensors[f"{index}.qkv.bias"] = torch.cat([plain(name) for name in biases])
-    tensors["norm"] = plain("output_norm.weight")
-    for key, members in groups:
+        if biases[0] in found and not is_turned:
+            vectors[f"{index}.qkv.bias"] = biases
+    known = {f"{name}.weight" for names in matrices.values() for name in names}
+    known |= {name for names in vectors.values() for name in names}
+    # The embeddings are the conversion's, and so are the angles.
+    if set(found) - {"token_embd.weight", "rope_freqs.weight"} != known - {"token_embd.weight"}:
+        return 0
+
+    tensors: dict[str, Tensor] = {}
+    for key, names in vectors.items():
+        plain = [np.array(found[name].data, dtype=np.float32) for name in names]
+        tensors[key] = torch.from_numpy(np.concatenate(plain))
+    for key, names in matrices.items():
         pieces = []
-        for name in members:
-            if (blocks := read(name)) is None:
+        for name in names:
+            tensor = found[f"{name}.weight"]
+            blocks = read_blocks(np.asarray(tensor.data), tensor.tensor_type.name)
+            if blocks is None:
                 return 0
             is_pairwise = is_turned and name.endswith(("attn_q", "attn_k"))
-            pieces.append(in_halves(blocks, turned) if is_pairwise else blocks)
+            pieces.append(in_halves(blocks, head_width) if is_pairwise else blocks)
         for number, blocks in enumerate(side_by_side(pieces)):
             tensors |= {f"{key}.{number}.{name}": tensor for name, tensor in _kept(blocks).items()}
     about = {"format": _FORMAT, "sha256": tensors_digest(tensors)}
