@@ -102,7 +102,6 @@ def plain_twin(path: str, folder: Path) -> Any:  # noqa: ANN401
         **{"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
         **{"output_norm": "model.norm", "token_embd": "lm_head"},  # tied
     }
-    twin.lm_head.weight = torch.nn.Parameter(twin.lm_head.weight.detach().clone())
     with torch.no_grad():
         for tensor in GGUFReader(path).tensors:
             _, *layer, name, _ = ["", *tensor.name.split(".")]
@@ -417,3 +416,16 @@ def test_a_fetched_model_writes_the_same_with_drafts_and_without(ask: str) -> No
     ends = engine._tokenizer.end_ids(model)
     shown = [stream.push(each) for each in ids if each not in ends]
     assert text == "".join(shown) + stream.flush()
+
+
+@pytest.mark.parametrize("head", ["Q4_1", "Q8_0"])
+def test_a_token_enters_as_the_file_has_it_where_the_head_is_the_embeddings(
+    tmp_path: Path, settings: Settings, head: str
+) -> None:
+    path = model_file(tmp_path, head=head)
+    file = integers_file(fetch_model(path, settings))
+    assert file is not None
+    (tensor,) = (each for each in GGUFReader(path).tensors if each.name == "token_embd.weight")
+    expected = gguf.dequantize(tensor.data, tensor.tensor_type)[[7, 3]]
+    # `scale * (number - middle)` is `scale * number + offset` up to a float32 rounding.
+    np.testing.assert_allclose(load_integers(file).head.rows([7, 3]), expected, rtol=0, atol=1e-6)

@@ -24,7 +24,7 @@ import torch
 from transformers import Cache
 
 from rag.lm.forward import allocated
-from rag.lm.integer_weights import load_integers
+from rag.lm.integer_weights import Matrix, load_integers
 from rag.lm.kv_bytes import measured_row_bytes
 from rag.lm.native_cache import GrowingLayer
 from rag.lm.openvino_step import Heads, StepGraph
@@ -47,7 +47,8 @@ class IntegerModel:
         """Take a model of `rag.lm.lean_forward.LEAN_FAMILIES` and the file beside it."""
         decoder = model.get_decoder()
         attention = decoder.layers[0].self_attn
-        keys = model.config.get_text_config(decoder=True).num_key_value_heads
+        text = model.config.get_text_config(decoder=True)
+        keys = text.num_key_value_heads
         self._heads = Heads(
             queries=int(keys) * int(attention.num_key_value_groups),
             keys=int(keys),
@@ -56,6 +57,8 @@ class IntegerModel:
         )
         self._path = path
         self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
+        self._is_tied = bool(text.tie_word_embeddings)
+        self._head: Matrix | None = None
         self._keeps_halves = model.dtype == torch.bfloat16
         self._graph: StepGraph | None = None
         self._threads = 0
@@ -70,8 +73,10 @@ class IntegerModel:
         threads = torch.get_num_threads()
         if self._graph is None or self._threads != threads:
             self._graph = None  # two at once would be twice the memory
+            weights = load_integers(self._path)
+            self._head = weights.head
             self._graph = StepGraph(
-                load_integers(self._path),
+                weights,
                 self._heads,
                 num_threads=threads,
                 keeps_halves=self._keeps_halves,
@@ -80,7 +85,12 @@ class IntegerModel:
         return self._graph
 
     def states(self, ids: list[int]) -> np.ndarray:
-        """Return the embeddings of tokens, float32 [tokens, width]."""
+        """Return the embeddings of tokens, float32 [tokens, width].
+
+        Those of the model are rounded: where the head is the same weights, its own are taken.
+        """
+        if self._is_tied and self._head is not None:
+            return self._head.rows(ids)
         with torch.inference_mode():
             found: np.ndarray = self._embed(torch.tensor(ids)).float().numpy()
         return found

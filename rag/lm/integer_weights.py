@@ -56,6 +56,17 @@ class Matrix:
         """How many weights of a row share a scale."""
         return int(self.shape[1] // self.scales.shape[1])
 
+    def rows(self, places: list[int]) -> np.ndarray:
+        """Return some of the rows, float32 [rows, in]."""
+        numbers = self.numbers[places]
+        if self.is_four_bit:
+            numbers = np.stack([numbers & 15, numbers >> 4], axis=-1)
+        groups = numbers.reshape(len(places), -1, self.group).astype(np.float32)
+        if self.middles is not None:
+            groups = groups - self.middles[places][..., None]
+        found: np.ndarray = (groups * self.scales[places][..., None]).reshape(len(places), -1)
+        return found
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntegerLayer:
@@ -69,7 +80,7 @@ class IntegerLayer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntegerWeights:
-    """All weights of a model but its embeddings, which tokens have as in a prompt."""
+    """All weights of a model; of its embeddings only those that are its head, too."""
 
     layers: list[IntegerLayer]
     norm: np.ndarray
