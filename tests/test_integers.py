@@ -1,5 +1,6 @@
 """Answers written with the whole numbers of a GGUF file: those of its weights in float32."""
 
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
@@ -20,8 +21,9 @@ from rag.lm.document_kv import DocumentKV
 from rag.lm.engine import DocumentPrefix, GenerationDone, Message, TextPiece
 from rag.lm.forward import forward
 from rag.lm.gguf_blocks import PARTS, in_halves, read_blocks
-from rag.lm.integer_decoder import IntegerDecoder
+from rag.lm.integer_decoder import AnswerPasses, IntegerDecoder
 from rag.lm.integer_weights import FILE_NAME, integers_file, load_integers, write_integers
+from rag.lm.kv_bytes import measured_kv_bytes
 from rag.lm.local_engine import LocalEngine
 from rag.lm.native_cache import branch, native_cache
 from rag.lm.prompt_lookup import PromptLookup
@@ -318,6 +320,24 @@ def test_a_flipped_bit_is_found_before_it_writes(
         assert "FATHOM_DECODE_WEIGHTS=stored" in str(caught.value.hint)
 
 
+def test_where_there_is_no_memory_for_a_copy_the_stored_weights_write(
+    tmp_path: Path, settings: Settings
+) -> None:
+    path = model_file(tmp_path)
+    fetch_model(path, settings)
+    model = loaded(path, settings)._model
+    enough = 4 * measured_kv_bytes(read(model, PROMPT))  # float32, and as much room again
+    for free_bytes, copied in ((enough - 1, False), (enough, True)):
+        cache = read(model, PROMPT)
+        with closing(
+            AnswerPasses(model, cache, max_new_tokens=30, free_bytes=free_bytes)
+        ) as passes:
+            tokens, num_bytes = passes.held()
+            passes.read([7])
+            assert passes.has_integers is copied
+            assert passes.held() == (tokens + 1, num_bytes // tokens * (tokens + 1))
+
+
 def test_where_it_cannot_be_compiled_the_stored_weights_write(
     tmp_path: Path,
     settings: Settings,
@@ -419,13 +439,13 @@ def test_a_fetched_model_writes_the_same_with_drafts_and_without(ask: str) -> No
 
 
 @pytest.mark.parametrize("head", ["Q4_1", "Q8_0"])
-def test_a_token_enters_as_the_file_has_it_where_the_head_is_the_embeddings(
-    tmp_path: Path, settings: Settings, head: str
-) -> None:
+def test_a_token_enters_as_the_file_has_it(tmp_path: Path, settings: Settings, head: str) -> None:
     path = model_file(tmp_path, head=head)
     file = integers_file(fetch_model(path, settings))
     assert file is not None
     (tensor,) = (each for each in GGUFReader(path).tensors if each.name == "token_embd.weight")
     expected = gguf.dequantize(tensor.data, tensor.tensor_type)[[7, 3]]
     # `scale * (number - middle)` is `scale * number + offset` up to a float32 rounding.
-    np.testing.assert_allclose(load_integers(file).head.rows([7, 3]), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        load_integers(file).embeddings.rows([7, 3]), expected, rtol=0, atol=1e-6
+    )

@@ -328,7 +328,13 @@ class BatchGeneration:
         if not is_static:
             refused = _NO_STATIC_STEP if self._decodes_statically else ""
             if kind == "one":
-                with closing(AnswerPasses(self._model, cache, self._max_new_tokens)) as passes:
+                passes = AnswerPasses(
+                    self._model,
+                    cache,
+                    max_new_tokens=self._max_new_tokens,
+                    free_bytes=self._prefill.usable_bytes(),
+                )
+                with closing(passes):
                     yield from self._written(rows, passes, refused=refused)
             else:
                 yield from self._written(rows, cache, refused=refused)

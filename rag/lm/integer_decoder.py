@@ -24,7 +24,7 @@ import torch
 from transformers import Cache
 
 from rag.lm.forward import allocated
-from rag.lm.integer_weights import Matrix, load_integers
+from rag.lm.integer_weights import load_integers
 from rag.lm.kv_bytes import measured_row_bytes
 from rag.lm.native_cache import GrowingLayer
 from rag.lm.openvino_step import Heads, StepGraph
@@ -38,6 +38,8 @@ _LENGTHS = (4,)
 _CLOSE = 2e-3
 # For fewer tokens the cache is not copied.
 _FEWEST_TOKENS = 8
+# Copied, a cache takes float32, and has room for as many tokens again.
+_COPY_BYTES_PER_ELEMENT = 8
 
 
 class IntegerModel:
@@ -47,8 +49,7 @@ class IntegerModel:
         """Take a model of `rag.lm.lean_forward.LEAN_FAMILIES` and the file beside it."""
         decoder = model.get_decoder()
         attention = decoder.layers[0].self_attn
-        text = model.config.get_text_config(decoder=True)
-        keys = text.num_key_value_heads
+        keys = model.config.get_text_config(decoder=True).num_key_value_heads
         self._heads = Heads(
             queries=int(keys) * int(attention.num_key_value_groups),
             keys=int(keys),
@@ -56,10 +57,7 @@ class IntegerModel:
             epsilon=float(decoder.norm.variance_epsilon),
         )
         self._path = path
-        self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
-        self._is_tied = bool(text.tie_word_embeddings)
-        self._head: Matrix | None = None
-        self._keeps_halves = model.dtype == torch.bfloat16
+        self._rotary = decoder.rotary_emb
         self._graph: StepGraph | None = None
         self._threads = 0
 
@@ -73,27 +71,9 @@ class IntegerModel:
         threads = torch.get_num_threads()
         if self._graph is None or self._threads != threads:
             self._graph = None  # two at once would be twice the memory
-            weights = load_integers(self._path)
-            self._head = weights.head
-            self._graph = StepGraph(
-                weights,
-                self._heads,
-                num_threads=threads,
-                keeps_halves=self._keeps_halves,
-            )
+            self._graph = StepGraph(load_integers(self._path), self._heads, num_threads=threads)
             self._threads = threads
         return self._graph
-
-    def states(self, ids: list[int]) -> np.ndarray:
-        """Return the embeddings of tokens, float32 [tokens, width].
-
-        Those of the model are rounded: where the head is the same weights, its own are taken.
-        """
-        if self._is_tied and self._head is not None:
-            return self._head.rows(ids)
-        with torch.inference_mode():
-            found: np.ndarray = self._embed(torch.tensor(ids)).float().numpy()
-        return found
 
     def angles(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Return cosines and sines of some positions, float32 [positions, width]."""
@@ -194,9 +174,8 @@ class IntegerDecoder:
         own = np.triu(np.full((len(ids), len(ids)), -np.inf, np.float32), 1)
         before = np.broadcast_to(self._hidden, (len(ids), len(self._hidden)))
         cos, sin = self._model.angles(self._tokens, self._tokens + len(ids))
-        states = self._model.states(ids)
         found = allocated(
-            lambda: self._graph.logits(states, cos, sin, np.concatenate([before, own], axis=1)),
+            lambda: self._graph.logits(ids, cos, sin, np.concatenate([before, own], axis=1)),
             f"with {self._tokens:,} tokens in the cache, at the next {len(ids)}",
         )
         self._hidden = np.append(self._hidden, np.zeros(len(ids), np.float32))
@@ -211,17 +190,27 @@ class AnswerPasses:
     writes the others.
     """
 
-    def __init__(self, model: Any, cache: Any, max_new_tokens: int) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401
+        cache: Any,  # noqa: ANN401
+        *,
+        max_new_tokens: int,
+        free_bytes: int,
+    ) -> None:
         """Begin behind a prompt.
 
         Args:
             model: ready to run.
             cache: of the prompt; it is empty once it has been copied.
             max_new_tokens: the longest answer.
+            free_bytes: of memory; where a copy of the cache does not fit, there is none.
         """
         self._model, self._cache = model, cache
         is_plain = all(type(layer) is GrowingLayer for layer in cache.layers)
-        self._wants_integers = is_plain and max_new_tokens >= _FEWEST_TOKENS
+        elements = measured_row_bytes(cache, 0) // model.dtype.itemsize if is_plain else 0
+        fits = elements * _COPY_BYTES_PER_ELEMENT <= free_bytes
+        self._wants_integers = is_plain and fits and max_new_tokens >= _FEWEST_TOKENS
         self._passes: ModelPasses | IntegerDecoder = ModelPasses(model, cache)
 
     @property

@@ -23,7 +23,7 @@ from rag.lm.weights_checksum import checked_weights, damaged_weights, tensors_di
 
 FILE_NAME = "integers.weights"
 
-_FORMAT = "fathom integers 1"
+_FORMAT = "fathom integers 2"
 
 _NORMS = ("attn_norm", "ffn_norm")
 
@@ -80,8 +80,9 @@ class IntegerLayer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntegerWeights:
-    """All weights of a model; of its embeddings only those that are its head, too."""
+    """All weights of a model; `embeddings` are `head` where they are tied."""
 
+    embeddings: Matrix
     layers: list[IntegerLayer]
     norm: np.ndarray
     head: Matrix
@@ -108,7 +109,9 @@ def write_integers(path: Path, folder: Path, config: Any) -> int:  # noqa: ANN40
     is_turned = text.model_type == "llama"
     own_width = int(text.hidden_size) // int(text.num_attention_heads)
     head_width = int(getattr(text, "head_dim", None) or own_width)
-    matrices = {"head": ["output" if "output.weight" in found else "token_embd"]}
+    matrices = {"embeddings": ["token_embd"]}
+    if "output.weight" in found:
+        matrices["head"] = ["output"]
     vectors = {"norm": ["output_norm.weight"]}
     for index in range(int(text.num_hidden_layers)):
         for part, members in PARTS.items():
@@ -120,8 +123,7 @@ def write_integers(path: Path, folder: Path, config: Any) -> int:  # noqa: ANN40
             vectors[f"{index}.qkv.bias"] = biases
     known = {f"{name}.weight" for names in matrices.values() for name in names}
     known |= {name for names in vectors.values() for name in names}
-    # The embeddings are the conversion's, and so are the angles.
-    if set(found) - {"token_embd.weight", "rope_freqs.weight"} != known - {"token_embd.weight"}:
+    if set(found) - {"rope_freqs.weight"} != known:  # the angles are the model's own code's
         return 0
 
     tensors: dict[str, Tensor] = {}
@@ -193,8 +195,9 @@ def load_integers(path: Path) -> IntegerWeights:
                 tensors.get(f"{own}.qkv.bias"),
             )
         )
-    (head,) = matrices("head")
-    return IntegerWeights(layers, tensors["norm"], head)
+    (embeddings,) = matrices("embeddings")
+    head = matrices("head")
+    return IntegerWeights(embeddings, layers, tensors["norm"], head[0] if head else embeddings)
 
 
 def _kept(blocks: Blocks) -> dict[str, Tensor]:

@@ -34,16 +34,13 @@ class Heads:
 class StepGraph:
     """A model compiled for passes of few tokens; one sequence at a time."""
 
-    def __init__(
-        self, weights: IntegerWeights, heads: Heads, *, num_threads: int, keeps_halves: bool
-    ) -> None:
+    def __init__(self, weights: IntegerWeights, heads: Heads, *, num_threads: int) -> None:
         """Compile.
 
         Args:
             weights: all of a llama or qwen2.
             heads: its shape.
             num_threads: of the CPU.
-            keeps_halves: keys and values are kept in bfloat16, else in float32.
         """
         openvino = _openvino()
         self._weights = weights  # the graph reads them where they are
@@ -52,7 +49,7 @@ class StepGraph:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # states are not rounded to 8 bits
-            "KV_CACHE_PRECISION": "bf16" if keeps_halves else "f32",
+            "KV_CACHE_PRECISION": "f32",
             "INFERENCE_NUM_THREADS": num_threads,
             "ENABLE_CPU_PINNING": False,  # other processes have the cores, too
         }
@@ -74,21 +71,21 @@ class StepGraph:
         self._request.reset_state()
 
     def logits(
-        self, states: np.ndarray, cos: np.ndarray, sin: np.ndarray, mask: np.ndarray
+        self, ids: list[int], cos: np.ndarray, sin: np.ndarray, mask: np.ndarray
     ) -> np.ndarray:
         """Read some tokens; return what each says of the next, float32 [tokens, vocabulary].
 
         It is valid until the next pass.
 
         Args:
-            states: their embeddings, float32 [tokens, width of the model]
+            ids: the tokens.
             cos: of their angles, float32 [tokens, width of a head]; so is `sin`.
             sin: of their angles.
             mask: added to the scores, float32 [tokens, all that are kept and these].
         """
         found = self._request.infer(
             {
-                "states": states[None],
+                "states": self._weights.embeddings.rows(ids)[None],
                 "cos": cos[None, None],
                 "sin": sin[None, None],
                 "mask": mask[None, None],
