@@ -1,6 +1,13 @@
-"""Where the sentences of a text begin and end: the one place that knows an abbreviation's stop."""
+"""Where the sentences of a text begin and end: the one place that knows an abbreviation's stop.
+
+A row of a table is a sentence: a line whose cells stand between tabs or ` | `, as the readers write
+them, or between commas or semicolons, as in CSV. Prose has those, too, but white space behind them
+and not as many in each line; so it is told by them only where three lines or more agree.
+"""
 
 import re
+from collections.abc import Iterator
+from itertools import groupby
 
 Span = tuple[int, int]
 
@@ -11,7 +18,7 @@ LONGEST_SENTENCE_CHARS = 600
 _END = re.compile(
     r"[.!?…]+[\"'”’)\]]*(?:\[\d{1,3}\])*(?=\s)"
     r"|[。！？]+[」』”’）]*"
-    r"|\n[ \t]*\n|\n(?=[ \t]*(?:[-*•#|]|\d+[.)]\s))"
+    r"|\n[ \t]*\n|\n(?=[ \t]*(?:[-*•#|{]|\d+[.)]\s))"
 )
 # A line break inside a paragraph: neither a stop stands before it, nor an item's number behind it.
 _SOFT_BREAK = re.compile(r"(?<=[^\n.!?:;])\n(?=[a-z0-9(\"'])(?!(?:\d+|[a-z])[.)]\s)")
@@ -63,6 +70,15 @@ _LABEL = re.compile(
     r"(?:\d{1,3}(?:\.\d{1,3})*|[A-Za-z]|[IVXivx]{1,5})\.$"
 )
 _LABEL_LOOK_BACK = 32  # characters
+# What parts the cells of a row. What stands in quotation marks parts none, and the commas of a
+# number (" 1,200") prove none: "77,Boat 77,231" has them in the place of both.
+_ROW_SIGN = re.compile(r"\t| \||[,;]\S")
+_QUOTED, _NUMBER = r'"[^"\n]*"', r"(?<![\w.,;/-])\d{1,3}(?:,\d{3})+(?![\w,;])"
+_SURE = r"(?P<sure>(?<=\S) *\t[ \t]*(?=\S)|(?<=\S) \|(?: |$))"
+_SEPARATOR = re.compile(rf"{_QUOTED}|{_SURE}|[,;](?! )")
+_COMMA = re.compile(rf"{_QUOTED}|{_NUMBER}|(?P<found>[,;](?=[^\s'’”]))")
+_ROW_LINE = re.compile(r"^[^\n]*$", re.M)
+_LEAST_ROWS = 3
 # Where a sentence that is too long is cut, best first.
 _WEAK_ENDS = (re.compile(r"[;:；：]\s*|\n"), re.compile(r"[,，、]\s*"), re.compile(r"\s+"))
 
@@ -70,31 +86,55 @@ _WEAK_ENDS = (re.compile(r"[;:；：]\s*|\n"), re.compile(r"[,，、]\s*"), re.c
 def sentence_spans(text: str) -> list[Span]:
     """Return the `[start, end)` of each sentence, in order, without the white space around it.
 
-    Nothing but white space lies between them. A line break inside a paragraph ends no sentence.
-    What is longer than `LONGEST_SENTENCE_CHARS` is cut at a weaker sign.
+    Nothing but white space lies between them. A line break inside a paragraph ends no sentence,
+    but a row is one. What is longer than `LONGEST_SENTENCE_CHARS` is cut at a weaker sign.
     """
-    spans: list[Span] = []
-    start = 0
-    for match in _END.finditer(text):
-        if match[0][0] in _SIGNS and not ends_sentence(text, match.start(), match.end()):
-            continue
-        spans += _pieces(text, start, match.end())
-        start = match.end()
-    return spans + _pieces(text, start, len(text))
+    return [
+        span
+        for start, end, is_row in _stretches(text)
+        for span in (_row(text, start, end) if is_row else _sentences(text, start, end))
+    ]
 
 
 def line_sentence_spans(text: str) -> list[Span]:
     """Return the sentences as `sentence_spans` does, but where a line ends, one ends, too.
 
-    So rows, list items and headings stand alone. A line that goes on in lower case, as wrapped
-    text does, goes on.
+    So list items and headings stand alone. A line that goes on in lower case, as wrapped text does,
+    goes on.
     """
     joined = _SOFT_BREAK.sub(" ", text)
-    return [
-        (line.start() + start, line.start() + end)
-        for line in _LINE.finditer(joined)
-        for start, end in sentence_spans(line.group())
-    ]
+    spans: list[Span] = []
+    for start, end, is_row in _stretches(text):
+        if is_row:
+            spans += _row(text, start, end)
+            continue
+        for line in _LINE.finditer(joined, start, end):
+            spans += _sentences(joined, line.start(), line.end())
+    return spans
+
+
+def row_spans(text: str) -> list[Span]:
+    """Return the `[start, end)` of each line that is a row of a table, in order."""
+    if not _ROW_SIGN.search(text):
+        return []
+    rows = []
+    lines = [(line.start(), line.end(), _parted(line[0])) for line in _ROW_LINE.finditer(text)]
+    for (_, is_sure), group in groupby(lines, key=lambda line: line[2]):
+        alike = list(group)
+        if is_sure or (is_sure is not None and len(alike) >= _LEAST_ROWS):
+            rows += [(start, end) for start, end, _ in alike]
+    return rows
+
+
+def cell_spans(row: str) -> list[Span]:
+    """Return the `[start, end)` of each cell of a row, between what parts them."""
+    cells, start = [], 0
+    is_sure = _parted(row)[1]
+    for match in _SEPARATOR.finditer(row):
+        if match[0][0] != '"' and (match["sure"] is not None) is bool(is_sure):
+            cells.append((start, match.start()))
+            start = match.end()
+    return [*cells, (start, len(row))]
 
 
 def ends_sentence(text: str, stop: int, end: int) -> bool:
@@ -136,6 +176,51 @@ def _is_label(text: str, stop: int) -> bool:
     # "Fig. 2. It shows": the number is what Fig. stands before
     before = _WORD_BEFORE.search(text, max(0, found.start() - _LOOK_BACK), found.start())
     return before is None or before[0].lower() not in _NUMBERED
+
+
+def _stretches(text: str) -> Iterator[tuple[int, int, bool]]:
+    """Yield the `[start, end)` of each row and of what stands between rows, and which it is."""
+    last = 0
+    for start, end in row_spans(text):
+        if last < start:
+            yield last, start, False
+        yield start, end, True
+        last = end
+    if last < len(text):
+        yield last, len(text), False
+
+
+def _parted(line: str) -> tuple[int, bool | None]:
+    """Return the number of a line's separators, and whether it is a row for sure; None: it is not.
+
+    Rows of ` | ` differ in number, since empty cells at their end are not written.
+    """
+    if not _ROW_SIGN.search(line):
+        return 0, None
+    separators = [match for match in _SEPARATOR.finditer(line) if match[0][0] != '"']
+    if any(match["sure"] for match in separators):
+        return 0, True
+    if any(match["found"] for match in _COMMA.finditer(line)):
+        return len(separators), False
+    return 0, None
+
+
+def _row(text: str, start: int, end: int) -> list[Span]:
+    """Return a row whole, and the sentences of one that is too long."""
+    if end - start > LONGEST_SENTENCE_CHARS:
+        return _sentences(text, start, end)
+    return _pieces(text, start, end)
+
+
+def _sentences(text: str, start: int, end: int) -> list[Span]:
+    """Return the sentences of a stretch without rows."""
+    spans: list[Span] = []
+    for match in _END.finditer(text, start, end):
+        if match[0][0] in _SIGNS and not ends_sentence(text, match.start(), match.end()):
+            continue
+        spans += _pieces(text, start, match.end())
+        start = match.end()
+    return spans + _pieces(text, start, end)
 
 
 def _pieces(text: str, start: int, end: int) -> list[Span]:

@@ -215,6 +215,41 @@ def test_documents_of_any_kind_are_quoted_or_declined(
     check_verbatim(library, stored.id, answer)
 
 
+def test_a_row_of_a_table_is_quoted_alone_and_a_cell_of_it_is_the_answer(
+    library: Fathom, tmp_path: Path
+) -> None:
+    """What names the columns is shown to the model, wherever in the table the row stands."""
+    path = tmp_path / "fees.csv"
+    path.write_text("id,name,fee\n" + "".join(f"{n},Boat {n},{3 * n}\n" for n in range(300)))
+    stored = library.ingest(path).document
+    question = "What is the fee of Boat 277?"
+    answer = library.service().answer(question, mode=AnswerMode.QUOTED)
+    check_verbatim(library, stored.id, answer)
+    rows = path.read_text().splitlines()
+    assert all(citation.quote in rows for citation in answer.citations)
+    service = library.service()
+    hits = service._retriever.retrieve(question, [stored], num_candidates=20)
+    ranked = rank_sentences(
+        question,
+        hits,
+        [stored],
+        store=library.store,
+        similarities=service._retriever.similarities,
+    )
+    (row,) = [sentence for sentence in ranked if sentence.text == "277,Boat 277,831"]
+    assert row in ranked[:NUM_SENTENCES]
+    assert {sentence.columns for sentence in ranked} == {"id,name,fee"}
+    engine = library.engine
+    unnamed = quotation_prompt(question, [replace(row, columns="")], engine)
+    named = quotation_prompt(question, [row], engine)
+    assert len(named) - len(unnamed) == len(engine.encode("id,name,fee\n"))
+    read = candidate_spans(question, [row], engine, max_prompt_tokens=2000, stop=Event())
+    assert read is not None
+    texts = {row.text[s.start - row.start : s.end - row.start] for s in read.spans}
+    assert texts <= {"277", "Boat", "Boat 277", "831"}
+    assert "831" in texts
+
+
 def test_deleting_a_document_drops_the_prompt_that_quoted_it(small_fathom: Fathom) -> None:
     engine = small_fathom.engine
     assert isinstance(engine, LocalEngine)

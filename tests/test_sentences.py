@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rag.answering.citations import UNVERIFIED, split_sentences
-from rag.sentences import LONGEST_SENTENCE_CHARS, line_sentence_spans, sentence_spans
+from rag.sentences import (
+    LONGEST_SENTENCE_CHARS,
+    cell_spans,
+    line_sentence_spans,
+    row_spans,
+    sentence_spans,
+)
 
 
 def cut(text: str) -> list[str]:
@@ -119,6 +125,61 @@ def test_rows_and_items_stand_alone_and_wrapped_lines_do_not() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "id,name,fee\n1,Boat 1,3\n2,Boat 2,6\n77,Boat 77,231",
+        'id;name;said\n1;Ann;"a;b, c"\n2;Bo;It was. It is.\n3;Cy;',
+        "when,crowns\n2024-01-05,123\n2024-01-06,1.5\n2024-01-07,40",
+        "name\tfee\nAnna\t1,200",
+        "Fee | Berth | Note\nAnna | 35",
+        "| Fee | Berth |\n| --- | --- |\n| 35 | 7 |",
+        '{"id": 1, "fee": 3}\n{"id": 2, "fee": 6}',
+    ],
+)
+def test_a_row_is_a_sentence(rows: str) -> None:
+    """However it is parted, and whatever stands above and below."""
+    text = f"The fees of\nthe harbour\n{rows}\n\nThe rest is\nfree."
+    expected = rows.split("\n")
+    found = cut(text)
+    assert found[1:-1] == expected or found[:-1] == ["The fees of\nthe harbour", *expected]
+    assert found[-1] == "The rest is\nfree."
+    by_lines = [text[start:end] for start, end in line_sentence_spans(text)]
+    assert by_lines[-1 - len(expected) : -1] == expected
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "It was red, green, and\nblue, white, and black,\ngrey, pale, and dim.",
+        "Sales of 1,200 boats\nand of 3,400 oars\nand 5,600 sails fell.",
+        "The strains [1,2] were\ngrown as told [3,4] by us.",
+        "He said ‘I did,’ and\nthen ‘I do,’ and then\n‘I will,’ and went.",
+    ],
+)
+def test_wrapped_prose_with_commas_is_no_table(prose: str) -> None:
+    assert row_spans(prose) == []
+    assert cut(prose) == [prose]
+
+
+def test_a_row_too_long_for_a_sentence_is_cut_where_sentences_end() -> None:
+    said = "It was cold. " * 60
+    assert cut(f"a\tb\nAnna\t{said}")[:3] == ["a\tb", "Anna\tIt was cold.", "It was cold."]
+
+
+@pytest.mark.parametrize(
+    ("row", "cells"),
+    [
+        ("77,Boat 77,231", ["77", "Boat 77", "231"]),
+        ('7;"a;b, c";', ["7", '"a;b, c"', ""]),
+        ("Anna\t1,200", ["Anna", "1,200"]),
+        ("Anna | 35, 40", ["Anna", "35, 40"]),
+    ],
+)
+def test_cells_stand_between_what_parts_them(row: str, cells: list[str]) -> None:
+    assert [row[start:end].strip() for start, end in cell_spans(row)] == cells
+
+
 def test_statements_keep_their_markers_numbers_and_names() -> None:
     text = (
         f"It costs 3.50 today. [2] Mr. Bennet [1] said so. {UNVERIFIED} See python.org! [3] [4]\nOk"
@@ -131,11 +192,13 @@ def test_statements_keep_their_markers_numbers_and_names() -> None:
     ]
 
 
-any_text = st.text(alphabet=st.sampled_from("ab .,。!?\n(\"'1-#"), max_size=300) | st.text(
+any_text = st.text(alphabet=st.sampled_from("ab .,。!?\n(\"'1-#\t|;"), max_size=300) | st.text(
     max_size=2000
 )
 words = st.lists(
-    st.sampled_from(["Mr.", "No.", "5.", "a", "The", "U.S.", "J.", "?”", "\n", "\n\n", "-"])
+    st.sampled_from(
+        ["Mr.", "No.", "5.", "a", "The", "U.S.", "J.", "?”", "\n", "\n\n", "-", "1,a,b\n"]
+    )
 ).map(" ".join)
 
 
@@ -147,6 +210,11 @@ def test_sentences_lose_nothing_but_white_space(text: str) -> None:
         assert all(sign.isspace() for at, sign in enumerate(text) if at not in places)
         assert all(0 < end - start <= LONGEST_SENTENCE_CHARS for start, end in spans)
         assert spans == sorted(spans)
+    for start, end in row_spans(text):
+        cells = cell_spans(text[start:end])
+        assert cells[0][0] == 0
+        assert cells[-1][1] == end - start
+        assert cells == sorted(cells)
 
 
 def test_a_table_without_any_stop_is_cut_all_the_same() -> None:

@@ -25,6 +25,7 @@ from rag.answering.sentence_choice import Sentence, kind_asked_for, weights
 from rag.lm.engine import Engine, Message, ScoreRequest, Scores
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.retrieval.lexical_score import is_stop_word, question_words, stems
+from rag.sentences import cell_spans
 from rag.types import KVBytes
 
 # The sentences that the model is shown, the starts in them that it goes on from, and how far, in
@@ -220,13 +221,27 @@ def candidate_spans(
 
 def quotation_prompt(question: str, shown: Sequence[Sentence], engine: Engine) -> tuple[int, ...]:
     """Return the prompt that shows sentences, asks the question, and begins a quotation."""
-    text = " ".join(" ".join(sentence.text.split()) for sentence in shown)
+    text = _shown_text(shown)
     user = (
         f"Text:\n\n{text}\n\nQuestion: {question.strip()}\n\n"
         "Answer with the shortest exact quotation from the text."
     )
     messages = [Message("system", _INSTRUCTION), Message("user", user)]
     return (*engine.encode_chat(messages).ids, *engine.encode(_ENDS[0]))
+
+
+def _shown_text(shown: Sequence[Sentence]) -> str:
+    """Return the sentences one after the other, and rows below each other and what names them."""
+    text = columns = ""
+    for sentence in shown:
+        line_break = " "
+        if sentence.columns is not None:
+            line_break = "\n"
+            if sentence.columns not in (columns, sentence.text):
+                text += f"\n{sentence.columns}"
+            columns = sentence.columns
+        text += line_break + " ".join(sentence.text.split())
+    return text.strip()
 
 
 def _likeliest(
@@ -241,39 +256,41 @@ def _likeliest(
 
 
 def _starts_in(sentence: Sentence, engine: Engine) -> list[_Start]:
-    """Return every place in a sentence where a word begins."""
-    pieces = [(match.start(), match.end()) for match in _PIECE.finditer(sentence.text)]
-    words = [_is_word(sentence.text[a:b]) for a, b in pieces]
-    # The tokens of a piece at the start of a stretch, and after white space, differ.
-    bare = [tuple(engine.encode(sentence.text[a:b])) for a, b in pieces]
-    inner = [
-        tuple(engine.encode(f" {sentence.text[a:b]}"))
-        if a and sentence.text[a - 1].isspace()
-        else bare[n]
-        for n, (a, b) in enumerate(pieces)
-    ]
+    """Return every place in a sentence where a word begins; of a row, an answer is in one cell."""
     starts = []
-    for first, is_word in enumerate(words):
-        if not is_word:
-            continue
-        token_ids: list[int] = []
-        ends: list[tuple[int, int]] = []
-        for at in range(first, len(pieces)):
-            own = bare[at] if at == first else inner[at]
-            if ends and len(token_ids) + len(own) > MAX_SPAN_TOKENS:
-                break
-            token_ids += own
-            if words[at]:
-                ends.append((sentence.start + pieces[at][1], len(token_ids)))
-        starts.append(
-            _Start(
-                sentence,
-                sentence.start + pieces[first][0],
-                tuple(token_ids[: ends[-1][1]]),
-                tuple(ends),
+    for cell_start, cell_end in _cells_of(sentence):
+        text = sentence.text[cell_start:cell_end]
+        pieces = [(match.start(), match.end()) for match in _PIECE.finditer(text)]
+        words = [_is_word(text[a:b]) for a, b in pieces]
+        # The tokens of a piece at the start of a stretch, and after white space, differ.
+        bare = [tuple(engine.encode(text[a:b])) for a, b in pieces]
+        inner = [
+            tuple(engine.encode(f" {text[a:b]}")) if a and text[a - 1].isspace() else bare[n]
+            for n, (a, b) in enumerate(pieces)
+        ]
+        offset = sentence.start + cell_start
+        for first, is_word in enumerate(words):
+            if not is_word:
+                continue
+            token_ids: list[int] = []
+            ends: list[tuple[int, int]] = []
+            for at in range(first, len(pieces)):
+                own = bare[at] if at == first else inner[at]
+                if ends and len(token_ids) + len(own) > MAX_SPAN_TOKENS:
+                    break
+                token_ids += own
+                if words[at]:
+                    ends.append((offset + pieces[at][1], len(token_ids)))
+            token_ids = token_ids[: ends[-1][1]]
+            starts.append(
+                _Start(sentence, offset + pieces[first][0], tuple(token_ids), tuple(ends))
             )
-        )
     return starts
+
+
+def _cells_of(sentence: Sentence) -> list[tuple[int, int]]:
+    """Return the cells of a row, the whole of any other sentence, from its start."""
+    return [(0, len(sentence.text))] if sentence.columns is None else cell_spans(sentence.text)
 
 
 def _is_word(piece: str) -> bool:

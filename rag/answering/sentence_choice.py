@@ -21,7 +21,13 @@ import numpy.typing as npt
 
 from rag.retrieval.lexical_score import question_words, stems
 from rag.retrieval.retriever import Hit
-from rag.sentences import LONGEST_SENTENCE_CHARS, Span, sentence_spans
+from rag.sentences import (
+    LONGEST_SENTENCE_CHARS,
+    Span,
+    cell_spans,
+    row_spans,
+    sentence_spans,
+)
 from rag.store.documents import DocumentStore
 from rag.types import Document, Section
 
@@ -86,7 +92,8 @@ class Sentence:
     """A sentence `[start, end)` of a document that may hold the answer.
 
     `score` weighs what is known of it; `probability` is that it holds the answer, given that one
-    of those compared does; `cosine` and `share` are its own evidence.
+    of those compared does; `cosine` and `share` are its own evidence. `columns` is the line above
+    a row of a table that may name its cells, "" if it is not known, and None for what is no row.
     """
 
     document: Document
@@ -97,11 +104,15 @@ class Sentence:
     probability: float
     cosine: float
     share: float
+    columns: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A sentence with its neighbours and the chunk that led to it."""
+    """A sentence with its neighbours and the chunk that led to it; `columns` as of a Sentence.
+
+    The rows beside a row tell of something else than it does: they are no neighbours.
+    """
 
     document_id: int
     start: int
@@ -110,6 +121,7 @@ class Candidate:
     before: str
     after: str
     hit: Hit
+    columns: str | None = None
 
 
 def rank_sentences(
@@ -161,6 +173,7 @@ def rank(
             probability=float(probabilities[n]),
             cosine=float(features[n, 0]),
             share=float(features[n, FEATURES.index("share")]),
+            columns=found[n].columns,
         )
         for n in ranked
     ]
@@ -258,7 +271,7 @@ def _sentences_of(hits: Sequence[Hit], store: DocumentStore) -> list[Candidate]:
         sections = store.sections(document_id)
         for start, end in _windows([(h.chunk.chunk.start, h.chunk.chunk.end) for h in own]):
             text = store.text(document_id, start, end)
-            spans = sentence_spans(text)
+            spans, columns = sentence_spans(text), _columns(document_id, start, text, store)
             texts = ["", *(text[a:b] for a, b in spans), ""]
             for number, (a, b) in enumerate(spans, start=1):
                 if _is_heading(start + a, texts[number], sections):
@@ -267,6 +280,9 @@ def _sentences_of(hits: Sequence[Hit], store: DocumentStore) -> list[Candidate]:
                 for hit in own:
                     if hit.chunk.chunk.start <= middle < hit.chunk.chunk.end:
                         around = texts[number - 1 : number + 2]
+                        own_columns = columns.get(a)
+                        if own_columns is not None:
+                            around = ["", around[1], ""]
                         found.append(
                             Candidate(
                                 document_id,
@@ -276,10 +292,39 @@ def _sentences_of(hits: Sequence[Hit], store: DocumentStore) -> list[Candidate]:
                                 before=around[0],
                                 after=around[2],
                                 hit=hit,
+                                columns=own_columns,
                             )
                         )
                         break
     return [sentence for sentence in found if _WORD.search(sentence.text)]
+
+
+def _columns(document_id: int, start: int, text: str, store: DocumentStore) -> dict[int, str]:
+    """Return for the start of each row of a window what may name its cells: its table's first row.
+
+    Where the window begins within the table, that is the first line of the document, if that is a
+    row of as many cells, as in CSV; else it is not known.
+    """
+    rows = row_spans(text)
+    first = _first_row(document_id, store) if rows and start else ""
+    columns: dict[int, str] = {}
+    last, top = -2, ""
+    for a, b in rows:
+        row = text[a:b]
+        if a != last + 1:  # the first of its table, unless what stands before it is half a row
+            top = row if not start or "\n" in text[: max(0, a - 1)] else ""
+        is_alike = len(cell_spans(first)) == len(cell_spans(row))
+        names = top or (first if is_alike else "")
+        columns[b - len(row.lstrip())] = names if len(names) <= LONGEST_SENTENCE_CHARS else ""
+        last = b
+    return columns
+
+
+def _first_row(document_id: int, store: DocumentStore) -> str:
+    """Return the first line of a document where that is a row, else ""."""
+    head = store.text(document_id, 0, LONGEST_SENTENCE_CHARS)
+    start, end = next(iter(row_spans(head)), (0, 0))
+    return "" if start else head[:end]
 
 
 def _is_heading(start: int, text: str, sections: Sequence[Section]) -> bool:
