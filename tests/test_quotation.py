@@ -15,7 +15,12 @@ from eval.bench.quotation import QuotedRow as Row
 from eval.bench.quotation import spread, summarise
 from eval.evidence_sets import EvidenceDocument, EvidenceQuestion, EvidenceSet
 from eval.fit_quotation import conditional_logit, fit_answerable
-from rag.answering.answerable import EVIDENCE, answer_probability, evidence
+from rag.answering.answerable import (
+    EVIDENCE,
+    answer_probability,
+    evidence,
+    likeliest_sentences,
+)
 from rag.answering.citations import verified_citation
 from rag.answering.prompt import CANNOT_ANSWER
 from rag.answering.quotation import (
@@ -248,6 +253,37 @@ def test_a_row_of_a_table_is_quoted_alone_and_a_cell_of_it_is_the_answer(
     texts = {row.text[s.start - row.start : s.end - row.start] for s in read.spans}
     assert texts <= {"277", "Boat", "Boat 277", "831"}
     assert "831" in texts
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "first"),
+    [
+        ("# The harbour fee is 35 crowns\n", QUESTION, "# The harbour fee is 35 crowns"),
+        (HANDBOOK, QUESTION, "The harbour fee is 35 crowns a night."),
+        (
+            "# Changes\n\n## 2.0.0 (2023-11-20)\n\n- New engine\n\n## 1.0.0 (2020-01-15)\n\n- First\n",
+            "When was 2.0.0 published?",
+            "## 2.0.0 (2023-11-20)",
+        ),
+    ],
+)
+def test_a_heading_is_quoted_where_no_sentence_holds_the_answer(
+    library: Fathom, tmp_path: Path, text: str, question: str, first: str
+) -> None:
+    path = tmp_path / "text.md"
+    path.write_text(text)
+    stored = library.ingest(path).document
+    retriever = library.service()._retriever
+    hits = retriever.retrieve(question, [stored], num_candidates=20)
+    ranked = likeliest_sentences(
+        question, hits, [stored], store=library.store, similarities=retriever.similarities
+    )
+    assert ranked[0].text == first
+    has_headings = any(sentence.text.startswith("#") for sentence in ranked)
+    assert has_headings == first.startswith("#")
+    answer = library.service().answer(question, mode=AnswerMode.QUOTED)
+    check_verbatim(library, stored.id, answer)
+    assert answer.citations[0].quote == first
 
 
 def test_deleting_a_document_drops_the_prompt_that_quoted_it(small_fathom: Fathom) -> None:

@@ -16,13 +16,13 @@ from eval.bench.retrieval import CachedEmbedder, ingested_library
 from eval.evidence_sets import EvidenceQuestion, EvidenceSet
 from eval.metrics import contains_answer, exact_match, token_f1
 from eval.statistics import Interval, cluster_bootstrap
-from rag.answering.answerable import answer_probability
+from rag.answering.answerable import answer_probability, likeliest_sentences
 from rag.answering.quotation import (
     Quotation,
     quote,
     sentence_beside,
 )
-from rag.answering.sentence_choice import Sentence, rank_sentences
+from rag.answering.sentence_choice import Sentence
 from rag.lm.engine import Engine, GenerationDone, Prompt
 from rag.retrieval.embedding import Embedder
 from rag.settings import Settings
@@ -136,7 +136,7 @@ def bench_quotation(
             hits = retriever.retrieve(
                 question.question, [document], num_candidates=settings.num_candidates
             )
-            ranked = rank_sentences(
+            ranked = likeliest_sentences(
                 question.question,
                 hits,
                 [document],

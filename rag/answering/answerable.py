@@ -10,8 +10,17 @@ import math
 import re
 from collections.abc import Sequence
 
-from rag.answering.sentence_choice import Sentence, weights
+from rag.answering.sentence_choice import (
+    NUM_CHUNKS,
+    Sentence,
+    Similarities,
+    rank_sentences,
+    weights,
+)
 from rag.retrieval.lexical_score import is_stop_word
+from rag.retrieval.retriever import Hit
+from rag.store.documents import DocumentStore
+from rag.types import Document
 
 # Below this probability that there is an answer, none is given. Where as many questions have one as
 # have none, 0.5 would be the border; of dev questions with an answer 0.15 declines 2 in 100.
@@ -33,6 +42,44 @@ _NEGATION = re.compile(
     re.I,
 )
 _NAME_OR_NUMBER = re.compile(r"(?<=\s)[A-Z][a-z]\w+|\d+")
+
+
+def likeliest_sentences(
+    question: str,
+    hits: Sequence[Hit],
+    documents: Sequence[Document],
+    *,
+    store: DocumentStore,
+    similarities: Similarities,
+    num_chunks: int = NUM_CHUNKS,
+) -> list[Sentence]:
+    """Return the sentences of the best chunks, likeliest to hold the answer first.
+
+    Headings are among them only where no sentence seems to hold it and a heading does, as the date
+    of a version, or where there is nothing else. The arguments are those of `rank_sentences`.
+    """
+
+    def ranked(with_headings: bool) -> list[Sentence]:
+        return rank_sentences(
+            question,
+            hits,
+            documents,
+            store=store,
+            similarities=similarities,
+            num_chunks=num_chunks,
+            with_headings=with_headings,
+        )
+
+    sentences = ranked(with_headings=False)
+    if sentences and answer_probability(question, sentences) >= ANSWERABLE:
+        return sentences
+    also_headings = ranked(with_headings=True)
+    if not sentences or len(also_headings) == len(sentences):
+        return also_headings
+    first, places = also_headings[0], {(s.document.id, s.start) for s in sentences}
+    is_heading = (first.document.id, first.start) not in places
+    is_answer = answer_probability(question, also_headings) >= ANSWERABLE
+    return also_headings if is_heading and is_answer else sentences
 
 
 def answer_probability(question: str, ranked: Sequence[Sentence]) -> float:

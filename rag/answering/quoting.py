@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Event
 
-from rag.answering.answerable import ANSWERABLE, answer_probability
+from rag.answering.answerable import ANSWERABLE, answer_probability, likeliest_sentences
 from rag.answering.citations import verified_citation, without_markers
 from rag.answering.extraction import can_extract
 from rag.answering.outcome import Outcome, sha256_of
@@ -18,7 +18,7 @@ from rag.answering.quotation import (
     quote,
     unread_quotation,
 )
-from rag.answering.sentence_choice import NUM_CHUNKS, Sentence, rank_sentences
+from rag.answering.sentence_choice import NUM_CHUNKS, Sentence
 from rag.errors import OutOfMemoryError
 from rag.lm.catalog import load_catalog
 from rag.lm.engine import Engine, model_named
@@ -131,7 +131,7 @@ def quote_answer(
     started = time.perf_counter()
     hits = retriever.retrieve(question, documents, num_candidates=settings.num_candidates)
     compared = hits[: breadth * NUM_CHUNKS]
-    ranked = rank_sentences(
+    ranked = likeliest_sentences(
         question,
         compared,
         documents,

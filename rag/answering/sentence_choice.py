@@ -132,6 +132,7 @@ def rank_sentences(
     store: DocumentStore,
     similarities: Similarities,
     num_chunks: int = NUM_CHUNKS,
+    with_headings: bool = False,
 ) -> list[Sentence]:
     """Return the sentences of the best chunks, likeliest to hold the answer first.
 
@@ -142,8 +143,9 @@ def rank_sentences(
         store: where the text is read.
         similarities: the cosines of a question to texts.
         num_chunks: of the hits, so many of the best are cut into sentences.
+        with_headings: take headings for sentences, too.
     """
-    found = candidates(hits[:num_chunks], store)
+    found = candidates(hits[:num_chunks], store, with_headings=with_headings)
     if not found:
         return []
     features = sentence_features(question, found, similarities)
@@ -179,9 +181,14 @@ def rank(
     ]
 
 
-def candidates(hits: Sequence[Hit], store: DocumentStore) -> list[Candidate]:
-    """Return the sentences of the chunks, in reading order."""
-    return _sentences_of(hits, store)
+def candidates(
+    hits: Sequence[Hit], store: DocumentStore, *, with_headings: bool = False
+) -> list[Candidate]:
+    """Return the sentences of the chunks, in reading order.
+
+    A heading is none unless it is asked for, though it may stand beside one.
+    """
+    return _sentences_of(hits, store, with_headings=with_headings)
 
 
 def sentence_features(
@@ -257,11 +264,10 @@ def weights() -> Mapping[str, Any]:
     return loaded
 
 
-def _sentences_of(hits: Sequence[Hit], store: DocumentStore) -> list[Candidate]:
-    """Return each sentence whose middle lies in a chunk, with the sentences beside it.
-
-    A heading is none, though it may stand beside one.
-    """
+def _sentences_of(
+    hits: Sequence[Hit], store: DocumentStore, *, with_headings: bool
+) -> list[Candidate]:
+    """Return each sentence whose middle lies in a chunk, with the sentences beside it."""
     chunks_of: dict[int, list[Hit]] = {}
     for hit in hits:
         chunks_of.setdefault(hit.chunk.document_id, []).append(hit)
@@ -274,7 +280,7 @@ def _sentences_of(hits: Sequence[Hit], store: DocumentStore) -> list[Candidate]:
             spans, columns = sentence_spans(text), _columns(document_id, start, text, store)
             texts = ["", *(text[a:b] for a, b in spans), ""]
             for number, (a, b) in enumerate(spans, start=1):
-                if _is_heading(start + a, texts[number], sections):
+                if not with_headings and _is_heading(start + a, texts[number], sections):
                     continue
                 middle = start + (a + b) // 2
                 for hit in own:
