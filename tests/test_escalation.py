@@ -1,5 +1,6 @@
 """Where nothing is found more is read, twice at most; then it is said that nothing is there."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event
@@ -83,10 +84,9 @@ def test_what_retrieval_does_not_show_is_found_by_reading_everything(tmp_path: P
     receipt = answer.receipt
     assert receipt.route is Route.FULL
     assert receipt.read.tokens == receipt.read.of_tokens
-    assert [words.split(" gave")[0] for words in receipt.escalations] == [
-        "the nearest 200 tokens",
-        "the nearest 400 tokens",
-    ]
+    said = [re.match(r"the nearest (\d+) tokens gave no", words) for words in receipt.escalations]
+    first, second = (int(match[1]) for match in said if match)
+    assert 100 < first <= 200 < second <= 400  # what was read, no more than the budgets
     assert fathom.receipts.load(receipt.id) == answer
 
 
@@ -110,12 +110,31 @@ def test_a_second_budget_is_enough_where_it_shows_the_sentence(tmp_path: Path) -
     fathom, _ = _library(tmp_path, hidden=False)
     first = fathom.service().plan(QUESTION, fathom.documents())
     shown = first.context.passages[0].passage.text
-    wider = fathom.service()._escalation.further(QUESTION, fathom.documents(), first)[0]
+    service, documents = fathom.service(), fathom.documents()
+    read = service._planner.read_extent(first, documents)
+    wider = service._escalation.further(QUESTION, documents, first, read)[0]
     assert wider is not None
     assert wider.context.num_tokens > first.context.num_tokens
     assert wider.context.num_tokens <= 400
     texts = " ".join(passage.passage.text for passage in wider.context.passages)
     assert shown.split(".")[0] in texts
+
+
+@pytest.mark.parametrize(("num_chunks", "said"), [(1, ["1 of 1"]), (20, ["12 of 20", "20 of 20"])])
+def test_the_receipt_of_a_quotation_tells_what_was_compared(
+    tmp_path: Path, num_chunks: int, said: list[str]
+) -> None:
+    lines = [f"The cook of ship {n} made soup for all who came aboard." for n in range(num_chunks)]
+    path = tmp_path / "log.md"
+    path.write_text("\n\n".join(f"# Ship {n}\n\n{line}" for n, line in enumerate(lines)))
+    settings = Settings(home=tmp_path / "home", answer_mode="quotation", num_candidates=40)
+    fathom = Fathom(settings, embedder=HashEmbedder(), engine=make_tiny_engine())
+    assert fathom.ingest(path).document.num_chunks == num_chunks
+    receipt = fathom.service().answer("When did Zebedee not juggle 7 marmalades in 1909?").receipt
+    told = [receipt.reason, *receipt.escalations]
+    found = {n: None for words in told for n in re.findall(r"chunks \((.+?)\) seem", words)}
+    assert sorted(found) == sorted(said)
+    assert receipt.read.chunks == num_chunks
 
 
 def test_reading_everything_needs_its_gates(tmp_path: Path) -> None:

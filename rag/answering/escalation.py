@@ -5,11 +5,10 @@ from dataclasses import replace
 
 from rag.answering.planning import Plan, Planner
 from rag.answering.scan_receipt import predicted_scan_seconds
-from rag.answering.sentence_choice import NUM_CHUNKS
 from rag.errors import ModelError, OutOfMemoryError
 from rag.routing.gates import describe, failed
 from rag.settings import Settings
-from rag.types import AnswerMode, Document, Route
+from rag.types import AnswerMode, Document, ReadExtent, Route
 
 
 class Escalation:
@@ -19,9 +18,11 @@ class Escalation:
         self._planner, self._settings = planner, settings
 
     def further(
-        self, question: str, documents: Sequence[Document], plan: Plan
+        self, question: str, documents: Sequence[Document], plan: Plan, read: ReadExtent
     ) -> tuple[Plan | None, str]:
         """Return what to read after a plan found no supported answer, and why, in words.
+
+        `read` is what was read by that plan.
 
         Twice as much, then everything: in one prompt where every gate passes, else in windows,
         where that takes no longer than the deadline of a prefill. None if there is nothing more to
@@ -39,10 +40,11 @@ class Escalation:
             return None, "everything was read"
         mode = plan.decision.mode
         is_quoted = mode is AnswerMode.QUOTED
-        tokens = plan.breadth * self._settings.retrieval_tokens
-        before = f"the nearest {tokens:,} tokens gave no supported answer"
+        before = f"the nearest {read.tokens:,} tokens gave no supported answer"
         if is_quoted:
-            before = f"the nearest {plan.breadth * NUM_CHUNKS} chunks seem to hold no answer"
+            before = (
+                f"the nearest chunks ({read.chunks:,} of {read.of_chunks:,}) seem to hold no answer"
+            )
         if plan.breadth == 1:
             try:
                 wider = self._planner.plan(
@@ -56,9 +58,9 @@ class Escalation:
                 )
             except ModelError:
                 wider = plan
-            more_chunks = sum(document.num_chunks for document in documents) > NUM_CHUNKS
-            if more_chunks if is_quoted else wider.context.num_tokens > plan.context.num_tokens:
-                return self._because(wider, f"{before}, so twice as much is read")
+            is_more = wider.context.num_tokens > plan.context.num_tokens
+            if read.chunks < read.of_chunks if is_quoted else is_more:
+                return self._because(wider, f"{before}, so up to twice as much is read")
         if is_quoted:
             return None, f"{before}, and a model that is to quote is not asked to write"
         everything = self._planner.plan(

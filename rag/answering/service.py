@@ -345,7 +345,9 @@ class AnsweringService:
                 outcome = not_found(outcome)
                 if not may_read_more or num_further == self._settings.escalations:
                     break
-                next_plan, words = self._escalation.further(asked.question, asked.documents, plan)
+                next_plan, words = self._escalation.further(
+                    asked.question, asked.documents, plan, outcome.read
+                )
                 if next_plan is None:
                     outcome = replace(outcome, notes=(*outcome.notes, words))
                     break
