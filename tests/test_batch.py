@@ -224,7 +224,7 @@ def test_the_same_command_asks_only_what_has_no_answer(
     # Nothing has changed: the row with an error is tried again, no answer is asked for.
     code, told, words = run(source, "-o", output)
     assert (code, num_receipts(two_documents)) == (1, 2)
-    assert "2 of 3 rows were answered before" in words
+    assert "2 of 3 rows answered before" in words
     assert len(told) == 3
     # What was wrong is mended.
     (tmp_path / "gone.md").write_text("Here is what was missing.")
@@ -237,7 +237,7 @@ def test_the_same_command_asks_only_what_has_no_answer(
     two_documents.ingest(tmp_path / "gone.md")
     code, _, words = run(source, "-o", output)
     assert (code, num_receipts(two_documents)) == (0, 5)
-    assert "2 rows ask something else than before" in words
+    assert "2 rows asked again: the question, its documents or the model are others" in words
     # --fresh asks all.
     assert run(source, "-o", output, "--fresh")[0] == 0
     assert num_receipts(two_documents) == 8

@@ -261,7 +261,7 @@ def test_a_row_of_a_table_is_quoted_alone_and_a_cell_of_it_is_the_answer(
         ("# The harbour fee is 35 crowns\n", QUESTION, "# The harbour fee is 35 crowns"),
         (HANDBOOK, QUESTION, "The harbour fee is 35 crowns a night."),
         (
-            "# Changes\n\n## 2.0.0 (2023-11-20)\n\n- New engine\n\n## 1.0.0 (2020-01-15)\n\n- First\n",
+            "# Changes\n\n## 2.0.0 (2023-11-20)\n\n- New engine\n\n## 1.0.0 (2020-01-15)\n\n- One",
             "When was 2.0.0 published?",
             "## 2.0.0 (2023-11-20)",
         ),

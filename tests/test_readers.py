@@ -263,7 +263,7 @@ def test_a_notebook_keeps_cells_and_outputs(tmp_path: Path) -> None:
     content = _written(tmp_path / "a.ipynb", json.dumps(notebook))
     assert content.text == "# Fees\na night\n\n# no heading\nfee()\n\nOutput:\n35"
     assert content.sections == (Section(1, "Fees", 0),)
-    assert content.warnings == ("1 outputs without text (pictures) are not read",)
+    assert content.warnings == ("outputs without text (pictures), which are not read: 1",)
 
 
 def test_tables_and_json_stay_as_they_are(tmp_path: Path) -> None:

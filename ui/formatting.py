@@ -44,11 +44,11 @@ def amount(value: float | None, unit: str) -> str:
 
 def progress_words(event: IngestProgress) -> str:
     """Return how far an ingest has come, its rates and the time left."""
-    parts = [f"{event.files_done} of {event.num_files} files"]
+    parts = [f"{event.files_done} of {plural(event.num_files, 'file')}"]
     if event.chunks:
-        parts.append(f"{event.chunks:,} chunks, {event.chunks_per_second:.1f} a second")
+        parts.append(f"{plural(event.chunks, 'chunk')}, {event.chunks_per_second:.1f} a second")
     if event.pages:
-        parts.append(f"{event.pages:,} pages, {event.pages_per_second:.1f} a second")
+        parts.append(f"{plural(event.pages, 'page')}, {event.pages_per_second:.1f} a second")
     if event.seconds_left is not None:
         parts.append(f"{timedelta(seconds=round(event.seconds_left))} left")
     return "; ".join(parts)
@@ -74,8 +74,8 @@ def limit_words(gate: Gate) -> str:
 def scan_words(scan: ScanTally) -> str:
     """Return what a scan did, in words."""
     return (
-        f"{scan.items:,} items found in {plural(scan.windows, 'window')};"
-        f" {scan.dropped_unverified:,} findings dropped because they do not stand there,"
+        f"{plural(scan.items, 'item')} found in {plural(scan.windows, 'window')};"
+        f" {plural(scan.dropped_unverified, 'finding')} dropped as not standing there,"
         f" {scan.dropped_repeats:,} as repeats"
     )
 

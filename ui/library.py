@@ -32,6 +32,7 @@ from rag.types import AnswerMode, Document, IngestProgress, Page, Route
 from ui.batches import OwnBatches
 from ui.comparing import Comparisons
 from ui.fair_queue import Waiting
+from ui.formatting import plural
 
 if TYPE_CHECKING:
     from ui.assembly import Fathom
@@ -295,7 +296,7 @@ class Library:
         more_bytes = sum(path.stat().st_size for path in files if path.is_file())
         if num_documents + len(files) > settings.max_documents_per_user:
             raise QuotaError(
-                f"you have {num_documents:,} documents and may keep"
+                f"you have {plural(num_documents, 'document')} and may keep"
                 f" {settings.max_documents_per_user:,}; {len(files):,} more do not fit",
                 hint="delete some, or ask for a higher FATHOM_MAX_DOCUMENTS_PER_USER",
             )

@@ -67,7 +67,10 @@ def read_notebook(path: Path, media_type: str) -> CanonicalText:
         parts.append(part)
         start += len(part) + 2
     if num_pictures:
-        warnings = (*warnings, f"{num_pictures} outputs without text (pictures) are not read")
+        warnings = (
+            *warnings,
+            f"outputs without text (pictures), which are not read: {num_pictures}",
+        )
     return CanonicalText("\n\n".join(parts), media_type, (), tuple(sections), warnings)
 
 

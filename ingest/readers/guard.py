@@ -51,7 +51,7 @@ def read_guarded(path: Path, *, name: str, settings: Settings) -> CanonicalText:
     """
     content = _content(_ask_worker({"task": "read"}, path, name, settings))
     if not content.text.strip():
-        pages = f"{len(content.pages)} pages without text" if content.pages else "no text"
+        pages = f"no text on its pages ({len(content.pages):,})" if content.pages else "no text"
         raise EmptyDocumentError(
             f"{name} holds {pages}; expected words to read",
             hint="a scan needs OCR first (for example with ocrmypdf); then ingest the result",

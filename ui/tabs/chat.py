@@ -16,7 +16,7 @@ from rag.store.receipts import REDACTED
 from rag.types import Conversation, Exchange, Route
 from ui.answer_html import ROUTE_NAMES, answer_card
 from ui.fair_queue import Waiting
-from ui.formatting import amount, error_html, plain_html
+from ui.formatting import amount, error_html, plain_html, plural
 from ui.library import Library
 from ui.tabs.conversations import (
     LIST_EVENTS,
@@ -406,4 +406,4 @@ def _refuse_while(running: Asked | None, stops: dict[str, threading.Event]) -> N
 
 
 def _document_label(title: str, num_pages: int) -> str:
-    return f"{title} ({num_pages} pages)" if num_pages else title
+    return f"{title} ({plural(num_pages, 'page')})" if num_pages else title

@@ -271,7 +271,7 @@ def now_html(running: Comparison) -> str:
     """Return how far the comparison that runs has come."""
     of_rows = running.of_rows or 1
     share = 100 * running.num_rows / of_rows
-    parts = [f"{running.num_rows:,} of {of_rows:,} answers"]
+    parts = [f"{running.num_rows:,} of {plural(of_rows, 'answer')}"]
     if running.waiting:
         parts.append(f"waiting for the model, place {running.waiting}")
     elif running.arm:
@@ -298,9 +298,9 @@ def list_html(found: Sequence[Comparison]) -> str:
 
 
 def _item(one: Comparison) -> str:
-    answers = f"{one.num_rows:,} answers" if one.num_rows else "report alone"
+    answers = plural(one.num_rows, "answer") if one.num_rows else "report alone"
     if one.state == "stopped" and one.of_rows is not None:
-        answers = f"stopped after {one.num_rows:,} of {one.of_rows:,} answers"
+        answers = f"stopped after {one.num_rows:,} of {plural(one.of_rows, 'answer')}"
     elif one.state == "running":
         answers = "running"
     words = " · ".join(filter(None, [one.started[:10], ", ".join(one.arms), answers]))

@@ -28,6 +28,7 @@ from ui.console import (
     print_json,
     show_error,
 )
+from ui.formatting import plural
 
 if TYPE_CHECKING:
     from eval.batch import Outcome
@@ -113,11 +114,11 @@ def batch(
         num_before = len(placed) - len(left)
         changed = len(journal.ids & {question.id for question in left})
         if num_before:
-            err.print(f"{num_before} of {len(asked)} rows were answered before", markup=False)
+            err.print(f"{num_before} of {plural(len(asked), 'row')} answered before", markup=False)
         if changed:
             err.print(
-                f"{changed} rows ask something else than before, of other documents or another"
-                " model: they are asked again",
+                f"{plural(changed, 'row')} asked again: the question, its documents or the model"
+                " are others than before",
                 markup=False,
                 soft_wrap=True,
             )
@@ -232,14 +233,14 @@ def _rows_bar(total: int) -> Iterator[Callable[[], None]]:
     """Show a bar of rows with the time left at the rate so far; call what is yielded for each."""
     columns = (TextColumn("answering"), BarColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("", total=total, figures=f"0 of {total} rows")
+        task = progress.add_task("", total=total, figures=f"0 of {plural(total, 'row')}")
         started, done = time.monotonic(), 0
 
         def on_row() -> None:
             nonlocal done
             done += 1
             left = round((time.monotonic() - started) / done * (total - done))
-            words = f"{done} of {total} rows; {timedelta(seconds=left)} left"
+            words = f"{done} of {plural(total, 'row')}; {timedelta(seconds=left)} left"
             progress.update(task, completed=done, figures=words)
 
         yield on_row
@@ -253,7 +254,7 @@ def _summary(outcomes: "dict[int, Outcome]", total: int, seconds: float, output:
     by_route = ", ".join(f"{routes.count(route)} by {route}" for route in sorted(set(routes)))
     errors = len(outcomes) - len(answers)
     return (
-        f"{len(answers)} of {total} rows answered"
+        f"{len(answers)} of {plural(total, 'row')} answered"
         + (f" ({by_route})" if by_route else "")
         + (f", {not_found} of them with 'not found'" if not_found else "")
         + (f"; {errors} with an error, see its column" if errors else "")

@@ -27,6 +27,7 @@ from ui.console import (
     print_json,
     show_error,
 )
+from ui.formatting import plural
 
 app = typer.Typer()
 
@@ -263,7 +264,9 @@ def reembed(
     if as_json:
         print_json({"embedder": name, "chunks_embedded": count})
     else:
-        out.print(f"{count:,} chunks embedded; the library is searched with {name}", markup=False)
+        out.print(
+            f"{plural(count, 'chunk')} embedded; the library is searched with {name}", markup=False
+        )
 
 
 @app.command(epilog="Examples: fathom doctor  |  fathom doctor --repair")

@@ -22,6 +22,7 @@ from ui.console import (
     out,
     print_json,
 )
+from ui.formatting import plural
 
 app = typer.Typer()
 
@@ -288,9 +289,11 @@ def fit_router_verb(
     else:
         assert pairs is not None
         labelled, source = load_pairs(pairs), pairs.name
-    weights = fit_router(labelled, fitted_on=f"{source}, {len(labelled):,} pairs", prior=prior)
+    weights = fit_router(
+        labelled, fitted_on=f"{source}, {plural(len(labelled), 'pair')}", prior=prior
+    )
     save_weights(weights, output)
     if as_json:
         print_json({"pairs": len(labelled), "weights": str(output)})
     else:
-        out.print(f"fitted to {len(labelled):,} pairs: {output}", markup=False)
+        out.print(f"fitted to {plural(len(labelled), 'pair')}: {output}", markup=False)

@@ -8,6 +8,7 @@ import typer
 from rag.errors import AccountError
 from rag.settings import load_settings
 from ui.console import Home, Json, err, open_fathom, out, print_json
+from ui.formatting import plural
 
 app = typer.Typer(
     help="Accounts: with any, everybody has to sign in, and each has documents of his own.",
@@ -46,8 +47,9 @@ def list_users(home: Home = None, as_json: Json = False) -> None:
             print_json(account.to_json() | {"documents": num_documents, "bytes": num_bytes})
         else:
             out.print(
-                f"{account.name:<20} since {account.created_at[:10]}, {account.num_keys} keys,"
-                f" {num_documents:,} documents, {num_bytes / 2**20:,.1f} MiB",
+                f"{account.name:<20} since {account.created_at[:10]},"
+                f" {plural(account.num_keys, 'key')}, {plural(num_documents, 'document')},"
+                f" {num_bytes / 2**20:,.1f} MiB",
                 markup=False,
             )
 
@@ -65,12 +67,14 @@ def remove(
     if not num_documents:
         fathom.accounts.require(name)
     if not yes:
-        typer.confirm(f"Delete {name}, {num_documents} documents and all answers?", abort=True)
+        typer.confirm(
+            f"Delete {name}, {plural(num_documents, 'document')} and all answers?", abort=True
+        )
     fathom.remove_account(name)
     if as_json:
         print_json({"removed": name, "documents": num_documents})
     else:
-        out.print(f"removed {name} and {num_documents} documents", markup=False)
+        out.print(f"removed {name} and {plural(num_documents, 'document')}", markup=False)
 
 
 @app.command(
