@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed"),
 ]
-REPLY = "The harbour fee is 35 crowns a night." + " and whoever is late pays more" * 10
+REPLY = "The harbour fee is 35 crowns a night." + " And whoever is late pays more" * 10
 
 
 @pytest.fixture(scope="module")
