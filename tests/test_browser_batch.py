@@ -145,7 +145,6 @@ def test_a_table_is_checked_asked_left_alone_stopped_gone_on_with_saved_and_dele
     given = page.locator("#batch-table input[name=table]")
     given.set_input_files({"name": "x.csv", "mimeType": "text/csv", "buffer": b"a,b\n1,2\n"})
     page.locator("#batch-table").get_by_text("no column 'question'").wait_for()
-    page.wait_for_timeout(3_000)  # a file given in the moment of a refusal is kept, but not shown
     given.set_input_files(path)
     shown = page.locator("#batch-shown")
     shown.get_by_text("Not started; 120 rows; 1 cannot be asked").wait_for(timeout=60_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import redirect_stderr
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,8 @@ def convert_gguf(path: Path, folder: Path) -> str:
     tokenizer.save_pretrained(folder)
     if dtype == torch.bfloat16:
         write_four_bit(path, folder, model.config)
-    write_integers(path, folder, model.config)
+    if find_spec("openvino"):  # nothing else here multiplies with them
+        write_integers(path, folder, model.config)
     return str(dtype).removeprefix("torch.")
 
 

@@ -123,7 +123,8 @@ def build_batch(library_of: LibraryOf, tab: gr.Tab) -> None:
     quiet |= {"concurrency_id": "batch", "concurrency_limit": 1}
     tab.select(look, [current], whole, **quiet)
     timer.tick(look, [current], whole, **quiet)
-    table.batch(look_at_made, [documents, route], whole, **quiet)
+    # Each table is looked at, one given in the moment in which another is refused, too.
+    table.batch(look_at_made, [documents, route], whole, trigger_mode="multiple", **quiet)
     gr.on(
         [documents.input, route.input],
         aim,
