@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rag.errors import InstallError
 
@@ -99,3 +100,15 @@ def _is_installed(distribution: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def load_openvino() -> Any:  # noqa: ANN401 - a package whose stubs are not always there
+    """Return the package openvino.
+
+    Importing it reports the import to its maker, unless the package that does so is not there:
+    nothing is sent from here.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino

@@ -40,7 +40,7 @@ def test_heavy_libraries_have_one_home() -> None:
             "eval/bench/ingest.py",
             "eval/bench/gpu_embed.py",
         },
-        "openvino": {"rag/lm/openvino_step.py", "rag/retrieval/openvino_embedder.py"},
+        "openvino": {"rag/runtime.py"},
         "Stemmer": {"rag/retrieval/lexical_score.py"},
         "tantivy": {"rag/retrieval/tantivy_index.py"},
         "psycopg": set(),

@@ -28,7 +28,7 @@ from rag.lm.gguf_blocks import PARTS, in_halves, read_blocks, side_by_side
 from rag.lm.lean_forward import LEAN_FAMILIES, lean_pass
 from rag.lm.lean_layers import LeanLayer
 from rag.lm.packed_linear import PackedLinear, can_pack
-from rag.lm.weights_checksum import checked_weights, damaged_weights, tensors_digest
+from rag.lm.weights_checksum import checked_weights, tensors_digest, weights_file
 
 FILE_NAME = "four_bit.weights"
 
@@ -148,17 +148,7 @@ def four_bit_file(folder: Path) -> Path | None:
     Raises:
         BrokenModelError: if that is damaged, or the file cut short.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / FILE_NAME
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            written = (file.metadata() or {}).get("layout")
-    except SafetensorError as error:
-        raise damaged_weights(path, str(error)) from error
-    return path if written is not None and written == layout() else None
+    return weights_file(folder / FILE_NAME, "layout", layout())
 
 
 def four_bit_bytes(path: Path, config: Any) -> int:  # noqa: ANN401

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rag.lm.gguf_blocks import PARTS, Blocks, in_halves, read_blocks, side_by_side
 from rag.lm.lean_forward import LEAN_FAMILIES
-from rag.lm.weights_checksum import checked_weights, damaged_weights, tensors_digest
+from rag.lm.weights_checksum import checked_weights, tensors_digest, weights_file
 
 FILE_NAME = "integers.weights"
 
@@ -154,17 +154,7 @@ def integers_file(folder: Path) -> Path | None:
     Raises:
         BrokenModelError: if that is damaged, or the file cut short.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / FILE_NAME
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            written = (file.metadata() or {}).get("format")
-    except SafetensorError as error:
-        raise damaged_weights(path, str(error)) from error
-    return path if written == _FORMAT else None
+    return weights_file(folder / FILE_NAME, "format", _FORMAT)
 
 
 def load_integers(path: Path) -> IntegerWeights:

@@ -12,10 +12,33 @@ from torch import Tensor
 from rag.errors import BrokenModelError
 
 
+def weights_file(path: Path, key: str, expected: str | None) -> Path | None:
+    """Return a file whose head says `expected` under `key`; None if it does not, or is not there.
+
+    The weights are not read.
+
+    Raises:
+        BrokenModelError: if the head is damaged, or the file cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get(key)
+    except SafetensorError as error:
+        raise damaged_weights(path, str(error)) from error
+    return path if written is not None and written == expected else None
+
+
 def checked_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file, mapped to memory, whose checksum has been compared.
 
-    Any four bits are a weight: unlike stored weights, damaged ones never look like none.
+    Any whole number is a weight: unlike stored weights, damaged ones never look like none.
+
+    Raises:
+        BrokenModelError: if they are not those that were written.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file

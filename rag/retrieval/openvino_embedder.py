@@ -1,9 +1,8 @@
-"""Texts to unit vectors by OpenVINO, from a graph converted once. The only home of openvino."""
+"""Texts to unit vectors by OpenVINO, from a graph converted once."""
 
 import json
 import os
 import shutil
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from rag.retrieval.embedder_tokens import EmbedderTokens, Offsets, TokenIds, batches, padded
 from rag.retrieval.embedding import MIN_AGREEMENT, PROBES, FloatArray, fingerprint_of
+from rag.runtime import load_openvino
 
 BATCH_TOKENS = 2048  # padding included; 1,024 to 4,096 were as fast, 8,192 slower
 
@@ -96,17 +96,8 @@ class OpenVinoEmbedder:
         return np.asarray(found, dtype=np.float32)
 
 
-def _openvino() -> Any:  # noqa: ANN401 - the package, whose stubs are not always there
-    # Importing it reports the import to its maker, unless the package that does so is not there:
-    # nothing is sent from here.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
-
-
 def _compiled(graph: Path, num_threads: int | None) -> Any:  # noqa: ANN401 - a CompiledModel
-    core = _openvino().Core()
+    core = load_openvino().Core()
     # It would choose bfloat16 where the CPU emulates it, too.
     is_native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     options = {
@@ -179,8 +170,8 @@ def _convert(folder: Path, target: Path) -> dict[str, Any]:
     example = {"input_ids": torch.ones(2, 7, dtype=torch.int64), "attention_mask": mask}
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # of branches taken while tracing: compared below
-        graph = _openvino().convert_model(Graph(), example_input=example)
-    _openvino().save_model(graph, str(target / "model.xml"), compress_to_fp16=False)
+        graph = load_openvino().convert_model(Graph(), example_input=example)
+    load_openvino().save_model(graph, str(target / "model.xml"), compress_to_fp16=False)
     facts: dict[str, Any] = {
         "unfit": None,
         "dim": int(model.get_embedding_dimension() or 0),
