@@ -27,7 +27,7 @@ _WAYS = {
     DecodingWay.DRAFTS: "several tokens a pass where it copies",
     DecodingWay.STATIC: "token by token over a cache that stays in place",
     DecodingWay.RECORDED: "by one recorded step",
-    DecodingWay.INTEGERS: "with the model file's own whole numbers",
+    DecodingWay.INTEGERS: "with the quantised weights of the model's file, in float32",
 }
 
 
