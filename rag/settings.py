@@ -89,10 +89,10 @@ class Settings(BaseSettings):
 
     decode_weights: Literal["integers", "stored", "4-bit"] = Field(
         default="integers",
-        description="Weights that answers are written with on a CPU. integers: the quantised ones of the"
-        " model's GGUF file as they are, in float32. stored: those that it was converted to, in"
-        " bfloat16, half as fast. 4-bit: the file's of 4 bits alone, in bfloat16. Where a model has"
-        " none of a kind, the stored ones.",
+        description="Weights that answers are written with on a CPU. integers: the quantised ones"
+        " of the model's GGUF file as they are, in float32. stored: those that it was converted to,"
+        " in bfloat16, half as fast. 4-bit: the file's of 4 bits alone, in bfloat16. Where a model"
+        " has none of a kind, the stored ones.",
     )
     cuda_graphs: bool = Field(
         default=True,
