@@ -335,6 +335,7 @@ def test_where_there_is_no_memory_for_a_copy_the_stored_weights_write(
             tokens, num_bytes = passes.held()
             passes.read([7])
             assert passes.has_integers is copied
+            assert bool(passes.refused) is not copied
             assert passes.held() == (tokens + 1, num_bytes // tokens * (tokens + 1))
 
 

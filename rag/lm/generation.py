@@ -183,8 +183,9 @@ def _decoding(
     if lookup is None:
         return Decoding(DecodingWay.PLAIN, num_rows, refused=refused)
     way = DecodingWay.DRAFTS if lookup.drafted else DecodingWay.PLAIN
-    if isinstance(cache, AnswerPasses) and cache.has_integers:
-        way = DecodingWay.INTEGERS
+    if isinstance(cache, AnswerPasses):
+        way = DecodingWay.INTEGERS if cache.has_integers else way
+        refused = refused or cache.refused
     return Decoding(
         way,
         num_rows,

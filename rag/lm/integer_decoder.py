@@ -38,6 +38,7 @@ _LENGTHS = (4,)
 _CLOSE = 2e-3
 # For fewer tokens the cache is not copied.
 _FEWEST_TOKENS = 8
+_NO_ROOM = "no room for the cache in float32, so with the stored weights"
 # Copied, a cache takes float32, and has room for as many tokens again.
 _COPY_BYTES_PER_ELEMENT = 8
 
@@ -187,7 +188,7 @@ class AnswerPasses:
     """The passes of one answer, by an `IntegerDecoder` where there can be one.
 
     That is seen when the second token is wanted: whoever waits for the first does not wait for what
-    writes the others.
+    writes the others. `refused` says why there is none, where it is for want of memory.
     """
 
     def __init__(
@@ -210,7 +211,9 @@ class AnswerPasses:
         is_plain = all(type(layer) is GrowingLayer for layer in cache.layers)
         elements = measured_row_bytes(cache, 0) // model.dtype.itemsize if is_plain else 0
         fits = elements * _COPY_BYTES_PER_ELEMENT <= free_bytes
-        self._wants_integers = is_plain and fits and max_new_tokens >= _FEWEST_TOKENS
+        could = is_plain and max_new_tokens >= _FEWEST_TOKENS and model in _MODELS
+        self._wants_integers = could and fits
+        self.refused = _NO_ROOM if could and not fits else ""
         self._passes: ModelPasses | IntegerDecoder = ModelPasses(model, cache)
 
     @property
