@@ -57,7 +57,7 @@ def test_two_parts_give_the_logits_of_one_under_a_mask(
     torch.testing.assert_close(read(model, rows), expected, rtol=1e-4, atol=1e-5)
     # The layers that memory is planned for without a mask are those that have none. Layers that
     # share another's keys are planned with one, and some need none.
-    num_planned = sum(layer.in_parts for layer in spec.layers)
+    num_planned = sum(layer.maskless for layer in spec.layers)
     num_shared = sum(layer.kind == "shared" for layer in spec.layers)
     behind = [pieces for pieces in _PIECES if pieces[0] and pieces[1] - pieces[0] > 1]
     found, rest = divmod(len(parts), 2 * len(behind))

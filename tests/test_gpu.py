@@ -234,7 +234,7 @@ def test_a_prefill_takes_no_more_memory_than_planned(family: str, shape: dict[st
     fields = GROUPED | {"head_dim": 64, "max_position_embeddings": 32_768} | shape
     config = CONFIG_MAPPING[family](**fields)
     spec = ModelSpec.from_config(config, dtype_bytes=2).on_device("cuda")
-    assert all(layer.in_parts == (layer.window is None) for layer in spec.layers)
+    assert all(layer.maskless == (layer.window is None) for layer in spec.layers)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     model = model.eval().to("cuda")

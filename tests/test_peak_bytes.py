@@ -14,7 +14,7 @@ from rag.lm.kv_bytes import measured_kv_bytes, room_bytes
 from rag.lm.loading import open_model
 from rag.lm.native_cache import native_cache
 from rag.lm.peak_bytes import peak_bytes
-from rag.lm.spec import ModelSpec
+from rag.lm.spec import LayerSpec, ModelSpec
 from rag.settings import load_settings
 from tiny_families import TINY, WINDOW, tiny_model
 
@@ -35,9 +35,9 @@ def beside_the_cache(model: Any, num_tokens: int, chunk_tokens: int) -> int:  # 
     return peak - measured_kv_bytes(caches[0])
 
 
-def none(width: int) -> bool:
+def none(layer: LayerSpec) -> bool:
     """Say that a device has no kernel for heads of any width."""
-    return width < 0
+    return layer.head_width < 0
 
 
 # Shapes with the proportions of a real model, so that fixed costs do not hide the formula.
@@ -145,7 +145,7 @@ def test_the_bound_holds_where_chunks_are_attended_to_in_two_parts(
 def test_the_bound_holds_in_two_parts_for_other_kinds_of_layers(family: str) -> None:
     model = tiny_model(family).bfloat16()
     spec = ModelSpec.from_config(model.config, dtype_bytes=2).on_device("cuda", has_kernel=bool)
-    assert any(layer.in_parts for layer in spec.layers)
+    assert any(layer.maskless for layer in spec.layers)
     model.set_attn_implementation(CHUNKED)
     for num_tokens in (200, 1000):
         found = beside_the_cache(model, num_tokens, 200)
@@ -180,11 +180,11 @@ def test_the_terms_by_hand() -> None:
     longer = peak_bytes(spec, 6144) - peak_bytes(spec, 4096)
     # A token more: a mask bit as a byte and as a number, keys and values of all heads.
     assert longer == 2048 * (512 + 512 * 2 + 2 * 8 * 32 * 2)
-    parts = spec.on_device("cuda", has_kernel=lambda width: width == 32)
+    parts = spec.on_device("cuda", has_kernel=lambda layer: layer.head_width == 32)
     assert peak_bytes(parts, 6144) == peak_bytes(parts, 5120)
     # Long enough for one layer's keys and values, twice 2 heads of 32, to be the most there is.
     assert peak_bytes(parts, 300_000) - peak_bytes(parts, 200_000) == 100_000 * 2 * 2 * 32 * 2
-    masked = spec.on_device("cuda", has_kernel=lambda width: width != 32)
+    masked = spec.on_device("cuda", has_kernel=lambda layer: layer.head_width != 32)
     assert masked == spec.on_device("cuda", has_kernel=none)
     # One token goes under a mask where several are in step, and is planned so.
     assert peak_bytes(parts, 1000, chunk_tokens=1) == peak_bytes(masked, 1000, chunk_tokens=1)

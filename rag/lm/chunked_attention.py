@@ -16,15 +16,11 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from rag.lm.grouped_attention import can_attend_otherwise, is_plain
+from rag.lm.grouped_attention import causal_mask, is_plain, mask_unless_causal, needs_no_mask
 from rag.lm.partial_attention import Part, attend, has_fused_attention, join
 
 NAME = "fathom_chunked"
-
-# Their code hands a mask on even where nothing is hidden.
-_ALWAYS_MASKED = frozenset({"biogpt"})
 
 
 def use_chunked_attention(model: Any) -> None:  # noqa: ANN401 - a causal model of transformers
@@ -33,17 +29,8 @@ def use_chunked_attention(model: Any) -> None:  # noqa: ANN401 - a causal model 
     Args:
         model: on its device. On a CPU, or with another attention than `sdpa`, nothing is changed.
     """
-    if model.device.type == "cuda" and can_attend_in_parts(model):
+    if model.device.type == "cuda" and needs_no_mask(model):
         model.set_attn_implementation(NAME)
-
-
-def can_attend_in_parts(model: Any) -> bool:  # noqa: ANN401 - a causal model of transformers
-    """Say whether the full layers of a model would attend so on a GPU that has a kernel for them.
-
-    What memory is planned with rests on this and on `has_kernel`, as the attention itself does.
-    """
-    text = model.config.get_text_config(decoder=True)
-    return can_attend_otherwise(model) and text.model_type not in _ALWAYS_MASKED
 
 
 def has_kernel_here(width: int, *, dtype_bytes: int) -> bool:
@@ -88,10 +75,8 @@ def chunked_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     if not has_kernel(query.device, query.dtype, D, value.shape[-1]):
-        visible = torch.ones(T, K, dtype=torch.bool, device=query.device).tril(K - T)
-        return sdpa_attention_forward(
-            module, query, key, value, visible[None, None], scaling=scaling, **kwargs
-        )
+        visible = causal_mask(T, K, query.device)
+        return sdpa_attention_forward(module, query, key, value, visible, scaling=scaling, **kwargs)
     scale = D**-0.5 if scaling is None else scaling
     before = _attend_folded(query, key[:, :, : K - T], value[:, :, : K - T], scale)
     own = (states[:, :, K - T :].repeat_interleave(H // G, 1) for states in (key, value))
@@ -110,32 +95,5 @@ def _attend_folded(query: Tensor, key: Tensor, value: Tensor, scale: float) -> P
     return out.reshape(B, H, T, D), sums.reshape(B, H, T)
 
 
-def _mask(
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,  # noqa: ANN401
-) -> Tensor | None:
-    """Return the mask of `sdpa`, or None where `chunked_attention` knows who sees whom."""
-    is_causal = allow_is_causal_skip and attention_mask is None and local_size is None
-    if is_causal and q_offset + q_length == kv_offset + kv_length:
-        return None
-    mask: Tensor | None = sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
-        **kwargs,
-    )
-    return mask
-
-
 AttentionInterface.register(NAME, chunked_attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, mask_unless_causal)

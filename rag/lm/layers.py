@@ -139,8 +139,8 @@ class LayerSpec:
     - shared: attends to the keys and values of an earlier layer; none: no attention at all.
 
     `state_elements` are in the model's dtype, `float32_state_elements` in float32 whatever that is.
-    `head_width` is that of one head of the layer's own keys, 0 where it caches none. `in_parts`
-    says that chunks behind the cache are attended to in two parts; see `ModelSpec.on_device`.
+    `head_width` is that of one head of the layer's own keys, 0 where it caches none. `maskless`
+    says that chunks are attended to by a kernel that needs no mask; see `ModelSpec.on_device`.
     """
 
     kind: LayerKind
@@ -152,7 +152,7 @@ class LayerSpec:
     state_elements: int = 0
     float32_state_elements: int = 0
     head_width: int = 0
-    in_parts: bool = False
+    maskless: bool = False
 
     @property
     def elements_per_token(self) -> int:

@@ -122,7 +122,7 @@ class LocalEngine:
         )
         self._new_prefill = partial(
             Prefill,
-            model_id=_identity(name, weights_id, device_type, self._tokenizer),
+            model_id=_identity(name, weights_id, self._spec, self._tokenizer),
             device_type=device_type,
             document_kv=document_kv,
             reserve_bytes=kv_reserve_bytes,
@@ -489,9 +489,10 @@ class LocalEngine:
         return self._weights.loaded(for_short=for_short)
 
 
-def _identity(name: str, weights_id: str, device_type: str, tokenizer: ChatTokenizer) -> str:
-    """Return what must be equal for a kept cache to be this model's: the code's version too."""
+def _identity(name: str, weights_id: str, spec: ModelSpec, tokenizer: ChatTokenizer) -> str:
+    """Return what must be equal for a kept cache to be this model's: code and kernels, too."""
     import transformers
 
-    parts = (name, weights_id, device_type, tokenizer.id, tokenizer.template)
+    masks = sum(not layer.maskless for layer in spec.layers)
+    parts = (name, weights_id, spec.device_type, masks, tokenizer.id, tokenizer.template)
     return f"{parts} transformers {transformers.__version__}"

@@ -43,8 +43,8 @@ class Activations:
     `feed_forward_elements` is what the widest feed-forward layer holds at once, `scan_elements`
     what the update of a recurrent state does.
     `has_fused_attention` says that scores are never held; `repeats_heads` that keys and values of
-    grouped heads are copied to all of them; `can_attend_in_parts` that on a GPU neither mask nor
-    such copies need be.
+    grouped heads are copied to all of them; `needs_no_mask` that a chunk may go to a kernel which
+    makes neither mask nor such copies.
     """
 
     hidden_size: int = 0
@@ -53,7 +53,7 @@ class Activations:
     scan_elements: int = 0
     has_fused_attention: bool = True
     repeats_heads: bool = False
-    can_attend_in_parts: bool = False
+    needs_no_mask: bool = False
 
 
 def build_meta_model(config: PreTrainedConfig) -> Any:  # noqa: ANN401
@@ -108,7 +108,7 @@ def count_parameters(model: Any, text: PreTrainedConfig) -> tuple[int, int]:  # 
 
 def read_activations(model: Any, text: PreTrainedConfig) -> Activations:  # noqa: ANN401
     """Return the widths of a model's forward pass, from its config and the built model."""
-    from rag.lm.chunked_attention import can_attend_in_parts
+    from rag.lm.grouped_attention import needs_no_mask
 
     hidden = int(model.get_input_embeddings().embedding_dim)
     heads = max(_first(layer, _HEADS) for layer in text.per_layer_config)
@@ -129,7 +129,7 @@ def read_activations(model: Any, text: PreTrainedConfig) -> Activations:  # noqa
         and text.model_type not in _UNFUSED
         and not getattr(text, "kv_lora_rank", None),
         repeats_heads=any(1 < count < heads for count in kv_heads),
-        can_attend_in_parts=can_attend_in_parts(model),
+        needs_no_mask=needs_no_mask(model),
     )
 
 

@@ -6,6 +6,8 @@ from rag.lm.spec import LayerSpec, ModelSpec
 _FLOAT32_BYTES = 4
 # Scratch space of kernels, about 0.2 MiB a thread.
 _SCRATCH_BYTES = 2**20
+# Queries, and keys, of a block of paged attention.
+BLOCK_TOKENS = 32
 # What an element takes on its way into a quantised cache: itself and its quotient in float32, the
 # latter rounded, and the bytes.
 _QUANTISING_BYTES = 3 * _FLOAT32_BYTES + 2
@@ -19,7 +21,7 @@ def peak_bytes(spec: ModelSpec, num_tokens: int, *, chunk_tokens: int | None = N
     the hidden size, `q` the width of the queries, `k` and `v` those of the cached keys and values,
     and `H` the heads, it is the masks, which stay through the pass,
 
-        C * S for each kind of window, as booleans; none where a layer attends in two parts
+        C * S for each kind of window, as booleans; none where a layer attends without a mask
 
     the room that full layers have for the next tokens, once they decode,
 
@@ -32,8 +34,8 @@ def peak_bytes(spec: ModelSpec, num_tokens: int, *, chunk_tokens: int | None = N
       the windowed states joined with the chunk's; and where no fused kernel serves the model, its
       scores, `H * C * S * (3e + 8)`; of a quantised cache the copy that attention reads,
       `S * (k + v) * e`, and the chunk on its way into 8 bits;
-    - attention in two parts: no mask and no head of the cache is copied, so nothing grows with `S`
-      but a quantised cache's copy; see `_parts_bytes`;
+    - attention without a mask: on a GPU in two parts, of which nothing grows with `S` but a
+      quantised cache's copy, see `_parts_bytes`; on a CPU by pages, see `_paged_bytes`;
     - a state's update: what the reference code of its scan holds for each token, in float32;
     - the feed-forward layer: `8h * C * e`, half of it for norms in float32, and its own width;
     - the logits of one token, in float32 and in the model's dtype;
@@ -49,12 +51,13 @@ def peak_bytes(spec: ModelSpec, num_tokens: int, *, chunk_tokens: int | None = N
         num_tokens: prompt and new tokens of one sequence.
         chunk_tokens: how many of them enter the model at once; by default the spec's.
 
-    Source: modelling code and attention functions of transformers 5.23; `rag.lm.chunked_attention`.
+    Source: modelling code and attention functions of transformers 5.23; `rag.lm.chunked_attention`
+    and `rag.lm.paged_attention`.
     """
     chunk = min(num_tokens, chunk_tokens or spec.chunk_tokens)
     shape, size = spec.activations, spec.dtype_bytes
     attending = [layer for layer in spec.layers if layer.kind not in ("linear", "none")]
-    windows = {layer.window for layer in attending if not _is_in_parts(layer, chunk)}
+    windows = {layer.window for layer in attending if not _is_maskless(layer, chunk)}
     masks = sum(chunk * _seen_tokens(window, num_tokens, chunk) for window in windows)
     attention = max(_attention_bytes(spec, layer, num_tokens, chunk) for layer in spec.layers)
     feed_forward = chunk * size * (8 * shape.hidden_size + shape.feed_forward_elements)
@@ -77,8 +80,11 @@ def _attention_bytes(spec: ModelSpec, layer: LayerSpec, num_tokens: int, chunk: 
     copies = 0
     if copy := read_copy_bytes(spec, layer, seen):
         copies += copy + _QUANTISING_BYTES * chunk * layer.elements_per_token
-    if _is_in_parts(layer, chunk):
-        copies += _parts_bytes(spec, layer, chunk)
+    if _is_maskless(layer, chunk):
+        on_cpu = spec.device_type == "cpu"
+        copies += (
+            _paged_bytes(spec, layer, chunk, seen) if on_cpu else _parts_bytes(spec, layer, chunk)
+        )
         return states + max(copies, seen * keys * size)
     copies += chunk * seen * size * (2 if spec.device_type == "cuda" else 1)
     if layer.kind == "latent" or shape.repeats_heads:
@@ -108,6 +114,23 @@ def _parts_bytes(spec: ModelSpec, layer: LayerSpec, chunk: int) -> int:
     return chunk * (projected + copies + sums)
 
 
+def _paged_bytes(spec: ModelSpec, layer: LayerSpec, chunk: int, seen: int) -> int:
+    """Return what paged attention takes, which goes through one key head after the other.
+
+    With `d` the width of a head and `g` the queries that share it, each thread holds the scores of
+    a block of 32 queries in float32, `128g * S`. The head's keys and values are copied twice: with
+    their last block filled up, and as the products want them, `8d * S`. Queries and results lie
+    beside those that are counted already, `2q * C * e`.
+
+    Of fewer queries than the kernel takes, behind a cache, the mask is less than that.
+    """
+    size, width = spec.dtype_bytes, layer.head_width
+    group = layer.query_elements_per_token // layer.key_elements_per_token
+    scores = spec.num_threads * group * BLOCK_TOKENS * _FLOAT32_BYTES
+    queries = 2 * layer.query_elements_per_token * size
+    return seen * (scores + 4 * width * size) + chunk * queries
+
+
 def _moved_bytes(spec: ModelSpec, layer: LayerSpec, num_tokens: int) -> int:
     """Return the copy of a layer that is made for decoding on a GPU; see `rag.lm.static_cache`."""
     if spec.device_type != "cuda" or spec.kv_dtype is not None:
@@ -116,9 +139,9 @@ def _moved_bytes(spec: ModelSpec, layer: LayerSpec, num_tokens: int) -> int:
     return layer.elements_per_token * kept * spec.dtype_bytes
 
 
-def _is_in_parts(layer: LayerSpec, chunk: int) -> bool:
-    """Say whether a chunk is attended to in two parts; a single token is not."""
-    return layer.in_parts and chunk > 1
+def _is_maskless(layer: LayerSpec, chunk: int) -> bool:
+    """Say whether a chunk is attended to without a mask; a single token is not."""
+    return layer.maskless and chunk > 1
 
 
 def _seen_tokens(window: int | None, num_tokens: int, chunk: int) -> int:

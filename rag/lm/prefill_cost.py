@@ -5,7 +5,8 @@ proportion to a count that follows from the model's shape:
 
     one chunk               starting a forward pass, and reading the weights once
     linear operations       each linear weight multiplies and adds once per token
-    attention operations    scores and a weighted sum over every query-key pair, masked or not
+    attention operations    scores and a weighted sum over every query-key pair that is computed:
+                            where a mask is read, those that it hides, too
     cached bytes            a cache that grows is copied, and read, with every chunk
 
 The four rates come from timing chunks of two sizes against caches of two lengths
@@ -67,11 +68,14 @@ def chunk_work(spec: ModelSpec, num_tokens: int, cached_tokens: int) -> ChunkWor
     A windowed layer keeps, and scores, no more than its window's `window - 1` tokens beside the
     chunk's own. Grouped heads save bytes, not operations: the width is that of the queries.
     """
-    layers = Counter((layer.window, layer.query_elements_per_token) for layer in spec.layers)
+    layers = Counter(
+        (layer.window, layer.query_elements_per_token, layer.maskless) for layer in spec.layers
+    )
     pairs_times_width = 0
-    for (window, width), count in layers.items():
+    for (window, width, is_maskless), count in layers.items():
         seen = cached_tokens if window is None else min(cached_tokens, window - 1)
-        pairs_times_width += count * width * num_tokens * (seen + num_tokens)
+        own = num_tokens * (num_tokens + 1) // 2 if is_maskless else num_tokens**2
+        pairs_times_width += count * width * (num_tokens * seen + own)
     return ChunkWork(
         num_chunks=1,
         linear_flops=2 * spec.linear_parameters * num_tokens,

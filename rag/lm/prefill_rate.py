@@ -108,10 +108,11 @@ class PrefillClock:
         else:
             device = f"{platform.node()} {torch.backends.cpu.get_cpu_capability()}"
             device += f" {torch.get_num_threads()} threads"
+        masks = sum(not layer.maskless for layer in self._spec.layers)
         return (
             f"prefill rates: {self._model_name}, {self._spec.num_parameters} parameters of"
             f" {self._spec.dtype_bytes} bytes, weights in blocks, chunks of"
-            f" {self._spec.chunk_tokens},"
+            f" {self._spec.chunk_tokens}, under a mask in {masks} layers,"
             f" torch {torch.__version__}, transformers {transformers.__version__}, {device}"
         )
 

@@ -120,7 +120,8 @@ class ModelSpec:
     measured on the modelling code of this family alone. `activations` is what a forward pass
     computes beside the cache. `kv_dtype` is the format in which full layers are cached, None for
     the model's own; see `quantised`. `chunk_tokens` are the most tokens of a prompt that enter the
-    model at once on `device_type`, cpu or cuda; see `on_device`.
+    model at once on `device_type`, cpu or cuda, and `num_threads` those that attend to them on a
+    CPU without a mask; see `on_device`.
     """
 
     model_type: str
@@ -136,35 +137,42 @@ class ModelSpec:
     kv_dtype: KVDtype | None = None
     chunk_tokens: int = CHUNK_TOKENS["cpu"]
     device_type: str = "cpu"
+    num_threads: int = 1
 
     def on_device(
-        self, device_type: str, *, has_kernel: Callable[[int], bool] | None = None
+        self,
+        device_type: str,
+        *,
+        has_kernel: Callable[[LayerSpec], bool] | None = None,
+        num_threads: int | None = None,
     ) -> ModelSpec:
         """Return the same shape where it is computed.
 
-        On a GPU prompts enter it in other chunks, and full layers may attend to them in two parts:
-        if the model's attention does so, and there is a kernel for the width of their heads.
+        On a GPU prompts enter it in other chunks. Full layers may attend to them without a mask, on
+        a GPU in two parts, on a CPU by a paged kernel: if the model's attention does so, and there
+        is a kernel for the width of their heads.
 
         Args:
             device_type: cpu or cuda.
-            has_kernel: says so of a width; by default the GPU that is here is tried.
+            has_kernel: says so of a layer; by default what is here is tried.
+            num_threads: those that attend on a CPU; by default torch's.
         """
         spec = replace(self, device_type=device_type, chunk_tokens=CHUNK_TOKENS[device_type])
-        if device_type == "cpu" or not self.activations.can_attend_in_parts:
+        if not self.activations.needs_no_mask:
             return spec
         if has_kernel is None:
-            from rag.lm.chunked_attention import has_kernel_here
-
-            has_kernel = partial(has_kernel_here, dtype_bytes=self.dtype_bytes)
+            has_kernel = partial(_has_kernel_here, device_type, self.dtype_bytes)
         layers = tuple(
             replace(
                 layer,
-                in_parts=layer.kind in ("full", "hybrid")
+                maskless=layer.kind in ("full", "hybrid")
                 and layer.key_elements_per_token == layer.value_elements_per_token
-                and has_kernel(layer.head_width),
+                and has_kernel(layer),
             )
             for layer in self.layers
         )
+        if device_type == "cpu" and any(layer.maskless for layer in layers):
+            spec = replace(spec, num_threads=num_threads or _torch_threads())
         return replace(spec, layers=layers)
 
     @property
@@ -475,3 +483,21 @@ def _max_positions(text: Any, positions: tuple[PositionRange, ...]) -> int | Non
         return None  # what it declares, if anything, is not what it was trained for
     longest = getattr(text, "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def _has_kernel_here(device_type: str, dtype_bytes: int, layer: LayerSpec) -> bool:
+    """Say whether this machine attends to chunks without a mask in heads like those of a layer."""
+    if device_type == "cuda":
+        from rag.lm.chunked_attention import has_kernel_here
+
+        return has_kernel_here(layer.head_width, dtype_bytes=dtype_bytes)
+    from rag.lm.paged_attention import has_paged_attention
+
+    group = layer.query_elements_per_token // (layer.key_elements_per_token or 1)
+    return dtype_bytes == 2 and has_paged_attention(group, layer.head_width)
+
+
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
