@@ -249,11 +249,11 @@ def test_what_other_weights_do_to_answers_is_told() -> None:
     assert quality.num_questions == 4
     assert 4 <= quality.num_tokens <= 4 * 7
     same, changed = quality.ways
-    assert (same.weights, same.same.mean, same.same_token) == ("stored", 1.0, 1.0)
+    assert (same.way, same.same.mean, same.same_token) == ("stored", 1.0, 1.0)
     assert same.kl == pytest.approx(0, abs=1e-9)
     assert same.gold == quality.gold
     assert same.difference.mean == 0
-    assert changed.weights == "4-bit"
+    assert changed.way == "4-bit"
     assert changed.kl > 1e-6
     head, *lines = generation_peers.describe_quality(quality)
     assert "4 answers beside those of the file's weights" in head
@@ -276,7 +276,7 @@ def test_whole_numbers_answer_as_the_files_weights_do_in_float32(tmp_path: Path)
     questions = cat_questions()
     tokenizer = ChatTokenizer(make_tiny_tokenizer())
     quality = decode_quality(model, plain, tokenizer, questions, num_questions=4, max_new_tokens=12)
-    ways = {way.weights: way for way in quality.ways}
+    ways = {way.way: way for way in quality.ways}
     assert ways["integers"].same.mean == ways["integers"].same_token == 1.0
     assert 0 <= ways["integers"].kl < ways["stored"].kl / 1000
     json.dumps(quality.to_json())

@@ -6,7 +6,7 @@ nothing of ours decodes there, and nothing but float32 rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
 from io import StringIO
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.bench.decode_ways import STORED, steps, weights_of
-from eval.evidence_sets import EvidenceSet
+from eval.evidence_sets import EvidenceQuestion, EvidenceSet
 from eval.metrics import contains_answer
 from eval.statistics import Interval, clustered_difference, clustered_mean
 from rag.errors import SettingsError
@@ -33,7 +33,7 @@ _CONTEXT_CHARS = 600
 
 @dataclass(frozen=True, slots=True)
 class WayQuality:
-    """Greedy answers written with some weights, beside the plain ones.
+    """Greedy answers of one way, beside the plain ones.
 
     `same` is the share of equal answers, token by token; `gold` of answers that contain a gold one,
     `difference` that less the plain share, paired. Along the plain answers: `kl` is the mean
@@ -41,7 +41,7 @@ class WayQuality:
     share of tokens where both have the same likeliest.
     """
 
-    weights: str
+    way: str
     same: Interval
     gold: Interval
     difference: Interval
@@ -53,8 +53,8 @@ class WayQuality:
 class DecodeQuality:
     """All ways to write the answers to the same questions.
 
-    `num_tokens` are those of the plain answers that were chosen while decoding, and `gold` the
-    share of them that contain a gold one.
+    `num_tokens` are those of the plain answers along which the ways were compared, and `gold` the
+    share of these answers that contain a gold one.
     """
 
     num_questions: int
@@ -68,7 +68,7 @@ class DecodeQuality:
 
 
 @dataclass(slots=True, eq=False)
-class _Written:
+class Written:
     """What one way has written so far; of each token along the plain answers, how far it is off."""
 
     answers: list[list[int]] = field(default_factory=list)
@@ -120,34 +120,54 @@ def decode_quality(
     Raises:
         SettingsError: if the weights of the two are not the same.
     """
-    _check_weights(model, plain)
-    texts = {document.id: document.text for document in evidence.documents}
-    step = max(1, len(evidence.questions) // num_questions)
-    questions = evidence.questions[::step][:num_questions]
+    check_weights(model, plain)
+    questions = chosen_questions(evidence, num_questions)
     end_ids = tokenizer.end_ids(model)
     plain_answers: list[list[int]] = []
-    ways = {weights: _Written() for weights in weights_of(model)}
+    ways = {weights: Written() for weights in weights_of(model)}
     for number, question in enumerate(questions):
-        start, end = question.spans[0]
-        begin = max(0, start - _CONTEXT_CHARS)
-        passage = texts[question.document][begin : end + _CONTEXT_CHARS]
-        ids = tokenizer.encode_chat(
-            [Message("user", f"{passage}\n\nQuestion: {question.question}\nAnswer briefly.")]
-        )
+        ids = prompt_ids(question, evidence, tokenizer, _CONTEXT_CHARS)
         plain_answers.append(_answer(model, plain, ids, ways, end_ids, max_new_tokens))
         on_progress(number + 1)
+    return judged(ways, plain_answers, questions, tokenizer)
+
+
+def chosen_questions(evidence: EvidenceSet, num_questions: int) -> Sequence[EvidenceQuestion]:
+    """Return so many questions, spread evenly over a set."""
+    step = max(1, len(evidence.questions) // num_questions)
+    return evidence.questions[::step][:num_questions]
+
+
+def prompt_ids(
+    question: EvidenceQuestion, evidence: EvidenceSet, tokenizer: ChatTokenizer, context_chars: int
+) -> list[int]:
+    """Return the tokens of a question about so many characters on each side of its evidence."""
+    text = next(d.text for d in evidence.documents if d.id == question.document)
+    start, end = question.spans[0]
+    passage = text[max(0, start - context_chars) : end + context_chars]
+    return tokenizer.encode_chat(
+        [Message("user", f"{passage}\n\nQuestion: {question.question}\nAnswer briefly.")]
+    )
+
+
+def judged(
+    ways: Mapping[str, Written],
+    plain_answers: Sequence[Sequence[int]],
+    questions: Sequence[EvidenceQuestion],
+    tokenizer: ChatTokenizer,
+) -> DecodeQuality:
+    """Return what each way wrote beside the plain answers to the same questions."""
     documents = [question.document for question in questions]
-    golds = [question.answers for question in questions]
 
     def right(answers: Sequence[Sequence[int]]) -> list[float]:
-        pairs = zip(answers, golds, strict=True)
-        return [float(contains_answer(_text(tokenizer, ids), gold)) for ids, gold in pairs]
+        pairs = zip(answers, questions, strict=True)
+        return [float(contains_answer(_text(tokenizer, ids), q.answers)) for ids, q in pairs]
 
-    def way(weights: str, found: _Written) -> WayQuality:
+    def way(name: str, found: Written) -> WayQuality:
         pairs = list(zip(found.answers, plain_answers, strict=True))
         own = right(found.answers)
         return WayQuality(
-            weights=weights,
+            way=name,
             same=clustered_mean([float(one == other) for one, other in pairs], documents),
             gold=clustered_mean(own, documents),
             difference=clustered_difference(
@@ -160,13 +180,13 @@ def decode_quality(
     plain_right = right(plain_answers)
     return DecodeQuality(
         num_questions=len(questions),
-        num_tokens=sum(len(answer) - 1 for answer in plain_answers),
+        num_tokens=max(len(found.kls) for found in ways.values()),
         gold=clustered_mean(plain_right, documents),
         ways=tuple(way(*each) for each in ways.items()),
     )
 
 
-def _check_weights(model: Any, plain: Any) -> None:  # noqa: ANN401
+def check_weights(model: Any, plain: Any) -> None:  # noqa: ANN401
     """Refuse a model whose embeddings are not those of the file, rounded to its dtype."""
     import torch
 
@@ -183,7 +203,7 @@ def _answer(
     model: Any,  # noqa: ANN401
     plain: Any,  # noqa: ANN401
     ids: Sequence[int],
-    ways: dict[str, _Written],
+    ways: dict[str, Written],
     end_ids: frozenset[int],
     max_new_tokens: int,
 ) -> list[int]:
@@ -209,13 +229,13 @@ def _answer(
 
     expected: list[torch.Tensor] = []
     with steps(plain, STORED, wide) as step:
-        answer = written(step, lambda logits: expected.append(_logs(logits)))
+        answer = written(step, lambda logits: expected.append(logs(logits)))
     for weights, told in ways.items():
         is_same = True
         with steps(model, weights, cache) as step:
             for number, right in enumerate(expected):
                 logits = step(answer[number])
-                told.kls.append(float((right.exp() * (right - _logs(logits))).sum()))
+                told.kls.append(float((right.exp() * (right - logs(logits))).sum()))
                 told.agreed.append(int(logits.argmax()) == answer[number + 1])
                 is_same = is_same and told.agreed[-1]
         own = answer
@@ -226,7 +246,8 @@ def _answer(
     return answer
 
 
-def _logs(logits: torch.Tensor) -> torch.Tensor:
+def logs(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithms of probabilities, float64."""
     return logits.double().log_softmax(-1)
 
 

@@ -212,7 +212,7 @@ def describe_quality(quality: DecodeQuality) -> list[str]:
         f"{quality.num_questions} answers beside those of the file's weights in plain float32, of"
         f" which {_shares(quality.gold)} contain a gold one",
         *(
-            f"{way.weights:>8}: {_shares(way.same)} word for word the same; contain a gold one"
+            f"{way.way:>8}: {_shares(way.same)} word for word the same; contain a gold one"
             f" {_shares(way.gold)}, difference {_shares(way.difference, sign='+')}; KL"
             f" {way.kl:.1e} nats, likeliest token the same for {way.same_token:.2%} of"
             f" {quality.num_tokens:,}"

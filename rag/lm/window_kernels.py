@@ -3,8 +3,9 @@
 A query sees the keys of a window that ends with its own, and the sinks, which are the first keys of
 all. Where a sink is further away than it may be, its scores are computed apart from queries that
 were turned back, and take the place of what query and key would give: worked into the mask, by
-scaled_dot_product_attention on any device; or on a GPU by FlexAttention, which skips what nobody
-sees of the window, with the sinks as a part beside it, joined by the logarithms of their sums.
+scaled_dot_product_attention on any device; on a GPU by FlexAttention, which skips what nobody
+sees of the window, with the sinks as a part beside it, joined by the logarithms of their sums; or
+on a CPU by a paged kernel, which skips that, too, with the sinks as one more key.
 
 Nothing here knows of a model: `rag.lm.windowed_attention` fits a window to one.
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from rag.lm.paged_window import attend_paged_window
 from rag.lm.partial_attention import join
 
 # FlexAttention refuses narrower heads.
@@ -90,10 +92,11 @@ class WindowStep:
 def choose_attention(device: torch.device, num_queries: int) -> Attend:
     """Return how attention is computed: the only place that chooses.
 
-    A GPU skips the blocks outside the window; for one query, and on a CPU, there is nothing to
-    skip but what a chunk of queries has in common.
+    Of one query there is nothing to skip.
     """
-    return attend_flex if device.type == "cuda" and num_queries > 1 else attend_sdpa
+    if num_queries == 1:
+        return attend_sdpa
+    return attend_flex if device.type == "cuda" else attend_pages
 
 
 def attend_sdpa(
@@ -173,16 +176,44 @@ def attend_flex(
     if not S:
         found: Tensor = behind
         return found
-    # The queries that share a key head become rows of it.
     if sink_scores is None:
-        rows = query.reshape(B, G, H // G * T, D).float()
-        sink_scores = (rows @ key[:, :, :S].float().mT * scale).view(B, H, T, S)
+        sink_scores = _own_scores(query, key[:, :, :S], scale)
     if before < S:  # the sinks are being read: none is seen before it stands there
         seen = torch.arange(S, device=query.device) <= torch.arange(T, device=query.device)[:, None]
         sink_scores = sink_scores.masked_fill(~seen, -torch.inf)
     weights = sink_scores.softmax(-1).to(value.dtype).view(B, G, H // G * T, S)
     sinks = (weights @ value[:, :, :S]).view(B, H, T, -1)
     return join((sinks, sink_scores.logsumexp(-1)), (behind, aux.lse))
+
+
+def attend_pages(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: WindowStep,
+    sink_scores: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Attend by a paged kernel of the CPU where there is one, once the sinks are read.
+
+    As `attend_sdpa`, which does it else.
+    """
+    S, T = step.num_sinks, query.shape[2]
+    if S and key.shape[2] - T >= S:
+        scores = _own_scores(query, key[:, :, :S], scale) if sink_scores is None else sink_scores
+        found = attend_paged_window(query, key, value, scores, window=step.window, scale=scale)
+        if found is not None:
+            return found
+    return attend_sdpa(query, key, value, step, sink_scores, scale)
+
+
+def _own_scores(query: Tensor, sinks: Tensor, scale: float) -> Tensor:
+    """Return the scores of sinks [B, G, S, D] where they are, float32 [B, H, T, S]."""
+    B, H, T, D = query.shape
+    G, S = sinks.shape[1:3]
+    # The queries that share a key head become rows of it.
+    rows = query.reshape(B, G, H // G * T, D).float()
+    return (rows @ sinks.float().mT * scale).view(B, H, T, S)
 
 
 @cache
