@@ -117,16 +117,15 @@ def _parts_bytes(spec: ModelSpec, layer: LayerSpec, chunk: int) -> int:
 def _paged_bytes(spec: ModelSpec, layer: LayerSpec, chunk: int, seen: int) -> int:
     """Return what paged attention takes, which goes through one key head after the other.
 
-    With `d` the width of a head and `g` the queries that share it, each thread holds the scores of
-    a block of 32 queries in float32, `128g * S`. The head's keys and values are copied twice: with
-    their last block filled up, and as the products want them, `8d * S`. Queries and results lie
-    beside those that are counted already, `2q * C * e`.
+    With `d` the width of a head, each thread holds the scores of a block of 32 queries in float32,
+    `128S`. The head's keys and values are copied twice: with their last block filled up, and as the
+    products want them, `4d * S * e`. Queries and results lie beside those that are counted already,
+    `2q * C * e`.
 
     Of fewer queries than the kernel takes, behind a cache, the mask is less than that.
     """
     size, width = spec.dtype_bytes, layer.head_width
-    group = layer.query_elements_per_token // layer.key_elements_per_token
-    scores = spec.num_threads * group * BLOCK_TOKENS * _FLOAT32_BYTES
+    scores = spec.num_threads * BLOCK_TOKENS * _FLOAT32_BYTES
     queries = 2 * layer.query_elements_per_token * size
     return seen * (scores + 4 * width * size) + chunk * queries
 
