@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from conftest import make_tiny_tokenizer
 from eval.bench import decode, document_kv, generation_peers, prefill, threads, windowed
-from eval.bench.decode_quality import decode_quality, load_exact
+from eval.bench.decode_quality import decode_quality, describe_quality, load_exact
 from eval.bench.decode_ways import decode_with
 from eval.bench.machine import this_machine
 from eval.evidence_sets import EvidenceDocument, EvidenceQuestion, EvidenceSet
@@ -255,10 +255,10 @@ def test_what_other_weights_do_to_answers_is_told() -> None:
     assert same.difference.mean == 0
     assert changed.way == "4-bit"
     assert changed.kl > 1e-6
-    head, *lines = generation_peers.describe_quality(quality)
+    head, *lines = describe_quality(quality)
     assert "4 answers beside those of the file's weights" in head
     assert "100.0% [" in lines[0]
-    assert lines[1].startswith("   4-bit: ")
+    assert lines[1].startswith("       4-bit: ")
     assert lean.most_few_rows == 4
 
 

@@ -254,3 +254,24 @@ def logs(logits: torch.Tensor) -> torch.Tensor:
 def _text(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:
     stream = tokenizer.stream()
     return "".join(stream.push(number) for number in ids) + stream.flush()
+
+
+def describe_quality(quality: DecodeQuality) -> list[str]:
+    """Return what each way does to answers, a line a way."""
+    return [
+        f"{quality.num_questions} answers beside those of the file's weights in plain float32, of"
+        f" which {_shares(quality.gold)} contain a gold one",
+        *(
+            f"{way.way:>12}: {_shares(way.same)} word for word the same; contain a gold one"
+            f" {_shares(way.gold)}, difference {_shares(way.difference, sign='+')}; KL"
+            f" {way.kl:.1e} nats, likeliest token the same for {way.same_token:.2%} of"
+            f" {quality.num_tokens:,}"
+            for way in quality.ways
+        ),
+    ]
+
+
+def _shares(found: Interval, sign: str = "") -> str:
+    """Return a share and its interval in per cent."""
+    mean, low, high = (f"{100 * value:{sign}.1f}" for value in (found.mean, found.low, found.high))
+    return f"{mean}% [{low}, {high}]"

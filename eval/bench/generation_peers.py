@@ -11,7 +11,7 @@ from typing import Any
 
 from eval.bench import llama_cpp
 from eval.bench.corpus import python_texts
-from eval.bench.decode_quality import DecodeQuality
+from eval.bench.decode_quality import DecodeQuality, describe_quality
 from eval.bench.decode_ways import (
     FOUR_BIT,
     INTEGERS,
@@ -21,7 +21,6 @@ from eval.bench.decode_ways import (
     weights_of,
 )
 from eval.bench.machine import CLOCKS, Clock, Machine, this_machine
-from eval.statistics import Interval
 from rag.lm.chat_tokenizer import ChatTokenizer
 from rag.lm.forward import forward, prefill_chunks
 from rag.lm.native_cache import branch, native_cache
@@ -204,27 +203,6 @@ def card(bench: PeersBench) -> str:
     if bench.quality is not None:
         lines += describe_quality(bench.quality)
     return "\n".join(lines)
-
-
-def describe_quality(quality: DecodeQuality) -> list[str]:
-    """Return what the weights of decoding do to answers, a line a way."""
-    return [
-        f"{quality.num_questions} answers beside those of the file's weights in plain float32, of"
-        f" which {_shares(quality.gold)} contain a gold one",
-        *(
-            f"{way.way:>8}: {_shares(way.same)} word for word the same; contain a gold one"
-            f" {_shares(way.gold)}, difference {_shares(way.difference, sign='+')}; KL"
-            f" {way.kl:.1e} nats, likeliest token the same for {way.same_token:.2%} of"
-            f" {quality.num_tokens:,}"
-            for way in quality.ways
-        ),
-    ]
-
-
-def _shares(found: Interval, sign: str = "") -> str:
-    """Return a share and its interval in per cent."""
-    mean, low, high = (f"{100 * value:{sign}.1f}" for value in (found.mean, found.low, found.high))
-    return f"{mean}% [{low}, {high}]"
 
 
 def load_plain(folder: Path) -> Any:  # noqa: ANN401

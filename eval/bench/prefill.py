@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from eval.bench.decode_quality import DecodeQuality, describe_quality
 from eval.bench.machine import CLOCKS, Clock, Machine, matmul_flops_per_second, this_machine
 from rag.lm.prefill_cost import PrefillRate, prefill_seconds, prefill_work
 from rag.lm.prefill_rate import measure_rate, time_chunk
@@ -42,7 +43,10 @@ class PrefillRow:
 
 @dataclass(frozen=True, slots=True)
 class PrefillBench:
-    """What `fathom bench prefill` shows, a row a length."""
+    """What `fathom bench prefill` shows, a row a length.
+
+    `quality` is what reading so does to answers, where that was asked for.
+    """
 
     model: str
     dtype: str
@@ -52,6 +56,7 @@ class PrefillBench:
     calibration_seconds: float
     matmul_flops_per_second: float
     rows: tuple[PrefillRow, ...]
+    quality: DecodeQuality | None = None
 
     @property
     def largest_error(self) -> float:
@@ -135,6 +140,8 @@ def card(bench: PrefillBench) -> str:
             f"   {question.predicted:>33.3f} {question.measured:>9.3f} {question.error:>+6.1%}"
         )
     lines.append(f"largest error of a prefill: {bench.largest_error:.1%}")
+    if bench.quality is not None:
+        lines += describe_quality(bench.quality)
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """fathom bench, of speed: ours, the limit and the peer, measured in turn in one run."""
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,24 @@ if TYPE_CHECKING:
     from rag.lm.loading import OpenedModel
     from rag.lm.spec import ModelSpec
 
+ModelFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--gguf",
+        exists=True,
+        dir_okay=False,
+        help="The model's GGUF file: for llama.cpp, to decode with its whole numbers and in 4 bits,"
+        " and as the measure of answers. Default: --model, if that is one.",
+    ),
+]
+AnswerData = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Folder of question sets: how many answers are those of float32 (squad2_articles).",
+    ),
+]
+NumQuestions = Annotated[int, typer.Option("--questions", min=2, help="So many questions of them.")]
 _SMALL_CHARS = 2_000  # of a document, where a bench only tries itself
 
 
@@ -121,11 +140,23 @@ def bench_prefill_verb(
     ] = None,
     rounds: Rounds = 3,
     clock: Clock = "wall",
+    gguf: ModelFile = None,
+    data: AnswerData = None,
+    split: Split = "dev",
+    questions: NumQuestions = 200,
     as_json: Json = False,
 ) -> None:
-    """Compare predicted with measured prefill seconds; share of the matrix-product ceiling."""
-    from eval.bench.prefill import bench_prefill, card
+    """Compare predicted with measured prefill seconds; share of the matrix-product ceiling.
 
+    With --data: what reading so does to answers, beside plain float32 and beside transformers.
+    """
+    from eval.bench.decode_quality import load_exact
+    from eval.bench.prefill import bench_prefill, card
+    from eval.bench.reading_quality import reading_quality
+    from eval.evidence_sets import load_evidence_set
+    from rag.lm.chat_tokenizer import ChatTokenizer
+
+    gguf = _model_file(model, gguf, data)
     with err.status("loading the model") as status:
         opened, loaded, spec = _loaded(model)
         lengths = tokens or [spec.chunk_tokens * times for times in (1, 2, 4, 8, 16)]
@@ -140,8 +171,31 @@ def bench_prefill_verb(
             clock=clock,
             on_progress=status.update,
         )
+        if data is not None and gguf is not None:
+            quality = reading_quality(
+                loaded,
+                load_exact(gguf),
+                ChatTokenizer(opened.tokenizer),
+                load_evidence_set(data, "squad2_articles", split),
+                num_questions=questions,
+                on_progress=lambda number: status.update(f"question {number} of {questions}"),
+            )
+            bench = replace(bench, quality=quality)
     (err if as_json else out).print(card(bench), markup=False)
     print_json(bench.to_json())
+
+
+def _model_file(model: str, gguf: Path | None, data: Path | None) -> Path | None:
+    """Return the GGUF file that is meant; one there must be where answers are compared."""
+    from rag.lm.catalog import is_gguf
+
+    if gguf is None and is_gguf(model):
+        gguf = Path(model).expanduser()
+    if data and gguf is None:
+        raise typer.BadParameter(
+            "it needs --gguf FILE: its weights are the measure", param_hint="--data"
+        )
+    return gguf
 
 
 @app.command(
@@ -160,35 +214,16 @@ def bench_decode_verb(
         bool,
         typer.Option("--peers", help="Prefill and decode beside transformers and llama.cpp."),
     ] = False,
-    gguf: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="The model's GGUF file: for llama.cpp, and to decode with its whole numbers and in"
-            " 4 bits. Default: --model, if that is one.",
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of question sets: how many answers are those of float32 (squad2_articles)."
-        ),
-    ] = None,
+    gguf: ModelFile = None,
+    data: AnswerData = None,
     split: Split = "dev",
-    questions: Annotated[int, typer.Option(min=2, help="So many questions of them.")] = 200,
+    questions: NumQuestions = 200,
     as_json: Json = False,
 ) -> None:
     """Measure tokens a second of decoding beside what the memory's bandwidth allows."""
     from eval.bench.decode import bench_decode, card
-    from rag.lm.catalog import is_gguf
 
-    if gguf is None and is_gguf(model):
-        gguf = Path(model).expanduser()
-    if data and gguf is None:
-        raise typer.BadParameter(
-            "it needs --gguf FILE: its weights are the measure", param_hint="--data"
-        )
+    gguf = _model_file(model, gguf, data)
     with err.status("loading the model") as status:
         opened, loaded, spec = _loaded(model)
         if peers or data:
