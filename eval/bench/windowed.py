@@ -12,9 +12,8 @@ from rag.lm.spec import CHUNK_TOKENS
 from rag.settings import Settings
 
 if TYPE_CHECKING:
-    from rag.lm.spec import CHUNK_TOKENS
-from rag.lm.window_kernels import WindowPlan
-from rag.lm.windowed_attention import WindowedModel
+    from rag.lm.window_kernels import WindowPlan
+    from rag.lm.windowed_attention import WindowedModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,7 +200,7 @@ class PagedKernel:
 
     def _shared(self, states: Tensor) -> Any:  # noqa: ANN401
         """Return bfloat16 states as OpenVINO sees them, where they are; numpy has no such dtype."""
-        numbers = states.contiguous().view(torch.int16).numpy()
+        numbers = states.detach().contiguous().view(torch.int16).numpy()
         return self._openvino.Tensor(numbers, list(states.shape), self._openvino.Type.bf16)
 
 
