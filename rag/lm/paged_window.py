@@ -81,31 +81,31 @@ def attend_paged_window(
     is_nothing[filled + BLOCK_TOKENS : filled + BLOCK_TOKENS + T] = False
     keys[:, is_nothing, D + _PIECES] = 1
 
+    scores = sink_scores.view(G, H // G, T, S).transpose(1, 2)
+    sums = scores.logsumexp(-1)
+    weights = (scores - sums[..., None]).exp_().reshape(G, -1, S)
+    sinks = (weights @ value[0, :, :S].float()).view(G, T, H // G, D).to(query.dtype)
+
     rows = query.new_zeros(G, T, H // G, D + _EXTRA_WIDTH)
     rows[..., :D] = query.view(G, H // G, T, D).transpose(1, 2)
-    sums = sink_scores.logsumexp(-1).view(G, H // G, T).transpose(1, 2) / scale
+    left = sums / scale
     for piece in range(D, D + _PIECES):
-        rows[..., piece] = sums
-        sums = sums - rows[..., piece]
+        rows[..., piece] = left
+        left = left - rows[..., piece]
     rows[..., D + _PIECES] = _HIDDEN_SCORE / scale
 
     own = slice(filled + BLOCK_TOKENS, filled + BLOCK_TOKENS + T)
     pages = _pages(before, T, window)
-    found = torch.stack(
-        [
-            kernel.attend(
-                rows[head].view(T, -1),
-                (keys[head, own], values[head, own]),
-                (_blocks(keys[head]), _blocks(values[head])),
-                pages,
-            )
-            for head in range(G)
-        ]
-    ).view(G, T, H // G, D + _EXTRA_WIDTH)
-    weights = sink_scores.softmax(-1).view(G, H // G * T, S)
-    sinks = (weights @ value[0, :, :S].float()).view(G, H // G, T, D)
-    seen = found[..., :D].float() + found[..., D : D + 1].float() * sinks.transpose(1, 2)
-    return seen.to(query.dtype).transpose(1, 2).reshape(1, H, T, D)
+    seen = query.new_empty(T, G, H // G, D)
+    for head in range(G):
+        found = kernel.attend(
+            rows[head].view(T, -1),
+            (keys[head, own], values[head, own]),
+            (_blocks(keys[head]), _blocks(values[head])),
+            pages,
+        ).view(T, H // G, -1)
+        torch.addcmul(found[..., :D], found[..., D : D + 1], sinks[head], out=seen[:, head])
+    return seen.view(1, T, H, D).transpose(1, 2)
 
 
 def _widened(states: Tensor, before: int, filled: int) -> Tensor:
