@@ -22,9 +22,10 @@ from rag.store.calibrations import CalibrationStore
 if TYPE_CHECKING:
     from transformers import Cache
 
-# Chunks of two sizes are timed with nothing in the cache and with this many tokens in it.
+# Chunks of two sizes, a prompt's and a question's, are timed with nothing in the cache and with
+# this many tokens in it.
 _CACHED_TOKENS = 2048
-_SMALL_CHUNK_TOKENS = 64
+_SMALL_CHUNK_TOKENS = 32
 # Each of the four is timed this often, but no new round is begun after so many seconds.
 _ROUNDS = 5
 _PATIENCE_SECONDS = 2.0
