@@ -106,6 +106,10 @@ def test_a_flipped_byte_of_a_fetched_model_is_found(ready: Fathom, tmp_path: Pat
     assert not embedder().passed
     assert str(weights) in embedder().detail
 
+    # What was converted here has no checksum of a publisher's, but one of its own.
+    own = {"source": {"a.gguf": "0" * 64}, "sha256": {weights.name: source[weights.name]}}
+    (folder / "fathom.json").write_text(json.dumps(manifest | own))
+    assert str(weights) in embedder().detail
     weights.write_bytes(b"weights")
     assert embedder().passed
     written = {"numbers": torch.arange(8, dtype=torch.int8)}

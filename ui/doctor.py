@@ -137,9 +137,10 @@ def _installation(fathom: Fathom) -> Iterator[Check]:
 
 
 def _changed_files(folder: Path) -> str:
-    """Return the files of a fetched model that are not its publisher's, nothing if all are.
+    """Return the files of a fetched model that are not as they were fetched or converted.
 
-    What was converted to safetensors has no checksum, and neither has a folder of one's own.
+    A folder of one's own has no checksums; of what an earlier version fetched, safetensors that it
+    converted have none.
 
     Raises:
         BrokenModelError: if weights with a checksum of their own are not those that were written.
@@ -151,7 +152,8 @@ def _changed_files(folder: Path) -> str:
     if not manifest.is_file():
         return ""
     changed = []
-    for name, sha256 in json.loads(manifest.read_text(encoding="utf-8"))["source"].items():
+    noted = json.loads(manifest.read_text(encoding="utf-8"))
+    for name, sha256 in (noted["source"] | noted.get("sha256", {})).items():
         path = folder / name
         if path.is_file():
             with path.open("rb") as file:

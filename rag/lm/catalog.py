@@ -296,9 +296,7 @@ def _convert_once(path: Path, settings: Settings, report: Progress) -> Path:
                 ready = Path(scratch) / "ready"
                 ready.mkdir()
                 dtype = convert_gguf(path, ready)
-                with path.open("rb") as file:
-                    source = {path.name: hashlib.file_digest(file, "sha256").hexdigest()}
-                _put_in_place(ready, target, path.name, dtype, source)
+                _put_in_place(ready, target, path.name, dtype, {path.name: _sha256(path)})
                 report(f"converting {path.name}", 1, 1)
     return target
 
@@ -306,22 +304,26 @@ def _convert_once(path: Path, settings: Settings, report: Progress) -> Path:
 def _put_in_place(
     ready: Path, target: Path, name: str, dtype: str | None, source: dict[str, str]
 ) -> None:
-    """Make `ready` the model folder `target`, durably, with its manifest written last."""
+    """Make `ready` the model folder `target`, durably, with its manifest written last.
+
+    Sizes are compared whenever a model is used, checksums by `fathom doctor`.
+    """
+    files = {
+        path.relative_to(ready).as_posix(): path
+        for path in sorted(ready.rglob("*"))
+        if path.is_file()
+    }
     manifest = {
         "name": name,
         "dtype": dtype,
         "conversion": _CONVERSION,
         "source": source,
-        "files": {
-            path.relative_to(ready).as_posix(): path.stat().st_size
-            for path in sorted(ready.rglob("*"))
-            if path.is_file()
-        },
+        "files": {file: path.stat().st_size for file, path in files.items()},
+        "sha256": {file: _sha256(path) for file, path in files.items()},
     }
-    for path in ready.rglob("*"):
-        if path.is_file():
-            path.chmod(0o644)
-            _sync(path)
+    for path in files.values():
+        path.chmod(0o644)
+        _sync(path)
     (ready / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(ready / MANIFEST_NAME)
     if target.exists():
@@ -589,14 +591,18 @@ def _is_current(folder: Path) -> bool:
 
 def _check_sha256(path: Path, expected: str) -> None:
     """Raise ModelFetchError and delete the file unless its SHA-256 is `expected`."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _sha256(path)
     if found != expected:
         path.unlink()
         raise ModelFetchError(
             f"{path.name} has SHA-256 {found}, expected {expected}; its bytes were deleted",
             hint="try again; if it stays so, the source has changed and cannot be trusted",
         )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _clear_leftovers(models_dir: Path, name: str) -> None:
