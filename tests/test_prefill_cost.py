@@ -103,7 +103,7 @@ KINDS = [(512, 2048), (512, 0), (64, 2048), (64, 0)]
     [
         RATE,
         PrefillRate(0.0004, 2e-14, 3e-14, 1e-12),  # a GPU: all but the start is small
-        PrefillRate(0.0, 5e-12, 0.0, 2e-9),
+        PrefillRate(0.0, 5e-12, 5e-12, 2e-9),
     ],
 )
 def test_the_fit_finds_the_rates_of_a_made_up_machine(rate: PrefillRate) -> None:
@@ -128,6 +128,15 @@ def test_a_noisy_measurement_gives_no_negative_rate() -> None:
     assert prefill_seconds(MIXED, found, 4096) == pytest.approx(
         prefill_seconds(MIXED, RATE, 4096), rel=0.3
     )
+
+
+def test_attention_is_never_taken_to_cost_less_than_the_weights() -> None:
+    works = [chunk_work(MIXED, *kind) for kind in KINDS]
+    # A busy machine: what the long cache adds to both chunks is lost in what others took.
+    times = [0.8, 1.3, 0.8, 1.3]
+    found = fit_rate([(w, f * RATE.seconds(w)) for w, f in zip(works, times, strict=True)])
+    assert found.attention_flop_seconds >= found.linear_flop_seconds > 0
+    assert 0.3 < prefill_seconds(MIXED, found, 60_000) / prefill_seconds(MIXED, RATE, 60_000) < 3
 
 
 # ---- the measurement ---------------------------------------------------------------------------
