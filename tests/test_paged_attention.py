@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-import rag.lm.paged_attention as paged
-import rag.lm.window_kernels as kernels
+from rag.lm import paged_attention as paged
+from rag.lm import window_kernels as kernels
 from rag.lm.agreement import difference, tolerance
 from rag.lm.forward import forward
 from rag.lm.grouped_attention import NAME, causal_mask, use_grouped_attention
