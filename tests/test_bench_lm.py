@@ -10,6 +10,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from transformers import AttentionInterface
 from typer.testing import CliRunner
 
 from conftest import make_tiny_tokenizer
@@ -17,10 +18,11 @@ from eval.bench import decode, document_kv, generation_peers, prefill, threads, 
 from eval.bench.decode_quality import decode_quality, describe_quality, load_exact
 from eval.bench.decode_ways import decode_with
 from eval.bench.machine import this_machine
+from eval.bench.reading_quality import reading_quality
 from eval.evidence_sets import EvidenceDocument, EvidenceQuestion, EvidenceSet
 from rag.errors import SettingsError
 from rag.lm.chat_tokenizer import ChatTokenizer
-from rag.lm.grouped_attention import use_grouped_attention
+from rag.lm.grouped_attention import grouped_attention, use_grouped_attention
 from rag.lm.integer_weights import FILE_NAME
 from rag.lm.kv_bytes import kv_cache_bytes
 from rag.lm.lean_forward import lean_pass, use_lean_forward
@@ -260,6 +262,35 @@ def test_what_other_weights_do_to_answers_is_told() -> None:
     assert "100.0% [" in lines[0]
     assert lines[1].startswith("       4-bit: ")
     assert lean.most_few_rows == 4
+
+
+def test_what_reading_does_to_answers_is_told() -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    use_grouped_attention(model)
+    own_attention = model.config._attn_implementation
+    tokenizer, questions = ChatTokenizer(make_tiny_tokenizer()), cat_questions()
+    quality = reading_quality(model, plain, tokenizer, questions, num_questions=4, max_new_tokens=8)
+    for way in quality.ways:
+        assert (way.same.mean, way.same_token, way.difference.mean) == (1.0, 1.0, 0.0)
+        assert way.kl == pytest.approx(0, abs=1e-9)
+    assert [way.way for way in quality.ways] == ["fathom", "transformers"]
+    assert model.config._attn_implementation == own_attention
+
+    # Attention of ours that sees too little is told of ours alone.
+    def blind(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        out, weights = grouped_attention(*args, **kwargs)
+        return out * 0.5, weights
+
+    AttentionInterface.register(own_attention, blind)
+    try:
+        ours, theirs = reading_quality(
+            model, plain, tokenizer, questions, num_questions=4, max_new_tokens=8
+        ).ways
+    finally:
+        AttentionInterface.register(own_attention, grouped_attention)
+    assert ours.kl > 1e-6 > abs(theirs.kl)
+    with pytest.raises(SettingsError, match="not those of the GGUF file"):
+        reading_quality(tiny_model("llama", vocab_size=300), plain, tokenizer, questions)
 
 
 @pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is an extra")
