@@ -150,11 +150,8 @@ def bench_prefill_verb(
 
     With --data: what reading so does to answers, beside plain float32 and beside transformers.
     """
-    from eval.bench.decode_quality import load_exact
     from eval.bench.prefill import bench_prefill, card
     from eval.bench.reading_quality import reading_quality
-    from eval.evidence_sets import load_evidence_set
-    from rag.lm.chat_tokenizer import ChatTokenizer
 
     gguf = _model_file(model, gguf, data)
     with err.status("loading the model") as status:
@@ -172,17 +169,37 @@ def bench_prefill_verb(
             on_progress=status.update,
         )
         if data is not None and gguf is not None:
-            quality = reading_quality(
-                loaded,
-                load_exact(gguf),
-                ChatTokenizer(opened.tokenizer),
-                load_evidence_set(data, "squad2_articles", split),
-                num_questions=questions,
-                on_progress=lambda number: status.update(f"question {number} of {questions}"),
+            told = _beside_float32(
+                reading_quality, opened, loaded, gguf, data, split, questions, status
             )
-            bench = replace(bench, quality=quality)
+            bench = replace(bench, quality=told)
     (err if as_json else out).print(card(bench), markup=False)
     print_json(bench.to_json())
+
+
+def _beside_float32(
+    measure: Any,  # noqa: ANN401 - decode_quality or reading_quality
+    opened: "OpenedModel",
+    loaded: Any,  # noqa: ANN401
+    gguf: Path,
+    data: Path,
+    split: str,
+    questions: int,
+    status: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Return what a model does to answers beside its file's weights in float32."""
+    from eval.bench.decode_quality import load_exact
+    from eval.evidence_sets import load_evidence_set
+    from rag.lm.chat_tokenizer import ChatTokenizer
+
+    return measure(
+        loaded,
+        load_exact(gguf),
+        ChatTokenizer(opened.tokenizer),
+        load_evidence_set(data, "squad2_articles", split),
+        num_questions=questions,
+        on_progress=lambda number: status.update(f"question {number} of {questions}"),
+    )
 
 
 def _model_file(model: str, gguf: Path | None, data: Path | None) -> Path | None:
@@ -275,10 +292,9 @@ def _beside_peers(
 
     An answer that copies is written too, with drafts and without.
     """
-    from eval.bench.decode_quality import decode_quality, load_exact
+    from eval.bench.decode_quality import decode_quality
     from eval.bench.decode_ways import decode_with
     from eval.bench.generation_peers import bench_generation, copying_prompt, load_plain
-    from eval.evidence_sets import load_evidence_set
     from rag.lm.chat_tokenizer import ChatTokenizer
     from rag.lm.gguf_models import load_gguf_config
 
@@ -289,13 +305,8 @@ def _beside_peers(
             decode_with(loaded, opened.config, gguf, Path(folder))
         quality = None
         if data is not None and gguf is not None:
-            quality = decode_quality(
-                loaded,
-                load_exact(gguf),
-                ChatTokenizer(opened.tokenizer),
-                load_evidence_set(data, "squad2_articles", split),
-                num_questions=questions,
-                on_progress=lambda number: status.update(f"question {number} of {questions}"),
+            quality = _beside_float32(
+                decode_quality, opened, loaded, gguf, data, split, questions, status
             )
         return bench_generation(
             loaded,
